@@ -1,0 +1,1 @@
+"""Writing optimized models for other runtimes."""

@@ -1,0 +1,1 @@
+"""The compiler passes, one transformation a file; `tokcompile.api` holds their order."""

@@ -1,0 +1,266 @@
+"""Canonicalise: one functional form of the graph, without what carries no meaning at inference."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.graph import aten, bind, get_attr, packet, propagate_shapes, user_dependent
+
+ASSERTS = {
+    "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size", "aten._functional_assert_scalar", "aten._functional_assert_async",
+}  # fmt: skip
+IDENTITIES = {"aten.alias", "aten.detach", "aten.detach_", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout", "aten.native_dropout"}
+CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
+VIEWS = {
+    "aten.view", "aten.reshape", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
+    "aten.slice", "aten.select", "aten.flatten", "aten.unflatten", "aten.expand_as", "aten.view_as", "aten.narrow",
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.movedim", "aten.swapaxes", "aten.diagonal",
+    "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "aten._unsafe_view", "getitem",
+}  # fmt: skip
+LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
+
+
+def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
+    """Returns an equal graph: functional, no asserts, no no-ops, constants folded, all-true masks gone; `gm` is kept."""
+    gm = copy_graph(gm)
+    inline_regions(gm)
+    refuse_random(gm)
+    functionalise(gm)
+    propagate_shapes(gm, inputs)
+    drop_no_ops(gm)
+    fold_constants(gm)
+    drop_true_masks(gm)
+    gm.graph.eliminate_dead_code()
+    propagate_shapes(gm, inputs)
+    gm.recompile()
+    return gm
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A second graph over the same weights."""
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    return GraphModule(gm, graph)
+
+
+def inline_regions(gm: GraphModule) -> None:
+    """Inlines no_grad and disabled-autocast regions, which change nothing at inference."""
+    for node in list(gm.graph.nodes):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, Node))
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise UnsupportedGraph(
+                "the model turns autocast on inside its forward", node,
+                "convert the model's weights and inputs to the wanted dtype before optimizing",
+            )
+        inner = get_attr(gm, node.args[at].target)
+        env: dict[Node, Any] = {}
+        arguments = iter(node.args[at + 1:])
+        with gm.graph.inserting_before(node):
+            for n in inner.graph.nodes:
+                if n.op == "placeholder":
+                    env[n] = next(arguments)
+                elif n.op == "get_attr":
+                    name = f"{node.args[at].target}.{n.target}"
+                    env[n] = gm.graph.get_attr(name)
+                elif n.op == "output":
+                    result = torch.fx.node.map_arg(n.args[0], env.__getitem__)
+                else:
+                    env[n] = gm.graph.node_copy(n, env.__getitem__)
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def refuse_random(gm: GraphModule) -> None:
+    """A random op draws new tokens on every call: nothing static can be said about it."""
+    for node in gm.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags and packet(node) not in DROPOUTS:
+            if packet(node) == "aten.scaled_dot_product_attention":
+                continue
+            raise UnsupportedGraph(
+                "the model draws random numbers at inference", node, "optimize the part of the model after the random step"
+            )
+
+
+def functionalise(gm: GraphModule) -> None:
+    """Turns in-place ops into functional ones where nothing else looks at the changed memory; refuses the rest."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable or packet(node) in ASSERTS | IDENTITIES:
+            continue
+        changed = node.args[0]
+        functional = functional_overload(node)
+        if functional is None or aliased(changed, node, order):
+            rewritten = rewrite_copy(gm, node, order)
+            if rewritten:
+                continue
+            raise UnsupportedGraph(
+                "an in-place op changes memory that other values share", node,
+                "write it out of place, or pass ep.run_decompositions({}) of your exported program",
+            )
+        node.target = functional
+        for user in [u for u in changed.users if order.get(u, 0) > order[node] and u is not node]:
+            user.replace_input_with(changed, node)
+
+
+def functional_overload(node: Node) -> Any:
+    """`aten.add.Tensor` for `aten.add_.Tensor`, or None."""
+    name = node.target._schema.name.replace("aten::", "")
+    if not name.endswith("_") or not isinstance(node.args[0], Node):
+        return None
+    overloads = getattr(aten, name[:-1], None)
+    return getattr(overloads, node.target._overloadname, None) if overloads else None
+
+
+def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
+    """Whether memory changed in place is seen through another node afterwards, or belongs to an input or a weight."""
+    if changed.op in ("placeholder", "get_attr") or packet(changed) in VIEWS:
+        return True
+    return any(packet(u) in VIEWS and any(order.get(v, 0) > order[by] for v in u.users)
+               for u in changed.users if order.get(u, 0) < order[by])
+
+
+def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
+    """`base[view] op= value`, written through one chain of views, as scatters back into a new `base`."""
+    chain: list[Node] = []
+    base = node.args[0]
+    while isinstance(base, Node) and packet(base) in ("aten.slice", "aten.select") and base.op == "call_function":
+        chain.append(base)
+        base = base.args[0]
+    if not isinstance(base, Node) or base.op in ("placeholder", "get_attr") or packet(base) in VIEWS:
+        return False
+    with gm.graph.inserting_before(node):
+        if packet(node) == "aten.copy_":
+            value = gm.graph.call_function(aten.copy.default, (node.args[0], node.args[1]))
+        else:
+            functional = functional_overload(node)
+            if functional is None:
+                return False
+            value = gm.graph.call_function(functional, node.args, node.kwargs)
+        for view in chain:
+            scatter = aten.slice_scatter.default if packet(view) == "aten.slice" else aten.select_scatter.default
+            value = gm.graph.call_function(scatter, (view.args[0], value, *view.args[1:]), view.kwargs)
+        value.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    for user in [u for u in base.users if order.get(u, 0) > order[node]]:
+        user.replace_input_with(base, value)
+    if chain and any(order.get(u, 0) > order[node] for c in chain for u in c.users):
+        return False
+    node.replace_all_uses_with(value)
+    gm.graph.erase_node(node)
+    return True
+
+
+def drop_no_ops(gm: GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            gm.graph.erase_node(node)
+            continue
+        if node.op != "call_function":
+            continue
+        name = packet(node)
+        if name in ASSERTS or getattr(node.target, "__name__", "") in ("_assert_scalar", "_check"):
+            gm.graph.erase_node(node)
+        elif name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)):
+            forward(gm, node, node.args[0])
+        elif name in CASTS and same_type(node):
+            forward(gm, node, node.args[0])
+        elif name == "aten.cat":
+            drop_empty_operands(gm, node)
+
+
+def forward(gm: GraphModule, node: Node, value: Any) -> None:
+    if packet(node) == "aten.native_dropout":
+        for user in list(node.users):
+            if user.args[1] == 0:
+                forward(gm, user, value)
+        return
+    node.replace_all_uses_with(value)
+    gm.graph.erase_node(node)
+
+
+def same_type(node: Node) -> bool:
+    a, b = node.args[0].meta.get("val"), node.meta.get("val")
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (a.dtype, a.device) == (b.dtype, b.device)
+
+
+def drop_empty_operands(gm: GraphModule, node: Node) -> None:
+    """A key-value cache starts as an empty tensor that the first keys are joined to."""
+    tensors = [t for t in node.args[0] if not (isinstance(v := t.meta.get("val"), torch.Tensor) and v.numel() == 0)]
+    if len(tensors) == 1:
+        forward(gm, node, tensors[0])
+    elif 0 < len(tensors) < len(node.args[0]):
+        node.args = (tensors, *node.args[1:])
+
+
+def fold_constants(gm: GraphModule) -> None:
+    """Evaluates what does not depend on the inputs (rotary tables, relative biases, masks) into buffers."""
+    dependent = user_dependent(gm.graph)
+    values: dict[Node, Any] = {}
+    frontier: list[Node] = []
+    for node in gm.graph.nodes:
+        if node in dependent or node.op in ("output", "get_attr", "placeholder"):
+            continue
+        if foldable(node) and any(u in dependent or u.op == "output" for u in node.users) and computed(node):
+            frontier.append(node)
+    for i, node in enumerate(frontier):
+        value = evaluate(gm, node, values)
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+            continue
+        name = f"_folded_{i}"
+        gm.register_buffer(name, value.detach().contiguous())
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
+        constant.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        node.replace_all_uses_with(constant)
+    gm.graph.eliminate_dead_code()
+
+
+def foldable(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() <= LARGEST_FOLDED and "quantize" not in packet(node)
+
+
+def computed(node: Node) -> bool:
+    """Whether a constant is more than a view of a weight (views cost nothing and would copy the weight)."""
+    if node.op == "get_attr" or "quantize" in packet(node):
+        return False
+    return packet(node) not in VIEWS | CASTS or any(computed(n) for n in node.all_input_nodes)
+
+
+def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+    if node not in values:
+        if node.op == "get_attr":
+            values[node] = get_attr(gm, node.target)
+        else:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n, values))
+            fn = get_attr(gm, node.target) if node.op == "call_module" else node.target
+            with torch.no_grad():
+                values[node] = fn(*args, **kwargs)
+    return values[node]
+
+
+def drop_true_masks(gm: GraphModule) -> None:
+    """A mask that hides nothing becomes None: fused attention kernels then stay in use."""
+    for node in gm.graph.nodes:
+        if packet(node) != "aten.scaled_dot_product_attention":
+            continue
+        mask = bind(node)["attn_mask"]
+        if isinstance(mask, Node) and mask.op == "get_attr":
+            value = get_attr(gm, mask.target)
+            hides = (~value).any() if value.dtype is torch.bool else (value != 0).any()
+            if not value.is_meta and not bool(hides):
+                node.args = (*node.args[:3], *((None, *node.args[4:]) if len(node.args) > 3 else ()))
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}

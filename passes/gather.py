@@ -1,0 +1,217 @@
+"""Gathering along token axes: restricting a full tensor to kept tokens, and giving a reduced one its dropped tokens back."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.graph import Builder, aten, shape
+from tokcompile.passes.tokens import (
+    Atom, Axis, Batch, Label, Seq, Space, has_batch, has_tokens, make_seq, new, old,
+)  # fmt: skip
+
+
+class Gatherer:
+    """Emits gathers into the graph under construction; index tensors are built once and shared."""
+
+    def __init__(self, builder: Builder, batch: int):
+        self.b, self.batch = builder, batch
+        self._index: dict[tuple[Seq, Seq], Node] = {}
+        self._assign: dict[Seq, Node] = {}
+        self._size: dict[Seq, Node] = {}
+
+    # -- index tensors of whole token axes ---------------------------------------------------------------------------
+
+    def index(self, have: Seq | int, want: Seq) -> Node:
+        """(B, new) positions, within an axis typed `have` (an int: the full old axis), of the tokens of `want`."""
+        parts = have.parts if isinstance(have, Seq) else spread(have, want)
+        have = make_seq(parts) if isinstance(have, Seq) else Seq(tuple(parts))
+        if (have, want) not in self._index:
+            pieces, start = [], 0
+            for part, target in zip(parts, aligned(parts, want)):
+                if isinstance(target, Space) and target is not part:
+                    pieces.append(self.shifted(self.within(part, target), start))
+                else:
+                    pieces.append(self.arange(start, start + length(part)))
+                start += length(part)
+            self._index[have, want] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+        return self._index[have, want]
+
+    def within(self, ancestor: int | Space, space: Space) -> Node:
+        """(B, k) positions of the tokens of `space` among those of an ancestor (an int: the root)."""
+        if isinstance(ancestor, Space) and ancestor not in space.lineage():
+            raise UnsupportedGraph(f"tokens of two unrelated reductions meet: {ancestor} and {space}")
+        assert space.index is not None
+        if space.parent is None or space.parent is ancestor:
+            return space.index
+        return self.b.emit(aten.gather.default, self.within(ancestor, space.parent), 1, space.index)
+
+    def assign(self, seq: Seq) -> Node:
+        """(B, old) positions, within the reduced axis, of the token that stands for each original one."""
+        if seq not in self._assign:
+            pieces, start = [], 0
+            for part in seq.parts:
+                if isinstance(part, Space):
+                    pieces.append(self.shifted(self.slots(part), start))
+                else:
+                    pieces.append(self.arange(start, start + part))
+                start += length(part)
+            self._assign[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+        return self._assign[seq]
+
+    def slots(self, space: Space) -> Node:
+        """(B, root n) the slot in `space` of every root token."""
+        own = space.assign()
+        return own if space.parent is None else self.b.emit(aten.gather.default, own, 1, self.slots(space.parent))
+
+    def sizes(self, seq: Seq) -> Node:
+        """(B, new) float32: how many original tokens each one holds; 1 for plain ones."""
+        if seq not in self._size:
+            pieces = []
+            for part in seq.parts:
+                if isinstance(part, Space) and part.size is not None:
+                    pieces.append(part.size)
+                else:
+                    pieces.append(self.b.constant(torch.ones(self.batch, length(part)), "ones"))
+            self._size[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+        return self._size[seq]
+
+    def arange(self, start: int, stop: int) -> Node:
+        return self.b.constant(torch.arange(start, stop).expand(self.batch, -1).contiguous(), "positions")
+
+    def shifted(self, index: Node, by: int) -> Node:
+        return self.b.emit(aten.add.Tensor, index, by) if by else index
+
+    # -- gathers -------------------------------------------------------------------------------------------------------
+
+    def coerce(self, x: Node, have: Label, want: Label, origin: Node | None) -> Node:
+        """x, typed `have`, restricted to the tokens of `want` (aligned from the right); broadcast axes stay as they are.
+
+        Raises: UnsupportedGraph where the two cannot describe the same tokens.
+        """
+        have = ((),) * (len(want) - len(have)) + tuple(have)
+        jobs = [d for d in range(len(want)) if needs_gather(have[d], want[d], origin)]
+        if not jobs:
+            return x
+        atoms, groups, spots = atomised(have, want, jobs)
+        x = self.reshape(x, [new((a,)) for a in atoms])
+        for at, target in spots:
+            atom = atoms[at]
+            index = self.index(atom if isinstance(atom, Seq) else int(atom), target)
+            x, atoms = self.pick(x, atoms, at, index, target.new, origin)
+            atoms[at] = target
+        sizes = iter([new((a,)) for a in atoms])
+        return self.reshape(x, [prod(next(sizes) for _ in range(count)) for count in groups])
+
+    def reshape(self, x: Node, sizes: list[int]) -> Node:
+        return x if shape(x) == tuple(sizes) else self.b.emit(aten.reshape.default, x, sizes)
+
+    def pick(self, x: Node, atoms: list[Atom], at: int, index: Node, count: int, origin: Node | None) -> tuple[Node, list[Atom]]:
+        """x[..., index, ...] along atom `at`, per sample; x has one dimension per atom."""
+        sizes = [new((a,)) for a in atoms]
+        if self.batch == 1 or shape(index)[0] == 1:
+            flat = self.b.emit(aten.reshape.default, index, [count])
+            return self.b.emit(aten.index_select.default, x, at, flat), atoms
+        where = next((i for i, a in enumerate(atoms) if isinstance(a, (Batch, BatchSlot))), None)
+        if where is None:
+            raise UnsupportedGraph("each sample keeps other tokens, but here the batch is no longer to be seen", origin)
+        rest = [i for i in range(len(sizes)) if i not in (where, at)]
+        batched = sizes[where] != 1
+        front = self.b.emit(aten.permute.default, x, [where, at, *rest])
+        flat = self.b.emit(aten.reshape.default, front, [sizes[where] * sizes[at], prod(sizes[i] for i in rest)])
+        rows = self.b.emit(aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count])
+        taken = self.b.emit(aten.index_select.default, flat, 0, rows)
+        wide = self.b.emit(aten.reshape.default, taken, [self.batch, count, *(sizes[i] for i in rest)])
+        order = [where, at, *rest]
+        back = self.b.emit(aten.permute.default, wide, [order.index(i) for i in range(len(order))])
+        atoms[where] = Batch(self.batch)
+        return back, atoms
+
+    def rows(self, index: Node, n: int) -> Node:
+        """(B, k) positions as rows of a (B*n)-row table."""
+        offset = self.b.constant(torch.arange(self.batch)[:, None] * n, "offsets")
+        return self.b.emit(aten.add.Tensor, index, offset)
+
+    def recover(self, x: Node, label: Label, origin: Node | None) -> Node:
+        """x with every token axis back at its old length: each original token gets the row that stands for it."""
+        atoms: list[Atom] = [a for axis in label for a in axis]
+        x = self.reshape(x, [new((a,)) for a in atoms])
+        for at, atom in enumerate(list(atoms)):
+            if isinstance(atom, Seq) and atom.spaces:
+                x, atoms = self.pick(x, atoms, at, self.assign(atom), atom.old, origin)
+                atoms[at] = atom.old
+        return self.reshape(x, [old(axis) for axis in label])
+
+
+class BatchSlot(int):
+    """A broadcast batch factor of size 1, remembered as the place where the batch goes."""
+
+
+def length(part: int | Space) -> int:
+    return part.k if isinstance(part, Space) else part
+
+
+def spread(count: int, want: Seq) -> list[int]:
+    """The full old axis cut where `want` is cut."""
+    return [p if isinstance(p, int) else p.root_n for p in want.parts]
+
+
+def aligned(parts: Iterable[int | Space], want: Seq) -> list[int | Space]:
+    """For each part of an axis, the part of `want` that covers the same old tokens."""
+    parts, targets = list(parts), list(want.parts)
+    sizes = [p if isinstance(p, int) else p.root_n for p in parts]
+    if sizes != [p if isinstance(p, int) else p.root_n for p in targets]:
+        raise UnsupportedGraph(f"token axes that are cut differently meet: {Seq(tuple(parts))} and {want}")
+    return targets
+
+
+def needs_gather(have: Axis, want: Axis, origin: Node | None) -> bool:
+    if have == want or not has_tokens(want) or old(have) == 1:
+        return False
+    if old(have) != old(want):
+        raise UnsupportedGraph(f"an axis of {old(have)} meets a token axis of {old(want)}", origin)
+    return True
+
+
+def atomised(have: Label, want: Label, jobs: list[int]) -> tuple[list[Atom], list[int], list[tuple[int, Seq]]]:
+    """One atom per dimension for a tensor typed `have` that is to become `want`; how many atoms each axis has; and
+    which atoms to gather to what."""
+    atoms: list[Atom] = []
+    groups: list[int] = []
+    spots: list[tuple[int, Seq]] = []
+    for d, axis in enumerate(want):
+        if old(have[d]) == 1:
+            mine: list[Atom] = [BatchSlot(1) if has_batch(axis) else 1]
+        elif d in jobs or (has_batch(axis) and old(have[d]) == old(axis)):
+            mine = split_like(have[d], axis)
+        else:
+            mine = list(have[d])
+        if d in jobs:
+            spots += [(len(atoms) + i, t) for i, (own, t) in enumerate(zip(mine, axis)) if isinstance(t, Seq) and own != t]
+        atoms += mine
+        groups.append(len(mine))
+    return atoms, groups, spots
+
+
+def split_like(have: Axis, want: Axis) -> list[Atom]:
+    """The atoms of `have`, plain factors cut so that they stand one to one against those of `want`."""
+    out: list[Atom] = []
+    todo = list(have)
+    for atom in want:
+        size = old((atom,))
+        own = todo.pop(0) if todo else 1
+        if isinstance(own, int) and not isinstance(atom, int) and own != size:
+            if own % size:
+                raise UnsupportedGraph(f"an axis {have} cannot be read as {want}")
+            todo.insert(0, own // size)
+            own = size
+        elif isinstance(own, int) and isinstance(atom, int) and own != atom:
+            todo.insert(0, own // atom)
+            own = atom
+        if isinstance(atom, Batch) and isinstance(own, int) and own == atom.size:
+            own = atom
+        out.append(own)
+    return out

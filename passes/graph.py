@@ -1,0 +1,161 @@
+"""Building an FX graph whose every node is run once on fake tensors, so that shapes are known and checked as it grows."""
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+
+aten = torch.ops.aten
+
+
+def get_attr(module: torch.nn.Module, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def fake_attr(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+
+
+def propagate_shapes(gm: GraphModule, inputs: list[Any]) -> FakeTensorMode:
+    """Gives every node a fake value in `meta['val']`; all of them share the mode that is returned."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True)
+    interpreter = _Fake(gm, mode)
+    with mode, torch.no_grad():
+        interpreter.run(*(fake_attr(mode, v) for v in inputs))
+    return mode
+
+
+class _Fake(torch.fx.Interpreter):
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode):
+        super().__init__(gm)
+        self.mode = mode
+        self.extra_traceback = False
+        self.attrs: dict[int, Any] = {}  # a weight used twice is one fake tensor
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        if id(value) not in self.attrs:
+            self.attrs[id(value)] = fake_attr(self.mode, value)
+        return self.attrs[id(value)]
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        n.meta["val"] = result
+        return result
+
+
+class Builder:
+    """Appends nodes to a new graph; `mode` is the fake mode of the values in the old one."""
+
+    def __init__(self, root: torch.nn.Module, mode: FakeTensorMode):
+        self.root, self.mode = root, mode
+        self.graph = Graph()
+        self.origin: Node | None = None  # the old node that new ones are written for: they inherit its place in the model
+        self._constants: dict[Any, Node] = {}
+
+    def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+        """Adds one call and runs it on fake tensors."""
+        op = "call_module" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(op, target, args, kwargs)
+        fn = get_attr(self.root, target) if isinstance(target, str) else target
+        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = fn(*fake_args, **fake_kwargs)
+        if self.origin is not None:
+            for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+        return node
+
+    def unpack(self, node: Node) -> list[Node]:
+        """One getitem node per element of a tuple-valued node."""
+        return [self.emit(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
+
+    def constant(self, value: torch.Tensor, name: str = "tokens") -> Node:
+        """A buffer holding `value`, shared by equal values."""
+        key = (name, value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
+        if key not in self._constants:
+            target = f"_tokcompile_{name}_{len(self._constants)}"
+            self.root.register_buffer(target, value, persistent=True)
+            self._constants[key] = self.attr(target)
+        return self._constants[key]
+
+    def attr(self, target: str) -> Node:
+        # constants stand at the top of the graph, so that any later node may use a shared one
+        with self.graph.inserting_before(self._first()):
+            node = self.graph.create_node("get_attr", target)
+        node.meta["val"] = fake_attr(self.mode, get_attr(self.root, target))
+        return node
+
+    def _first(self) -> Node:
+        return next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), self.graph._root)
+
+    def copy(self, node: Node, env: Callable[[Node], Any]) -> Node:
+        """Copies an old node unchanged; its value has the old shape."""
+        new = self.graph.node_copy(node, env)
+        new.meta = dict(node.meta)
+        if isinstance(node.meta.get("val"), FakeTensor) and node.op == "placeholder":
+            new.meta["val"] = node.meta["val"]
+        return new
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def packet(node: Node) -> str:
+    """`aten.add` for any overload of it; the name of the function for what is not an ATen op."""
+    if node.op != "call_function":
+        return node.op
+    name = getattr(node.target, "_schema", None)
+    if name is not None:
+        return name.name.replace("::", ".")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def bind(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
+    out = {}
+    for i, arg in enumerate(schema.arguments):
+        if i < len(node.args) and not arg.kwarg_only:
+            out[arg.name] = node.args[i]
+        elif arg.name in node.kwargs:
+            out[arg.name] = node.kwargs[arg.name]
+        else:
+            out[arg.name] = arg.default_value
+    return out
+
+
+def user_dependent(graph: Graph) -> set[Node]:
+    """The nodes whose value depends on what the user passes in."""
+    out: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in out for n in node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+def replace_arg(node: Node, change: Callable[[Any], Any]) -> None:
+    node.args = map_aggregate(node.args, change)
+    node.kwargs = map_aggregate(node.kwargs, change)
+
+
+def to_int(value: Any) -> int | None:
+    with suppress(TypeError, ValueError):
+        return int(value)
+    return None

@@ -1,0 +1,284 @@
+"""Plan: a method and a budget become a tuple of `Reduction`s: pure data that can be printed, saved, edited and passed back."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import floor
+from typing import Any
+
+from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget, to_data
+from tokcompile.errors import BudgetError, MethodError, PlanError, UnsupportedGraph
+from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.recipe import Recipe
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction. block: its number. place: "attention" (between attention and MLP) or "block" (at the entrance).
+
+    n, k: tokens before and after, in units of `unit` neighbours. prefix, suffix: protected tokens around them. path: the
+    module path of the block, for the reader.
+    """
+
+    block: int
+    n: int
+    k: int
+    place: str = "attention"
+    prefix: int = 0
+    suffix: int = 0
+    unit: int = 1
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All reductions of one program; `print` it, `json()` and `Plan.from_json()` it, `replace()` its reductions.
+
+    Example:
+        >>> import tokcompile
+        >>> plan = tokcompile.Plan("tome", (tokcompile.Reduction(block=3, n=196, k=98, prefix=1),))
+        >>> tokcompile.Plan.from_json(plan.json()) == plan
+        True
+    """
+
+    method: str
+    reductions: tuple[Reduction, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    outputs: str = "keep"
+    recover: str = "end"
+    version: int = VERSION
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises: PlanError for anything that is not a plan of a version we know."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or "reductions" not in data or "method" not in data:
+                raise PlanError("this is not a tokcompile plan: it has no 'method' and 'reductions'")
+            if data.get("version") != VERSION:
+                raise PlanError(f"plan version {data.get('version')!r} is not the version {VERSION} that this release reads")
+            data["reductions"] = tuple(Reduction(**r) for r in data["reductions"])
+            return cls(**data)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise PlanError(f"this is not a tokcompile plan: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan file. Raises: PlanError."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls.from_json(file.read())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error}") from error
+
+    def replace(self, **changes: Any) -> Plan:
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        title = f"{self.method}, {len(self.reductions)} reduction{'s' * (len(self.reductions) != 1)}"
+        rows = [f"  block {r.block:>3} {r.place:<9} {r.n:>5} -> {r.k:<5} {r.path}" for r in self.reductions]
+        return "\n".join([title, *rows])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where the method will reduce: `n` units of tokens enter the first one of a stage."""
+
+    block: Block
+    place: str
+    stage: Stage
+    n: int
+    prefix: int
+    suffix: int
+
+
+Solve = Callable[[Callable[[int], list[int]], list[Slot]], list[int]]
+
+
+def make_plan(
+    structure: Structure,
+    recipe: Recipe,
+    budget: Any,
+    *,
+    where: Sequence[int] | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+    options: Mapping[str, Any] | None = None,
+    unit: int = 1,
+    solve_flops: Callable[[list[Slot], Callable[[int], list[int]], float, range], int] | None = None,
+) -> tuple[Reduction, ...]:
+    """Decides at which blocks to reduce, and to how many tokens. Raises: BudgetError, MethodError, UnsupportedGraph."""
+    budget = as_budget(budget)
+    slots = choose_slots(structure, recipe, budget, where, spans, unit)
+    if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
+        return ()
+    n = slots[0].n
+    if isinstance(budget, Schedule):
+        counts = [budget.counts[s.block.index] for s in slots]
+    elif isinstance(budget, Remove):
+        counts = removals(budget, recipe, slots, options or {})
+    elif isinstance(budget, KeepRate):
+        counts = rates(budget.rate, recipe, slots)
+    elif isinstance(budget, Flops):
+        assert solve_flops is not None
+        final = solve_flops(slots, lambda k: list(recipe.steps.counts(n, k, len(slots))), budget.ratio, range(1, n + 1))
+        counts = list(recipe.steps.counts(n, final, len(slots)))
+    else:
+        final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
+        if final > n:
+            raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
+        counts = list(recipe.steps.counts(n, final, len(slots)))
+    return checked(counts, slots, recipe, options or {}, unit)
+
+
+def choose_slots(
+    structure: Structure, recipe: Recipe, budget: Any, where: Sequence[int] | None,
+    spans: Sequence[tuple[int, int]] | None, unit: int,
+) -> list[Slot]:
+    """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
+    blocks = structure.blocks
+    if not blocks:
+        found = "; ".join(structure.unrecognised) or "no softmax between two matrix products, no fused attention"
+        raise UnsupportedGraph(f"no residual attention block was found in this model ({found})",
+                               hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model")
+    if isinstance(budget, Schedule):
+        where = sorted(budget.counts)
+    if where is not None:
+        chosen = [one_block(blocks, b) for b in where]
+    else:
+        candidates = visual_blocks(structure, spans)
+        chosen = [candidates[i] for i in recipe.steps.blocks(len(candidates))]
+    refused = [b for b in chosen if b.why_not]
+    if refused and (where is not None or len(refused) == len(chosen)):
+        raise UnsupportedGraph(f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
+                               refused[0].mid)
+    chosen = [b for b in chosen if not b.why_not]
+    needs_attention = any(t not in ("x", "normed") for t in recipe.taps)
+    if recipe.place == "block" and needs_attention:
+        chosen = [b for b in chosen if b.index > 0] or blocks[1:2]
+    lengths = {b.stage.length for b in chosen}
+    if len(lengths) > 1:
+        raise UnsupportedGraph(
+            f"the blocks {[b.index for b in chosen]} hold {sorted(lengths, reverse=True)} tokens: one method works within one stage",
+            hint=f"choose one stage: where={stage_blocks(structure)}",
+        )
+    return [make_slot(b, recipe.place, spans, unit) for b in chosen]
+
+
+def stage_blocks(structure: Structure) -> str:
+    by_length: dict[int, list[int]] = {}
+    for b in structure.blocks:
+        by_length.setdefault(b.stage.length, []).append(b.index)
+    return " or ".join(str(v) for v in by_length.values())
+
+
+def one_block(blocks: Sequence[Block], index: Any) -> Block:
+    if isinstance(index, str):
+        named = [b for b in blocks if b.path == index]
+        if not named:
+            raise PlanError(f"no block has the path {index!r}; there are {', '.join(b.path for b in blocks)}")
+        return named[0]
+    if not isinstance(index, int) or not -len(blocks) <= index < len(blocks):
+        raise PlanError(f"block {index!r} is not among the {len(blocks)} blocks found (0 to {len(blocks) - 1})")
+    return blocks[index]
+
+
+def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
+    """The blocks whose tokens are visual: those after a patch embedding; all of them where the user names spans."""
+    blocks = structure.blocks
+    if spans is None:
+        visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
+        causal = [b for b in visual if any(a.causal for a in b.attentions) and not b.stage.visual]
+        if not visual or causal:
+            raise UnsupportedGraph(
+                "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)",
+                (causal or blocks)[0].mid, "name them: spans=[(start, stop)]",
+            )
+        blocks = visual
+    lengths = [b.stage.length for b in blocks if not b.why_not]
+    most = max(dict.fromkeys(lengths), key=lengths.count, default=None)
+    return [b for b in blocks if b.stage.length == most] if most is not None else list(blocks)
+
+
+def make_slot(block: Block, place: str, spans: Any, unit: int) -> Slot:
+    stage = block.stage
+    prefix, suffix = stage.prefix, stage.suffix
+    if spans:
+        if len(spans) > 1:
+            raise UnsupportedGraph("several spans at once are not supported yet", hint="pass the one span of the visual tokens")
+        start, stop = spans[0]
+        if not 0 <= start < stop <= stage.length:
+            raise BudgetError(f"span ({start}, {stop}) does not lie within the {stage.length} tokens of block {block.index}")
+        prefix, suffix = start, stage.length - stop
+    body = stage.length - prefix - suffix
+    if body % unit or (unit > 1 and prefix + suffix):
+        raise UnsupportedGraph(f"{body} tokens cannot be reduced in groups of {unit}", block.mid)
+    return Slot(block, place, stage, body // unit, prefix, suffix)
+
+
+def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
+    """ToMe's r per block, clipped to what one step of the method can remove."""
+    n, counts = slots[0].n, []
+    for r in budget.per_block(len(slots)):
+        n = max(n - r, least(recipe, n, slots[0], options))
+        counts.append(n)
+    return counts
+
+
+def rates(rate: float, recipe: Recipe, slots: list[Slot]) -> list[int]:
+    n, counts = slots[0].n, []
+    for i, slot in enumerate(slots):
+        n = max(1, recipe.steps.rate(n, slot.n, rate, i))
+        counts.append(n)
+    return counts
+
+
+def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int:
+    return recipe.least(n, {**recipe.options, **options, "prefix": slot.prefix})
+
+
+def checked(counts: list[int], slots: list[Slot], recipe: Recipe, options: Mapping[str, Any], unit: int) -> tuple[Reduction, ...]:
+    """The counts as reductions; steps that remove nothing are left out. Raises: BudgetError for impossible ones."""
+    out, n = [], slots[0].n
+    for slot, k in zip(slots, counts):
+        lowest = least(recipe, n, slot, options)
+        if not 1 <= k <= n:
+            raise BudgetError(f"block {slot.block.index}: {n} tokens come in, {k} cannot be left")
+        if k < lowest:
+            raise BudgetError(
+                f"block {slot.block.index}: {recipe.name!r} cannot go from {n} to {k} tokens in one step, only to {lowest}; "
+                "spread the budget over more blocks (where=...) or raise it"
+            )
+        if k < n:
+            out.append(Reduction(slot.block.index, n, k, slot.place, slot.prefix, slot.suffix, unit, slot.block.path))
+        n = k
+    if not out and any(k < slots[0].n for k in counts):
+        raise MethodError("internal: an empty plan")
+    return tuple(out)
+
+
+def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
+    """A plan passed back by the user, checked against the model. Raises: PlanError."""
+    current: dict[int, int] = {}
+    out = []
+    for r in plan.reductions:
+        block = one_block(structure.blocks, r.block)
+        body = block.stage.length - r.prefix - r.suffix
+        n = current.get(block.stage.length, body // r.unit)
+        if r.n != n:
+            r = replace(r, n=n) if out and r.k <= n else r
+        if r.n != n or not 1 <= r.k <= r.n:
+            raise PlanError(f"the plan says {r.n} -> {r.k} tokens at block {r.block}; the model has {n} there")
+        if r.place not in ("attention", "block"):
+            raise PlanError(f"the plan's place {r.place!r} is neither 'attention' nor 'block'")
+        current[block.stage.length] = r.k
+        if r.k < r.n:
+            out.append(replace(r, path=block.path))
+    return tuple(out)

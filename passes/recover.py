@@ -1,0 +1,93 @@
+"""Recover: where an op or an output wants the full token axis, every original token gets the row that stands for it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from tokcompile.errors import UnsupportedGraph, module_path
+from tokcompile.passes.graph import packet
+from tokcompile.passes.tokens import Label, Seq, Space, describe, is_labelled
+
+if TYPE_CHECKING:
+    from tokcompile.passes.rewrite import Rewriter
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One place where tokens were given back: `inside` means that blocks follow, so that part of the gain is lost."""
+
+    node: str
+    op: str
+    module: str
+    reason: str
+    inside: bool
+
+
+def recover_operands(rw: Rewriter, node: Node, reason: str, known: bool) -> None:
+    """Copies `node` with all its operands at full length. Raises: UnsupportedGraph where the policy forbids it."""
+    inside = not rw.after_last(node)
+    if rw.recover == "never" or (inside and rw.recover != "anywhere"):
+        labels = ", ".join(f"{n.name}: {describe(rw.labels[n])}" for n in node.all_input_nodes
+                           if n in rw.labels and not isinstance(rw.labels[n], list))
+        way_out = (
+            "reduce only after it (where=[later blocks]), or pass recover='anywhere' to gather the tokens back here and lose "
+            "part of the gain"
+        )
+        if not known:
+            way_out = f"tell the pass what it does: tokcompile.register_rule({packet(node)!r}, rule); or {way_out}"
+        raise UnsupportedGraph(f"an op over reduced tokens cannot be rewritten: {reason} ({labels})", node, way_out)
+    rw.recoveries.append(Recovery(node.name, packet(node), module_path(node), reason, inside))
+    rw.recovered.add(node)
+    rw.env[node] = rw.builder.copy(node, lambda n: full_value(rw, n))
+
+
+def full_value(rw: Rewriter, node: Node) -> Any:
+    """The value of an old node with every original token, gathered back at most once."""
+    if node not in rw.labels:
+        return rw.env[node]
+    if node not in rw.full:
+        rw.full[node] = full_of(rw, rw.env[node], rw.labels[node], node)
+    return rw.full[node]
+
+
+def full_of(rw: Rewriter, value: Any, label: Any, node: Node) -> Any:
+    if isinstance(value, list):
+        return [full_of(rw, v, one, node) for v, one in zip(value, label)]
+    return rw.gather.recover(value, label, node) if is_labelled(label) else value
+
+
+def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[str]]:
+    """Writes the output node: outputs="keep" recovers what is dense; "reduced" leaves it short and adds indices and sizes."""
+    values, labels = [], []
+    seqs: list[Seq] = []
+    for old in node.args[0]:
+        value, label = rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
+        if rw.outputs == "keep" and is_labelled(label):
+            value, label = rw.gather.recover(value, label, node), None
+        for axis in label or ():
+            seqs += [a for a in axis if isinstance(a, Seq) and a not in seqs]
+        values.append(value)
+        labels.append(label)
+    names = []
+    if rw.outputs == "reduced":
+        spaces = list(dict.fromkeys(s for seq in seqs for s in seq.spaces)) or rw.spaces[-1:]
+        for space in spaces:
+            extra, own = kept_tokens(rw, space)
+            values += extra
+            names += own
+    new = rw.builder.graph.output(values)
+    new.meta = {}
+    return labels, names
+
+
+def kept_tokens(rw: Rewriter, space: Space) -> tuple[list[Node], list[str]]:
+    """The extra outputs of a reduced program: which original tokens are left, and how many each one holds."""
+    root: Any = space.lineage()[-1].n
+    values, names = [rw.gather.within(root, space)], [f"{space.name}_index"]
+    if space.size is not None:
+        values.append(space.size)
+        names.append(f"{space.name}_size")
+    return values, names
+

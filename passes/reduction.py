@@ -1,0 +1,50 @@
+"""The module that stands for one reduction in the rewritten graph: one node in FX, one node in ONNX, one plugin layer."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.primitives.combine import apply, assignment
+from tokcompile.recipe import Keep, Recipe, Site, Tokens
+
+
+class ReductionModule(nn.Module):
+    """Reduces the body of a sequence; prefix and suffix pass through.
+
+    forward(x: (B, L, D), size: (B, n) or None, *taps) -> (x': (B, L', D), index: (B, k), size': (B, k) or None,
+    assign: (B, n) or None). With `unit` u, L = prefix + n*u + suffix and u neighbours are kept or dropped together.
+    """
+
+    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = ()):
+        super().__init__()
+        self.recipe, self.site, self.unit, self.names = recipe, site, unit, names
+        self.needs_assign = True
+        self.ordered: bool | None = None  # known once the plan has run on fake tensors
+
+    def forward(self, x: Tensor, size: Tensor | None = None, *taps: Tensor) -> tuple[Tensor | None, ...]:
+        site, u = self.site, self.unit
+        stop = site.prefix + site.n * u
+        body = x[:, site.prefix : stop]
+        rows = body.reshape(x.shape[0], site.n, u * x.shape[2])
+        given = {name: self.restrict(tap, name) for name, tap in zip(self.names, taps)}
+        if size is None and self.recipe.track_size:
+            size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
+        summary = rows if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
+        plan = self.recipe.plan(Tokens(x=summary, size=size, **given), site)
+        if self.ordered is None:
+            self.ordered = isinstance(plan, Keep) and plan.ordered
+        new, new_size = apply(plan, rows, size)
+        new = new.reshape(x.shape[0], site.k * u, x.shape[2])
+        parts = [x[:, : site.prefix]] * bool(site.prefix) + [new] + [x[:, stop:]] * bool(site.suffix)
+        assign = assignment(plan, summary) if self.needs_assign else None
+        return (torch.cat(parts, 1) if len(parts) > 1 else new), plan.index, new_size, assign
+
+    def restrict(self, tap: Tensor, name: str) -> Tensor:
+        """A tap over the whole sequence as one over the reducible tokens."""
+        site, u = self.site, self.unit
+        axis = 1 if name == "normed" else 2
+        tap = tap.narrow(axis, site.prefix, site.n * u)
+        return tap if u == 1 else tap.unflatten(axis, (site.n, u)).mean(axis + 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.recipe.name}, {self.site.n} -> {self.site.k}"

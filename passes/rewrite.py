@@ -1,0 +1,245 @@
+"""Rewrite: one walk over the graph; reductions are spliced in, rules carry their effect downstream, operands that meet a
+reduced axis are gathered on demand."""
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.cost import module_flops
+from tokcompile.passes.find import Block, Structure
+from tokcompile.passes.gather import Gatherer
+from tokcompile.passes.graph import Builder, aten, packet, shape
+from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
+from tokcompile.passes.reduction import ReductionModule
+from tokcompile.passes.rules import RULES, Call, NeedsFull
+from tokcompile.passes.taps import read_taps
+from tokcompile.passes.tokens import Batch, Label, Seq, Space, SplitsTokens, is_labelled, make_seq, normal, plain
+from tokcompile.recipe import Recipe, Site
+
+
+@dataclass
+class Splice:
+    """One reduction about to be spliced in: after node `at`, keeping `k` of the tokens there."""
+
+    recipe: Recipe
+    block: Block
+    at: Node
+    k: int
+    site: Site
+    unit: int = 1
+    tap_block: Block | None = None
+
+
+@dataclass
+class Rewritten:
+    """The new graph, and all that later passes and the report want to know about it."""
+
+    gm: GraphModule
+    spaces: list[Space]
+    labels: dict[Node, Label]
+    recoveries: list[Recovery]
+    recovered: set[Node]
+    output_labels: list[Label | None]
+    extra_outputs: list[str] = field(default_factory=list)
+    modules: list[tuple[Node, ReductionModule]] = field(default_factory=list)
+
+    def overhead_flops(self) -> int:
+        """FLOPs of the reductions themselves."""
+        return sum(module_flops(m, torch.fx.node.map_arg(n.args, lambda a: a.meta["val"])) for n, m in self.modules)
+
+
+class Rewriter:
+    """Walks the old graph once, writing the new one. env: old node -> new node (a list where an op gives several)."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        structure: Structure,
+        splices: Sequence[Splice],
+        *,
+        batch: int,
+        outputs: str = "keep",
+        recover: str = "end",
+        size_weighted_mean: bool = True,
+    ):
+        self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
+        self.size_weighted_mean = size_weighted_mean
+        mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+        self.builder = Builder(shallow_copy(gm), mode)
+        self.gather = Gatherer(self.builder, batch)
+        self.env: dict[Node, Any] = {}
+        self.labels: dict[Node, Any] = {}
+        self.before: dict[Node, tuple[Node, Label | None]] = {}  # at a splice: the value as it was before the reduction
+        self.full: dict[Node, Any] = {}
+        self.splits: list[SplitsTokens] = []
+        self.recoveries: list[Recovery] = []
+        self.recovered: set[Node] = set()
+        self.spaces: list[Space] = []
+        self.modules: list[tuple[Node, ReductionModule]] = []
+        self.splices: dict[Node, list[Splice]] = {}
+        for splice in splices:
+            self.splices.setdefault(splice.at, []).append(splice)
+
+    def run(self) -> Rewritten:
+        output_labels: list[Label | None] = []
+        extra: list[str] = []
+        for node in self.old.graph.nodes:
+            self.builder.origin = node
+            if node.op == "output":
+                output_labels, extra = write_outputs(self, node)
+            else:
+                self.step(node)
+                for splice in self.splices.get(node, ()):
+                    self.splice(splice)
+        for node, module in self.modules:
+            module.needs_assign = any(u.args[1] == 3 for u in node.users)
+        graph = self.builder.graph
+        GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
+        gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
+        return Rewritten(gm, self.spaces, self.labels, self.recoveries, self.recovered, output_labels, extra,
+                         self.modules)
+
+    # -- one node --------------------------------------------------------------------------------------------------
+
+    def step(self, node: Node) -> None:
+        if node in self.env:
+            return
+        if node.target is operator.getitem and isinstance(self.env.get(node.args[0]), list):
+            self.set(node, self.env[node.args[0]][node.args[1]], self.labels[node.args[0]][node.args[1]])
+            return
+        if not any(self.is_labelled(n) for n in node.all_input_nodes):
+            self.env[node] = self.builder.copy(node, self.plain_value)
+            return
+        apply = RULES.get(packet(node))
+        try:
+            if apply is None:
+                raise NeedsFull("there is no rule for it")
+            result = apply(Call(self, node))
+        except NeedsFull as why:
+            recover_operands(self, node, str(why), known=apply is not None)
+            return
+        if isinstance(result, list):
+            self.env[node] = [value for value, _ in result]
+            self.labels[node] = [label if is_labelled(label) else None for _, label in result]
+        else:
+            self.set(node, *result)
+
+    def set(self, node: Node, value: Node, label: Label | None) -> None:
+        self.env[node] = value
+        if is_labelled(label):
+            self.labels[node] = label
+
+    def plain_value(self, node: Node) -> Any:
+        value = self.env[node]
+        if isinstance(value, list):  # an op whose several results are passed on as a whole
+            raise UnsupportedGraph("a tuple of reduced tensors is passed on whole", node)
+        return value
+
+    def is_labelled(self, node: Node) -> bool:
+        label = self.labels.get(node)
+        return any(map(is_labelled, label)) if isinstance(label, list) else is_labelled(label)
+
+    def env_or_copy(self, node: Node) -> Node:
+        """The new node of a weight that the walk may not have come to yet."""
+        if node not in self.env:
+            self.env[node] = self.builder.attr(node.target)
+        return self.env[node]
+
+    def after_last(self, node: Node) -> bool:
+        """Whether no block follows: recovering tokens here costs nothing that was gained."""
+        return self.structure.order[node] > self.structure.last
+
+    # -- splicing --------------------------------------------------------------------------------------------------
+
+    def splice(self, s: Splice) -> None:
+        x, label = self.env[s.at], self.labels.get(s.at)
+        self.before.setdefault(s.at, (x, label))
+        parent, prefix, suffix = self.body(s, label)
+        taps = read_taps(self, s)
+        name = f"reduction_{len(self.spaces)}_{s.recipe.name}"
+        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read())
+        self.builder.root.add_module(name, module)
+        size = parent.size if parent else None
+        node = self.builder.emit(name, self.standard(x, s.block), size, *taps)
+        self.modules.append((node, module))
+        results = node.meta["val"]
+        self.check_plan(s, results)
+        new = self.builder.emit(operator.getitem, node, 0)
+        index = self.builder.emit(operator.getitem, node, 1)
+        space = Space(f"s{len(self.spaces)}", s.site.n, s.k, parent, index)
+        space.size = self.builder.emit(operator.getitem, node, 2) if results[2] is not None else None
+        space.assign = once(lambda: self.builder.emit(operator.getitem, node, 3))
+        space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
+        space.ordered = bool(module.ordered)
+        self.spaces.append(space)
+        self.env[s.at] = self.native(new, s.block)
+        self.labels[s.at] = self.label_after(s, space, prefix, suffix)
+        self.full.pop(s.at, None)
+
+    def body(self, s: Splice, label: Label | None) -> tuple[Space | None, int, int]:
+        """(the space to be reduced further, tokens before it, tokens after it)."""
+        if not is_labelled(label):
+            return None, s.site.prefix, s.site.suffix
+        axis = label[s.block.token_axis]
+        seq = next((a for a in axis if isinstance(a, Seq)), None)
+        if seq is None or len(seq.spaces) != 1:
+            raise UnsupportedGraph("the tokens to reduce further are not in one run", s.at)
+        at = seq.parts.index(seq.spaces[0])
+        return seq.spaces[0], sum(seq.parts[:at]), sum(seq.parts[at + 1:])
+
+    def label_after(self, s: Splice, space: Space, prefix: int, suffix: int) -> Label:
+        seq = make_seq([prefix, space, suffix])
+        label = list(self.labels.get(s.at) or plain(shape(s.at)))
+        label[s.block.token_axis] = normal((seq, s.unit))
+        if s.block.batch_axis is not None and self.gather.batch > 1:
+            label[s.block.batch_axis] = (Batch(self.gather.batch),)
+        return tuple(label)
+
+    def standard(self, x: Node, block: Block) -> Node:
+        """The residual stream as (B, L, D)."""
+        if block.batch_axis is None:
+            return self.builder.emit(aten.unsqueeze.default, x, 0)
+        return x if block.token_axis == 1 else self.builder.emit(aten.transpose.int, x, 0, 1)
+
+    def native(self, x: Node, block: Block) -> Node:
+        """(B, L, D) back as the model has it."""
+        if block.batch_axis is None:
+            return self.builder.emit(aten.squeeze.dims, x, [0])
+        return x if block.token_axis == 1 else self.builder.emit(aten.transpose.int, x, 0, 1)
+
+    def check_plan(self, s: Splice, results: Sequence[Any]) -> None:
+        want = (results[0].shape[0], s.k)
+        if tuple(results[1].shape) != want:
+            raise UnsupportedGraph(
+                f"method {s.recipe.name!r} was asked for {s.k} tokens and gave indices of shape {tuple(results[1].shape)}",
+                s.at, "its plan must return exactly site.k tokens",
+            )
+
+
+def shallow_copy(gm: GraphModule) -> torch.nn.Module:
+    """A module that holds the same weights, to which constants and reductions are added without touching `gm`."""
+    root = torch.nn.Module()
+    root._parameters, root._buffers, root._modules = dict(gm._parameters), dict(gm._buffers), dict(gm._modules)
+    for name, value in gm.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            setattr(root, name, value)
+    return root
+
+
+def once(make: Any) -> Any:
+    """A thunk that is run at most once."""
+    made: list[Any] = []
+
+    def get() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get

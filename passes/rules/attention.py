@@ -1,0 +1,128 @@
+"""Attention: masks are gathered on demand, and merged tokens weigh as many keys as they hold (proportional attention)."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.rules.core import Axis, Call, Label, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.tokens import Batch, Seq, new
+
+
+@rule("aten.scaled_dot_product_attention")
+def sdpa(call: Call) -> Any:
+    q, k, v = (call.label(name) for name in ("query", "key", "value"))
+    batch = call.join([q[:-2], ungrouped(call, k, q)[:-2], ungrouped(call, v, q)[:-2]])
+    keys = call.join_axis([k[-2], v[-2]])
+    key_batch, value_batch = match_batch(k[:-2], batch), match_batch(v[:-2], batch)
+    changed: dict[str, Any] = {
+        "query": call.coerce("query", (*match_batch(q[:-2], batch), q[-2], q[-1])),
+        "key": call.coerce("key", (*key_batch, keys, k[-1])),
+        "value": call.coerce("value", (*value_batch, keys, v[-1])),
+    }
+    changed["attn_mask"] = mask(call, (*batch, q[-2], keys))
+    if changed["attn_mask"] is not None:
+        changed["is_causal"] = False
+    return call.emit((*batch, q[-2], v[-1]), **changed)
+
+
+def ungrouped(call: Call, label: Label, query: Label) -> Label:
+    """With grouped queries the key heads are fewer: the query's heads stand for both."""
+    return (*label[:-3], query[-3], *label[-2:]) if call["enable_gqa"] and len(label) > 2 else label
+
+
+def match_batch(own: Label, batch: Label) -> Label:
+    return tuple(b if old(a) == old(b) else a for a, b in zip(own, batch[len(batch) - len(own):]))
+
+
+def mask(call: Call, scores: Label) -> Node | None:
+    """The mask of the reduced attention, with log sizes of merged keys added; None where nothing is masked."""
+    given = call["attn_mask"]
+    out: Node | None = None
+    if given is not None:
+        have = call.label("attn_mask")
+        out = call.coerce_node(given, have, scores)
+    elif call["is_causal"] and not sorted_tokens(scores):
+        n, m = old(scores[-2]), old(scores[-1])
+        causal = call.rewriter.builder.constant(torch.ones(n, m, dtype=torch.bool).tril(), "causal")
+        out = call.coerce_node(causal, plain((n, m)), scores)
+    bias = log_sizes(call, scores[-1], scores)
+    if bias is None:
+        return out
+    dtype = call["query"].meta["val"].dtype
+    bias = call.op(aten.to.dtype, bias, dtype)
+    if out is None and call["is_causal"]:
+        n, m = (len_new(a) for a in scores[-2:])
+        out = call.rewriter.builder.constant(torch.ones(n, m, dtype=torch.bool).tril(), "causal")
+    if out is None:
+        return bias
+    if out.meta["val"].dtype is torch.bool:
+        return call.op(aten.where.ScalarOther, out, bias, float("-inf"))
+    return call.op(aten.add.Tensor, out, bias)
+
+
+def len_new(axis: Axis) -> int:
+    return new(axis)
+
+
+def sorted_tokens(scores: Label) -> bool:
+    """Whether a causal mask by position is still right: queries and keys are the same tokens in their original order."""
+    if not has_tokens(scores[-2]) and not has_tokens(scores[-1]):
+        return True
+    seq = tokens_of(scores[-1])
+    return scores[-2] == scores[-1] and seq is not None and all(s.ordered for one in seq.spaces for s in one.lineage())
+
+
+def log_sizes(call: Call, keys: Axis, scores: Label) -> Node | None:
+    """log(size) of each key, shaped to be added to scores: (B or 1, 1.., 1, keys); None where all sizes are 1."""
+    seq = next((a for a in keys if isinstance(a, Seq)), None)
+    if seq is None or not any(s.size is not None and s.proportional for s in seq.spaces):
+        return None
+    log = call.op(aten.log.default, call.gather.sizes(seq))
+    return spread(call, log, keys, scores)
+
+
+def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> Node:
+    """(B, tokens) laid out so that it broadcasts against `like`, whose axis `dim` is typed `axis`."""
+    dim = dim % len(like)
+    sizes = []
+    for d, one in enumerate(like):
+        if d == dim:
+            sizes.append(shape(value)[1])
+        else:
+            sizes.append(call.batch if any(isinstance(a, Batch) for a in one) else 1)
+    repeat = [a for a in axis if not isinstance(a, Seq)]
+    if repeat:  # groups of u rows share their token's size
+        value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
+        sizes[dim] = shape(value)[1]
+    merged = next((d for d, one in enumerate(like) if any(isinstance(a, Batch) for a in one) and len(one) > 1), None)
+    if merged is None:
+        return call.op(aten.reshape.default, value, sizes)
+    heads = old(like[merged]) // call.batch
+    value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
+    sizes[merged] = call.batch * heads
+    return call.op(aten.reshape.default, value, sizes)
+
+
+@rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax", "aten.log_softmax", "aten._log_softmax")
+def softmax(call: Call) -> Any:
+    label = call.label("self")
+    dim = call["dim"] % len(label)
+    bias = log_sizes(call, label[dim], with_last(label, dim)) if has_tokens(label[dim]) else None
+    if bias is None:
+        return call.emit(label)
+    if dim != len(label) - 1:
+        bias = call.op(aten.transpose.int, bias, dim, len(label) - 1)
+    dtype = call["self"].meta["val"].dtype
+    scores = call.op(aten.add.Tensor, call["self"], call.op(aten.to.dtype, bias, dtype))
+    return call.emit(label, self=scores)
+
+
+def with_last(label: Label, dim: int) -> Label:
+    """The label with axis `dim` swapped to the end."""
+    out = list(label)
+    out[dim], out[-1] = out[-1], out[dim]
+    return tuple(out)
+

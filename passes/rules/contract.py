@@ -1,0 +1,89 @@
+"""Matrix products: batch axes are broadcast, the contracted axis must hold the same tokens on both sides."""
+from __future__ import annotations
+
+from typing import Any
+
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, old, rule
+
+
+@rule("aten.matmul", "aten.bmm", "aten.mm")
+def matmul(call: Call) -> Any:
+    a, b = call.tensors()[:2]
+    la, lb = call.label(a), call.label(b)
+    if len(la) < 2 or len(lb) < 2:
+        return vector(call, a, b)
+    left, right, out = product(call, la, lb)
+    return call.emit(out, **{a: call.coerce(a, left), b: call.coerce(b, right)})
+
+
+def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
+    """What two operands must be coerced to, and what their product is."""
+    batch = call.join([la[:-2], lb[:-2]]) if len(la) > 2 or len(lb) > 2 else ()
+    inner = call.join_axis([la[-1], lb[-2]])
+    left = (*batch, la[-2], inner)[-len(la):]
+    right = (*batch, inner, lb[-1])[-len(lb):]
+    return left, right, (*batch, la[-2], lb[-1])
+
+
+def vector(call: Call, a: str, b: str) -> Any:
+    la, lb = call.label(a), call.label(b)
+    if len(la) == 1 or has_tokens(la[-1]) or has_tokens(lb[0]):
+        raise NeedsFull("it contracts tokens with a vector")
+    return call.emit(la[:-1])
+
+
+@rule("aten.baddbmm", "aten.addmm", "aten.addbmm")
+def add_product(call: Call) -> Any:
+    first, a, b = call.tensors()[:3]
+    left, right, out = product(call, call.label(a), call.label(b))
+    return call.emit(out, **{a: call.coerce(a, left), b: call.coerce(b, right), first: call.coerce(first, out)})
+
+
+@rule("aten.einsum")
+def einsum(call: Call) -> Any:
+    """Each letter is one axis, the same on every operand that names it."""
+    equation = call["equation"].replace(" ", "")
+    if "..." in equation:
+        raise NeedsFull("an einsum with an ellipsis")
+    inputs, _, output = equation.partition("->")
+    terms, labels = inputs.split(","), call.labels("tensors")
+    if any(len(set(t)) != len(t) for t in terms):
+        raise NeedsFull("an einsum that takes a diagonal")
+    axes: dict[str, Any] = {}
+    for term, label in zip(terms, labels):
+        for letter, axis in zip(term, label):
+            axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
+    operands = [
+        call.coerce_node(value, label, tuple(axes[c] for c in term))
+        for term, label, value in zip(terms, labels, call["tensors"])
+    ]
+    if "->" not in equation:
+        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
+    return call.emit(tuple(axes[c] for c in output), tensors=operands)
+
+
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose2d", "aten.conv_transpose1d")
+def convolution(call: Call) -> Any:
+    """Fine where tokens lie on the batch axis; a 1 x 1 kernel is a linear map and keeps them anywhere but on channels."""
+    label = call.label("input")
+    out = call.old_shape
+    if has_tokens(label[1]) or any(has_tokens(axis) for axis in label[2:]) and not is_one_by_one(call):
+        raise NeedsFull("it convolves over the token grid")
+    channels = (out[1],) if out[1] != 1 else ()
+    spatial = [axis if old(axis) == size else ((size,) if size != 1 else ()) for axis, size in zip(label[2:], out[2:])]
+    return call.emit((label[0], channels, *spatial))
+
+
+def is_one_by_one(call: Call) -> bool:
+    weight = call.label("weight")
+    ones = all(old(axis) == 1 for axis in weight[2:])
+    padding = call.args.get("padding", 0)
+    zero = padding in (0, "valid") or (isinstance(padding, (list, tuple)) and not any(padding))
+    return ones and zero and all(s == 1 for s in call.args.get("stride", [1]))
+
+
+@rule("aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool1d", "aten.avg_pool1d",
+      "aten.max_pool1d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
+      "aten.adaptive_max_pool2d", "aten.adaptive_max_pool1d", "aten.max_pool2d_with_indices", "aten.grid_sampler")
+def over_the_grid(call: Call) -> Any:
+    raise NeedsFull("it works on the token grid")

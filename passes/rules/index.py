@@ -1,0 +1,62 @@
+"""Table look-ups and indexing."""
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from tokcompile.passes.graph import shape
+from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, plain, rule
+
+
+@rule("aten.embedding")
+def embedding(call: Call) -> Any:
+    """Each index becomes a row."""
+    if any(has_tokens(a) for a in call.label("weight")):
+        raise NeedsFull("it looks reduced tokens up by position")
+    return call.emit((*call.label("indices"), plain(call.old_shape[-1:])[0]))
+
+
+@rule("aten.index_select")
+def index_select(call: Call) -> Any:
+    label = list(call.label("self"))
+    dim = call["dim"] % len(label)
+    if has_tokens(label[dim]) or call.labelled("index"):
+        raise NeedsFull("it reorders tokens by position")
+    label[dim] = plain(call.old_shape[dim:dim + 1])[0]
+    return call.emit(tuple(label))
+
+
+@rule("aten.index")
+def advanced_index(call: Call) -> Any:
+    """Plain index tensors on axes without tokens; a single labelled index into a plain table."""
+    label, indices = call.label("self"), call.old_args["indices"]
+    given = [(d, i) for d, i in enumerate(indices) if isinstance(i, Node)]
+    if any(has_tokens(label[d]) or any(not isinstance(a, int) for a in label[d]) for d, _ in given):
+        raise NeedsFull("it picks tokens by position")
+    dims = [d for d, _ in given]
+    if dims != list(range(dims[0], dims[0] + len(dims))):
+        raise NeedsFull("an index with gaps between its axes")
+    joined = call.join(call.label_of(i) for _, i in given)
+    values = [call.coerce_node(call.rewriter.env[i], call.label_of(i), joined) if isinstance(i, Node) else None for i in indices]
+    out = (*label[: dims[0]], *joined, *label[dims[-1] + 1:])
+    return call.emit(out, indices=values)
+
+
+@rule("aten.gather", "aten.take_along_dim")
+def gather(call: Call) -> Any:
+    """Along an axis without tokens, self and index over the same tokens elsewhere."""
+    index = "index" if "index" in call.args else "indices"
+    label, other = call.label("self"), call.label(index)
+    dim = call["dim"] % len(label)
+    if has_tokens(label[dim]) or has_tokens(other[dim]):
+        raise NeedsFull("it picks tokens by position")
+    rest = call.join([label[:dim] + ((),) + label[dim + 1:], other[:dim] + ((),) + other[dim + 1:]])
+    want = (*rest[:dim], other[dim], *rest[dim + 1:])
+    mine = (*rest[:dim], label[dim], *rest[dim + 1:])
+    return call.emit(want, **{"self": call.coerce("self", mine), index: call.coerce(index, want)})
+
+
+@rule("aten.index_put", "aten.scatter", "aten.masked_scatter", "aten.index_add", "aten.index_copy", "aten.scatter_add")
+def writes(call: Call) -> Any:
+    raise NeedsFull(f"it writes at positions of a tensor of shape {shape(call.node)}")

@@ -1,0 +1,152 @@
+"""Ops that put token axes together or take them apart: cat, stack, slice, select, split, unbind."""
+from __future__ import annotations
+
+from typing import Any
+
+from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.tokens import Axis, Seq, Space, make_seq, new_shape, normal
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call) -> Any:
+    labels, values = call.labels("tensors"), call["tensors"]
+    rank = len(call.old_shape)
+    dim = call["dim"] % rank
+    joined = call.join([with_axis(one, dim, ()) for one in labels])
+    if not any(has_tokens(one[dim]) for one in labels):
+        out = with_axis(joined, dim, plain(call.old_shape[dim:dim + 1])[0])
+    else:
+        parts: list[Any] = []
+        for one in labels:
+            seq = tokens_of(one[dim])
+            if seq is None and has_tokens(one[dim]):
+                raise NeedsFull("it joins groups of tokens end to end")
+            parts += seq.parts if seq else [old(one[dim])]
+        out = with_axis(joined, dim, normal((make_seq(parts),)))
+    operands = [call.coerce_node(v, one, with_axis(joined, dim, one[dim])) for v, one in zip(values, labels)]
+    return call.emit(out, tensors=[widened(call, v, joined, dim) for v in operands])
+
+
+def widened(call: Call, value: Any, joined: Label, dim: int) -> Any:
+    """An operand that gained the batch is as wide as the others; one that did not may still have to be repeated."""
+    sizes = [shape(value)[d] if d == dim else size for d, size in enumerate(new_shape(joined))]
+    return value if list(shape(value)) == sizes else call.op(aten.expand.default, value, sizes)
+
+
+def with_axis(label: Label, dim: int, axis: Axis) -> Label:
+    return (*label[:dim], axis, *label[dim + 1:])
+
+
+@rule("aten.stack")
+def stack(call: Call) -> Any:
+    label = call.join(call.labels("tensors"))
+    operands = [call.coerce_node(v, one, label) for v, one in zip(call["tensors"], call.labels("tensors"))]
+    dim = call["dim"] % (len(label) + 1)
+    out = (*label[:dim], plain((len(operands),))[0], *label[dim:])
+    return call.emit(out, tensors=[widened(call, v, label, -1) for v in operands])
+
+
+@rule("aten.slice", "aten.narrow")
+def slice_(call: Call) -> Any:
+    label = call.label("self")
+    dim = (call["dim"] or 0) % len(label)
+    size = old(label[dim])
+    if "length" in call.args:
+        start, stop, step = call["start"] % size, call["start"] % size + call["length"], 1
+    else:
+        start, stop, step = slice(call["start"], call["end"], call["step"]).indices(size)
+    if not has_tokens(label[dim]):
+        return call.emit(with_axis(label, dim, plain(call.old_shape[dim:dim + 1])[0]))
+    if (start, stop, step) == (0, size, 1):
+        return call["self"], label
+    value, axis = cut(call, call["self"], label, dim, start, stop, step)
+    return call.typed(value, with_axis(label, dim, axis))
+
+
+def cut(call: Call, value: Any, label: Label, dim: int, start: int, stop: int, step: int = 1) -> tuple[Any, Axis]:
+    """Old positions start:stop of a token axis, where that cuts between parts."""
+    seq = tokens_of(label[dim])
+    if seq is None or step != 1:
+        raise NeedsFull("it takes every other token, or a slice of grouped ones")
+    parts, new_start, new_length, at = [], 0, 0, 0
+    for part in seq.parts:
+        width, kept = extent(part)
+        lo, hi = max(start, at), min(stop, at + width)
+        if lo < hi:
+            if isinstance(part, Space) and (lo, hi) != (at, at + width):
+                raise NeedsFull("it cuts through the reduced tokens")
+            whole = isinstance(part, Space)
+            parts.append(part if whole else hi - lo)
+            new_length += kept if whole else hi - lo
+        if hi <= lo and at + width <= start:
+            new_start += kept
+        elif lo < hi and lo > at:
+            new_start += lo - at
+        at += width
+    axis = normal((make_seq(parts),)) if parts else ()
+    return call.op(aten.slice.Tensor, value, dim, new_start, new_start + new_length), axis
+
+
+def extent(part: int | Space) -> tuple[int, int]:
+    """(old, new) length of a part."""
+    return (part.root_n, part.k) if isinstance(part, Space) else (part, part)
+
+
+@rule("aten.select")
+def select(call: Call) -> Any:
+    label = call.label("self")
+    dim = call["dim"] % len(label)
+    index = call["index"] % old(label[dim])
+    if not has_tokens(label[dim]) and old(label[dim]) != call.batch:
+        return call.emit(with_axis(label, dim, ())[:dim] + label[dim + 1:])
+    if not has_tokens(label[dim]):
+        if any(not isinstance(a, int) for a in label[dim]):
+            raise NeedsFull("it picks one sample out of the batch")
+        return call.emit(label[:dim] + label[dim + 1:])
+    value, axis = cut(call, call["self"], label, dim, index, index + 1)
+    if any(isinstance(a, Seq) for a in axis):
+        raise NeedsFull("it picks one of the reduced tokens")
+    return call.typed(call.op(aten.select.int, value, dim, 0), label[:dim] + label[dim + 1:])
+
+
+@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk", "aten.unsafe_split",
+      "aten.hsplit", "aten.vsplit", "aten.dsplit")
+def split(call: Call) -> Any:
+    label = call.label("self")
+    dim = call.args.get("dim", 0) % len(label)
+    pieces = [v.shape for v in call.node.meta["val"]]
+    if not has_tokens(label[dim]):
+        return call.emit([with_axis(label, dim, plain((piece[dim],))[0]) for piece in pieces])
+    out, at = [], 0
+    for piece in pieces:
+        value, axis = cut(call, call["self"], label, dim, at, at + piece[dim])
+        out.append(call.typed(value, with_axis(label, dim, axis)))
+        at += piece[dim]
+    return out
+
+
+@rule("aten.unbind")
+def unbind(call: Call) -> Any:
+    label = call.label("self")
+    dim = call["dim"] % len(label)
+    if has_tokens(label[dim]) or any(not isinstance(a, int) for a in label[dim]):
+        raise NeedsFull("it handles each token or sample by itself")
+    return call.emit([label[:dim] + label[dim + 1:]] * old(label[dim]))
+
+
+@rule("aten.slice_scatter")
+def slice_scatter(call: Call) -> Any:
+    """base with base[start:end] = src: where tokens are cut between parts, a join of what is left and what is written."""
+    label, source = call.label("self"), call.label("src")
+    dim = call["dim"] % len(label)
+    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(old_at(call, "self", dim))
+    if not has_tokens(label[dim]) and not has_tokens(source[dim]):
+        rest = call.join([with_axis(label, dim, ()), with_axis(source, dim, ())])
+        out = with_axis(rest, dim, label[dim])
+        return call.emit(out, self=call.coerce("self", out), src=call.coerce("src", with_axis(rest, dim, source[dim])))
+    raise NeedsFull("it writes into part of the token axis")
+
+
+def old_at(call: Call, name: str, dim: int) -> int:
+    return shape(call.old_args[name])[dim]

@@ -1,0 +1,77 @@
+"""Ops that act on each element, or on each row of the last axes: the label is that of the broadcast operands."""
+from __future__ import annotations
+
+from typing import Any
+
+from tokcompile.passes.graph import aten
+from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, plain, rule
+
+UNARY = """abs neg exp exp2 expm1 log log1p log2 sqrt rsqrt reciprocal square sin cos tan tanh sigmoid erf relu relu6 gelu silu
+mish hardswish hardsigmoid hardtanh elu celu selu leaky_relu softplus logsigmoid clamp clamp_min clamp_max round floor ceil
+trunc sign bitwise_not logical_not isnan isinf isfinite nan_to_num to _to_copy clone contiguous alias detach dropout positive
+pow type_as zeros_like ones_like full_like empty_like rand_like float half bfloat16 frac logit threshold softsign tanhshrink
+fill zero sinh cosh atan asin acos feature_dropout""".split()
+BINARY = """add sub mul div true_divide floor_divide remainder fmod maximum minimum where masked_fill eq ne lt le gt ge
+logical_and logical_or logical_xor bitwise_and bitwise_or atan2 addcmul addcdiv lerp rsub fmax fmin prelu copysign hypot
+ldexp nextafter xlogy""".split()
+
+
+@rule(*(f"aten.{name}" for name in UNARY + BINARY))
+def pointwise(call: Call) -> Any:
+    names = call.tensors()
+    if call.node.target in (aten.type_as.default,):
+        names = names[:1]
+    label = call.join(call.label(name) for name in names)
+    return call.emit(label, **{name: call.coerce(name, label) for name in names})
+
+
+@rule("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
+def last_axes_norm(call: Call) -> Any:
+    """Normalises the last axes of each token."""
+    label = call.label("input")
+    count = len(call["normalized_shape"])
+    if any(has_tokens(axis) for axis in label[-count:]):
+        raise NeedsFull("it normalises over tokens")
+    return call.emit(label)
+
+
+@rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm", "aten.cudnn_batch_norm")
+def batch_norm(call: Call) -> Any:
+    """At inference an affine map per channel (axis 1)."""
+    label = call.label("input")
+    if has_tokens(label[1]) or call.args.get("training") or call.args.get("use_input_stats"):
+        raise NeedsFull("it normalises over tokens")
+    return call.emit(label)
+
+
+@rule("aten.group_norm", "aten.native_group_norm")
+def group_norm(call: Call) -> Any:
+    """Statistics over all positions: only harmless where no position is a token."""
+    label = call.label("input")
+    if any(has_tokens(axis) for axis in label[1:]):
+        raise NeedsFull("its statistics run over all tokens")
+    return call.emit(label)
+
+
+@rule("aten.linear")
+def linear(call: Call) -> Any:
+    label = call.label("input")
+    if has_tokens(label[-1]) or any(has_tokens(a) for a in call.label("weight")):
+        raise NeedsFull("it mixes tokens by a weight per position")
+    return call.emit((*label[:-1], plain(call.old_shape[-1:])[0]))
+
+
+@rule("aten.glu")
+def glu(call: Call) -> Any:
+    label = list(call.label("self"))
+    dim = call["dim"] % len(label)
+    if has_tokens(label[dim]):
+        raise NeedsFull("it pairs tokens with each other")
+    label[dim] = plain(call.old_shape[dim:dim + 1])[0]
+    return call.emit(tuple(label))
+
+
+@rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty", "aten.sym_size")
+def fresh(call: Call) -> Any:
+    """Takes only the dtype of its operand: the result is a full, unlabelled tensor."""
+    return call.emit(plain(call.old_shape))

@@ -1,0 +1,99 @@
+"""Reductions over axes: over tokens they run over the kept ones, each weighing as many as it holds."""
+from __future__ import annotations
+
+from typing import Any
+
+from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.rules.attention import spread
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, rule
+from tokcompile.passes.tokens import Seq
+
+
+def dims_of(call: Call, rank: int) -> list[int]:
+    dim = call.args.get("dim")
+    if dim is None or dim == []:
+        return list(range(rank))
+    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def reduced(label: Label, dims: list[int], keep: bool) -> Label:
+    return tuple(() if d in dims else axis for d, axis in enumerate(label) if keep or d not in dims)
+
+
+@rule("aten.mean", "aten.sum", "aten.nansum")
+def mean_or_sum(call: Call) -> Any:
+    label = call.label("self")
+    dims = dims_of(call, len(label))
+    out = reduced(label, dims, bool(call.args.get("keepdim")))
+    merged = [d for d in dims if any(s.size is not None for a in label[d] if isinstance(a, Seq) for s in a.spaces)]
+    if not merged or not call.rewriter.size_weighted_mean:
+        return call.emit(out)
+    if len(merged) > 1:
+        raise NeedsFull("it sums over two token axes at once")
+    dim = merged[0]
+    seq = next(a for a in label[dim] if isinstance(a, Seq))
+    size = spread(call, call.gather.sizes(seq), label[dim], label, dim)
+    size = call.op(aten.to.dtype, size, call["self"].meta["val"].dtype)
+    weighted = call.op(aten.mul.Tensor, call["self"], size)
+    total = call.op(aten.sum.dim_IntList, weighted, dims, bool(call.args.get("keepdim")))
+    if call.node.target in (aten.mean.dim, aten.mean.default):
+        count = call.op(aten.sum.dim_IntList, size, [dim], True)
+        rest = 1
+        for d in dims:
+            rest *= 1 if d == dim else shape(call["self"])[d]
+        if rest != 1:
+            count = call.op(aten.mul.Scalar, count, rest)
+        sizes = [s for d, s in enumerate(shape(count)) if call.args.get("keepdim") or d not in dims]
+        total = call.op(aten.div.Tensor, total, call.op(aten.reshape.default, count, sizes))
+    return call.typed(total, out)
+
+
+@rule("aten.amax", "aten.amin", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.all", "aten.any", "aten.prod",
+      "aten.frobenius_norm")
+def other(call: Call) -> Any:
+    """Over tokens: over those that are left."""
+    name = call.tensors()[0]
+    label = call.label(name)
+    return call.emit(reduced(label, dims_of(call, len(label)), bool(call.args.get("keepdim"))))
+
+
+@rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
+def moments(call: Call) -> Any:
+    label = call.label("self")
+    dims = dims_of(call, len(label))
+    if any(has_tokens(label[d]) for d in dims):
+        raise NeedsFull("its statistics run over all tokens")
+    out = reduced(label, dims, bool(call.args.get("keepdim")))
+    return call.emit([out, out] if "mean" in str(call.node.target) else out)
+
+
+@rule("aten.max", "aten.min")
+def extremes(call: Call) -> Any:
+    if "other" in call.args:
+        from tokcompile.passes.rules.pointwise import pointwise
+
+        return pointwise(call)
+    label = call.label("self")
+    dims = dims_of(call, len(label))
+    out = reduced(label, dims, bool(call.args.get("keepdim")))
+    if "dim" not in call.args:
+        return call.emit(out)
+    if any(has_tokens(label[d]) for d in dims):
+        raise NeedsFull("it gives positions of tokens")
+    return call.emit([out, out])
+
+
+@rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.cumsum", "aten.cumprod", "aten.kthvalue")
+def positions(call: Call) -> Any:
+    """Along other axes only: over tokens, positions and running sums would mean something else."""
+    label = call.label("self")
+    dim = call.args.get("dim")
+    if dim is None or has_tokens(label[dim % len(label)]):
+        raise NeedsFull("it gives positions of tokens")
+    value = call.node.meta["val"]
+    if isinstance(value, (tuple, list)):
+        size = value[0].shape[dim % len(label)]
+        out = tuple((size,) if d == dim % len(label) else axis for d, axis in enumerate(label))
+        return call.emit([out, out])
+    keep = call.args.get("keepdim", True) if "arg" in str(call.node.target) and "sort" not in str(call.node.target) else None
+    return call.emit(label if keep is None else reduced(label, [dim % len(label)], bool(keep)))

@@ -1,0 +1,113 @@
+"""Ops that only rearrange axes: labels are regrouped, literal sizes are rewritten from the label."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokcompile.passes.graph import aten
+from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_tokens, normal, old, plain, rule
+from tokcompile.passes.tokens import SplitsTokens, new, new_shape, regroup
+
+
+@rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten.reshape_as",
+    "aten.view_copy", "aten._reshape_alias",
+)  # fmt: skip
+def view(call: Call) -> Any:
+    name = call.tensors()[0]
+    if call.node.target is aten.view.dtype:
+        return call.emit(call.label(name))
+    try:
+        label = regroup(call.label(name), call.old_shape)
+    except SplitsTokens as split:
+        if not call.rewriter.after_last(call.node):
+            call.rewriter.splits.append(split)
+        raise NeedsFull("it views the tokens as a grid, as windows or as groups") from split
+    except ValueError as error:
+        raise NeedsFull(str(error)) from error
+    return call.typed(call.op(aten.reshape.default, call[name], list(new_shape(label))), label)
+
+
+@rule("aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.numpy_T", "aten.mT",
+      "aten.adjoint", "aten.mH", "aten.permute_copy")
+def permute(call: Call) -> Any:
+    """Whatever the op is called, it is run on a tensor whose strides tell the axes apart."""
+    label = call.label("self")
+    marks = torch.empty_strided([2] * len(label), list(range(1, len(label) + 1)), device="meta")
+    args = [marks if a is call.node.args[0] else a for a in call.node.args]
+    order = [s - 1 for s in call.node.target(*args, **call.node.kwargs).stride()]
+    return call.typed(call.op(aten.permute.default, call["self"], order), tuple(label[i] for i in order))
+
+
+@rule("aten.unsqueeze")
+def unsqueeze(call: Call) -> Any:
+    label = list(call.label("self"))
+    label.insert(call["dim"] % (len(label) + 1), ())
+    return call.emit(tuple(label))
+
+
+@rule("aten.squeeze")
+def squeeze(call: Call) -> Any:
+    label = call.label("self")
+    dims = call.args.get("dim", range(len(label)))
+    dims = [d % len(label) for d in ([dims] if isinstance(dims, int) else dims)]
+    gone = [d for d in dims if old(label[d]) == 1]
+    kept = [d for d in range(len(label)) if d not in gone]
+    return call.typed(call.op(aten.squeeze.dims, call["self"], gone), tuple(label[d] for d in kept))
+
+
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def expand(call: Call) -> Any:
+    """Axes of size 1 are repeated; where the original repeated them to the batch, they become the batch."""
+    label, sizes = call.label("self"), call.old_shape
+    padded = ((),) * (len(sizes) - len(label)) + tuple(label)
+    want = tuple(axis if old(axis) == size else plain((size,))[0] for axis, size in zip(padded, sizes))
+    return call.typed(call.op(aten.expand.default, call["self"], list(new_shape(want))), want)
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: Call) -> Any:
+    """`r` copies of an axis one after the other: r * axis."""
+    label = call.label("self")
+    counts = list(call.args.get("repeats", call.args.get("dims")))
+    padded = ((),) * (len(counts) - len(label)) + tuple(label)
+    counts = [1] * (len(padded) - len(counts)) + counts
+    out = tuple(normal((c, *axis)) for c, axis in zip(counts, padded))
+    return call.typed(call.op(aten.repeat.default, call["self"], counts), out)
+
+
+@rule("aten.repeat_interleave")
+def repeat_interleave(call: Call) -> Any:
+    """Each entry `r` times in a row: axis * r."""
+    if call.node.target is not aten.repeat_interleave.self_int or call["dim"] is None:
+        raise NeedsFull("it repeats by a tensor of counts")
+    label = list(call.label("self"))
+    dim = call["dim"] % len(label)
+    label[dim] = normal((*label[dim], call["repeats"]))
+    size = call.args.get("output_size") and new(label[dim])
+    return call.emit(tuple(label), output_size=size)
+
+
+@rule("aten.roll", "aten.flip", "aten.rot90", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.constant_pad_nd", "aten.pad")
+def moves_positions(call: Call) -> Any:
+    """Moves values along axes: fine where those axes hold no tokens."""
+    label = call.label("self")
+    dims = call.args.get("dims")
+    if dims is not None:
+        touched = [d % len(label) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    elif "pad" in call.args:
+        pad = call["pad"]
+        touched = [len(label) - 1 - i // 2 for i in range(len(pad)) if pad[i]]
+    else:
+        touched = list(range(len(label)))
+    if any(has_tokens(label[d]) or any(isinstance(a, Batch) for a in label[d]) for d in touched) or not touched:
+        raise NeedsFull("it moves values along the token axis")
+    out = tuple(plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape)))
+    return call.emit(out)
+
+
+@rule("aten.unfold", "aten.as_strided", "aten.im2col", "aten.col2im")
+def strided(call: Call) -> Any:
+    raise NeedsFull("it reads tokens by their place on the grid")
+

@@ -1,0 +1,189 @@
+"""Token spaces as types: what the axes of a tensor mean once tokens have been removed.
+
+An axis is an ordered PRODUCT of atoms (`int`, `Batch`, `Seq`); a `Seq` is an ordered CONCATENATION of parts (plain token
+counts and reduced `Space`s). Sizes before the reduction are "old", sizes after it "new". A tensor without a label has its
+original value; a labelled one has the original value restricted to the kept tokens, or combined over them.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Union
+
+from torch.fx import Node
+
+
+@dataclass(eq=False)
+class Space:
+    """What one reduction left of a token axis: `n` tokens before it, `k` after it.
+
+    index:  (B, k) the token of the parent space that each new token stands for (its representative).
+    assign: (B, n) the new token that each token of the parent space went to; a thunk, since few graphs need it.
+    size:   (B, k) how many original tokens each one holds, or None where nothing was merged.
+    ordered: whether `index` ascends, so that causal masks and the like stay what they were.
+    """
+
+    name: str
+    n: int
+    k: int
+    parent: Space | None = None
+    index: Node | None = None
+    assign: Any = None
+    size: Node | None = None
+    proportional: bool = False
+    ordered: bool = True
+
+    @property
+    def root_n(self) -> int:
+        return self.parent.root_n if self.parent else self.n
+
+    def lineage(self) -> list[Space]:
+        """This space and its ancestors, youngest first."""
+        return [self, *(self.parent.lineage() if self.parent else [])]
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{self.root_n}->{self.k}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch: each sample keeps its own tokens, so a gather needs to know where the batch runs."""
+
+    size: int
+
+    def __repr__(self) -> str:
+        return f"B{self.size}"
+
+
+@dataclass(frozen=True)
+class Seq:
+    """A token axis: plain tokens (class token, registers, text) around reduced spaces, in order."""
+
+    parts: tuple[Union[int, Space], ...]
+
+    @property
+    def old(self) -> int:
+        return sum(p if isinstance(p, int) else p.root_n for p in self.parts)
+
+    @property
+    def new(self) -> int:
+        return sum(p if isinstance(p, int) else p.k for p in self.parts)
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        return tuple(p for p in self.parts if isinstance(p, Space))
+
+    def __repr__(self) -> str:
+        return "Seq(" + " + ".join(map(str, self.parts)) + ")"
+
+
+Atom = Union[int, Batch, Seq]
+Axis = tuple[Atom, ...]
+Label = tuple[Axis, ...]
+
+
+class SplitsTokens(Exception):
+    """A view tears a reduced token axis apart (a grid, windows, or groups of `unit` neighbours)."""
+
+    def __init__(self, seq: Seq, unit: int | None):
+        super().__init__(f"a view splits {seq}")
+        self.seq, self.unit = seq, unit
+
+
+def make_seq(parts: Iterable[int | Space]) -> Seq:
+    """A Seq with neighbouring plain counts added up and empty ones left out."""
+    out: list[int | Space] = []
+    for part in parts:
+        if isinstance(part, int) and out and isinstance(out[-1], int):
+            out[-1] += part
+        elif part != 0:
+            out.append(part)
+    return Seq(tuple(out))
+
+
+def old(axis: Axis) -> int:
+    return prod(a.old if isinstance(a, Seq) else a.size if isinstance(a, Batch) else a for a in axis)
+
+
+def new(axis: Axis) -> int:
+    return prod(a.new if isinstance(a, Seq) else a.size if isinstance(a, Batch) else a for a in axis)
+
+
+def has_tokens(axis: Axis) -> bool:
+    return any(isinstance(a, Seq) for a in axis)
+
+
+def has_batch(axis: Axis) -> bool:
+    return any(isinstance(a, Batch) for a in axis)
+
+
+def tokens_of(axis: Axis) -> Seq | None:
+    """The Seq of an axis that is nothing but tokens."""
+    return axis[0] if len(axis) == 1 and isinstance(axis[0], Seq) else None
+
+
+def normal(atoms: Iterable[Atom]) -> Axis:
+    """An axis in normal form: no 1, and neighbouring plain factors multiplied out."""
+    out: list[Atom] = []
+    for atom in atoms:
+        if isinstance(atom, Seq) and not atom.spaces:
+            atom = atom.old
+        if isinstance(atom, int) and out and isinstance(out[-1], int):
+            out[-1] *= atom
+        elif atom != 1:
+            out.append(atom)
+    return tuple(out)
+
+
+def plain(shape: Iterable[int]) -> Label:
+    return tuple(normal((int(s),)) for s in shape)
+
+
+def is_labelled(label: Label | None) -> bool:
+    return label is not None and any(has_tokens(a) for a in label)
+
+
+def old_shape(label: Label) -> tuple[int, ...]:
+    return tuple(old(a) for a in label)
+
+
+def new_shape(label: Label) -> tuple[int, ...]:
+    return tuple(new(a) for a in label)
+
+
+def regroup(label: Label, shape: Iterable[int]) -> Label:
+    """The label of a view: the same atoms in order, cut anew so that each axis has the given OLD size.
+
+    Plain factors may be split and joined; a token axis may be joined with its neighbours but never split.
+    """
+    atoms: list[Atom] = [a for axis in label for a in axis]
+    out: list[Axis] = []
+    for want in shape:
+        got: list[Atom] = []
+        while want != 1:
+            if not atoms:
+                raise ValueError(f"cannot view {label} as {tuple(shape)}")
+            atom = atoms.pop(0)
+            size = old((atom,))
+            if want % size == 0:
+                got.append(atom)
+                want //= size
+            elif isinstance(atom, int) and atom % want == 0:
+                got.append(want)
+                atoms.insert(0, atom // want)
+                want = 1
+            elif isinstance(atom, Seq):
+                # a view (N, D) -> (N/u, u*D) glues u neighbours together; anything else (a grid, windows) tears them apart
+                raise SplitsTokens(atom, atom.old // want if not got and atom.old % want == 0 else None)
+            else:
+                raise ValueError(f"cannot view {label} as {tuple(shape)}")
+        out.append(normal(got))
+    return tuple(out)
+
+
+def describe(label: Label | None) -> str:
+    """A label as text for messages: `[B2, Seq(1 + s:196->98), 384]`."""
+    if label is None:
+        return "unlabelled"
+    return "[" + ", ".join("*".join(map(str, axis)) or "1" for axis in label) + "]"

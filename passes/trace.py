@@ -1,0 +1,215 @@
+"""Trace: any model, exported program or saved `.pt2` becomes one static ATen graph with its example inputs."""
+from __future__ import annotations
+
+import inspect
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
+from tokcompile.passes.replay import Recording, record, replay
+
+
+@dataclass
+class Traced:
+    """A static graph over flat inputs, and how to get from the caller's arguments to them and back.
+
+    gm: flat tensors (and constants) in, a flat list out; `meta['val']` holds fake values.
+    program: the untouched exported program, whose weights `gm` shares.
+    guards: what was fixed from the example inputs while tracing (values read back into Python).
+    """
+
+    gm: GraphModule
+    inputs: list[Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    program: ExportedProgram | None = None
+    arg_names: list[str] | None = None
+    output_names: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+
+
+def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
+    """Traces `model` (nn.Module, ExportedProgram, or the path of a `.pt2`) on example inputs.
+
+    Raises: InputError, TraceError, ExportError, UnsupportedGraph.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        model = load_program(os.fspath(model))
+    guards: list[str] = []
+    names: list[str] | None = None
+    if isinstance(model, ExportedProgram):
+        program = model
+        if args is None and kwargs is None:
+            if program.example_inputs is None:
+                raise InputError("the exported program was saved without example inputs: pass args=(...)")
+            args, kwargs = program.example_inputs
+    elif isinstance(model, torch.nn.Module):
+        check_module(model, args, kwargs)
+        names = list(inspect.signature(model.forward).parameters)
+        program, guards = export(model, args or (), kwargs or {})
+    else:
+        raise InputError(f"model must be an nn.Module, an ExportedProgram or the path of a .pt2, not {type(model).__name__}")
+    return from_program(program, args or (), kwargs or {}, names, guards)
+
+
+def from_program(
+    program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None, guards: list[str]
+) -> Traced:
+    """The flat, static graph of an exported program."""
+    refuse_dynamic(program)
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    kwargs = {k: kwargs[k] for k in in_spec.child(1).context if k in kwargs} if in_spec.num_children > 1 else kwargs
+    inputs, given = pytree.tree_flatten((args, kwargs))
+    if given != in_spec:
+        raise InputError(
+            f"the example inputs do not have the structure the program was exported with:\n  given    {given}\n"
+            f"  expected {in_spec}"
+        )
+    gm = unlift(program)
+    gm.graph._codegen = torch.fx.graph.CodeGen()  # flat in, flat out: the caller's structure is restored outside
+    gm.recompile()
+    output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
+    return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards)
+
+
+def unlift(program: ExportedProgram) -> GraphModule:
+    """The program as a graph module with weights as attributes and without its run-time input guards."""
+    if "check_guards" in inspect.signature(program.module).parameters:
+        return program.module(check_guards=False)
+    return program.module()
+
+
+def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuses what cannot be traced: training mode, missing or wrongly shaped example inputs."""
+    if any(m.training for m in model.modules()):
+        name = next(n for n, m in model.named_modules() if m.training)
+        raise InputError(
+            f"the model is in training mode (module {name or type(model).__name__!r}): dropout and batch norm would be "
+            "compiled in. Call model.eval() first."
+        )
+    if args is None and not kwargs:
+        raise InputError("pass example inputs: tokcompile.optimize(model, (example,)) or kwargs={...}")
+    if args is not None and not isinstance(args, tuple):
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}: write (x,) for a single one")
+
+
+def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
+    """torch.export, plainly if that works, else with values recorded in one eager run and replayed."""
+    try:
+        return plain_export(model, args, kwargs), []
+    except Exception as first:
+        try:
+            recording = record(lambda: model(*args, **kwargs))
+        except Exception as error:
+            raise InputError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
+                "  what to do: pass inputs that model(*args, **kwargs) accepts"
+            ) from error
+        if recording.values:
+            try:
+                with replay(recording):
+                    program = plain_export(model, args, kwargs)
+                return program, recording.guards()
+            except Exception as second:
+                first = second
+        raise TraceError(refusal(first, recording)) from first
+
+
+def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    with torch.no_grad(), no_fast_path():
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """nn.TransformerEncoder's fused inference kernels hide the attention from the pass."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def refusal(error: Exception, recording: Recording) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (
+        f"torch.export cannot trace this model: {type(error).__name__}: {' '.join(lines[:3])}\n"
+        f"  values read back into Python in an eager run: {len(recording.values)}\n"
+        "  what to do: make the forward free of data-dependent shapes and branches for these inputs, or export it "
+        "yourself and pass the ExportedProgram, or optimize the part of the model that holds the blocks"
+    )
+
+
+def refuse_dynamic(program: ExportedProgram) -> None:
+    """Budgets are fixed at compile time, so every shape must be too."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for i, size in enumerate(value.shape):
+                if not isinstance(size, int):
+                    raise UnsupportedGraph(
+                        f"input {node.name!r} has a dynamic shape: dimension {i} is {size}",
+                        hint="export with static shapes; for several sizes optimize once per size",
+                    )
+
+
+def load_program(path: str, extra_files: dict[str, Any] | None = None) -> ExportedProgram:
+    """Reads a `.pt2` file. Raises: ExportError that says what is wrong with it."""
+    if not os.path.exists(path):
+        raise ExportError(f"no such file: {path}")
+    if not zipfile.is_zipfile(path):
+        raise ExportError(f"{path} is not a torch.export archive (.pt2)")
+    try:
+        return torch.export.load(path, extra_files=extra_files)
+    except Exception as error:
+        raise ExportError(f"{path} cannot be read as a torch.export archive: {error}") from error
+
+
+def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
+    """A function (*args, **kwargs) -> flat inputs that refuses any other structure, shape or dtype."""
+    expected = [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for v in traced.inputs]
+    spec, names = traced.in_spec, traced.arg_names
+    positional, keywords = spec.child(0).num_children, list(spec.child(1).context or ())
+
+    def flatten(*args: Any, **kwargs: Any) -> list[Any]:
+        args, kwargs = rearrange(args, kwargs, positional, keywords, names)
+        flat, given = pytree.tree_flatten((args, kwargs))
+        if given != spec:
+            raise InputError(f"called with other arguments than it was compiled for:\n  given    {given}\n  expected {spec}")
+        for i, (value, want) in enumerate(zip(flat, expected)):
+            if isinstance(value, torch.Tensor):
+                if not isinstance(want, tuple) or tuple(value.shape) != want[0] or value.dtype != want[1]:
+                    raise InputError(
+                        f"input {i} is {tuple(value.shape)} {value.dtype}, but the model was compiled for "
+                        f"{want[0] if isinstance(want, tuple) else want} {want[1] if isinstance(want, tuple) else ''}: "
+                        "shapes and budgets are static, optimize once per input shape"
+                    )
+            elif value != want:
+                raise InputError(f"input {i} is {value!r}, but the model was compiled for {want!r}")
+        return flat
+
+    return flatten
+
+
+def rearrange(
+    args: tuple[Any, ...], kwargs: dict[str, Any], positional: int, keywords: list[str], names: list[str] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Moves arguments between positions and keywords so that they stand as they did at compile time."""
+    kwargs = dict(kwargs)
+    args = list(args)
+    if names:
+        while len(args) < positional and names[len(args)] in kwargs:
+            args.append(kwargs.pop(names[len(args)]))
+        for name in reversed(names[positional:len(args)]):
+            kwargs[name] = args.pop()
+    return tuple(args), {k: kwargs[k] for k in keywords if k in kwargs} | {k: v for k, v in kwargs.items() if k not in keywords}

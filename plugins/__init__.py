@@ -1,0 +1,1 @@
+"""What the plugin library and the graph agree on."""

@@ -1,0 +1,61 @@
+"""tokcompile: static token reduction, compiled into any vision transformer."""
+
+from tokcompile import primitives, steps
+from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
+from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
+
+from tokcompile.check import Check, check
+from tokcompile.errors import (
+    BudgetError,
+    ExportError,
+    InputError,
+    MethodError,
+    PlanError,
+    TokcompileError,
+    TraceError,
+    UnsupportedGraph,
+)
+from tokcompile.passes.plan import Plan, Reduction
+from tokcompile.passes.rules import Call, NeedsFull, register_rule
+from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, methods, register_method
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "Call",
+    "Check",
+
+    "ExportError",
+    "Flops",
+    "InputError",
+    "Keep",
+    "KeepRate",
+    "Merge",
+    "MethodError",
+    "Mix",
+    "NeedsFull",
+    "OptimizedModel",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "ReducedOutput",
+    "Reduction",
+    "Remove",
+    "Schedule",
+    "Share",
+    "Site",
+    "TokcompileError",
+    "Tokens",
+    "TraceError",
+    "UnsupportedGraph",
+
+    "check",
+    "load",
+    "methods",
+    "optimize",
+    "primitives",
+    "register_method",
+    "register_rule",
+    "steps",
+]

@@ -1,0 +1,174 @@
+"""`tokcompile.optimize` and what it returns."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tokcompile.compiler import Analysis, Compiled, analyse, compile_plan, settings_for
+from tokcompile.errors import ExportError, InputError, MethodError, PlanError
+from tokcompile.files import atomic
+from tokcompile.passes.cost import terms
+from tokcompile.passes.plan import Plan
+from tokcompile.passes.trace import flat_caller
+from tokcompile.recipe import Recipe
+from tokcompile.report import Report, make_report
+
+FORMAT = 1
+
+
+class ReducedOutput(NamedTuple):
+    """What a model optimized with outputs="reduced" returns: the model's own output, short along its token axes, and
+    for each space of tokens that shows in it the kept original indices (B, k) and, after merging, the sizes (B, k)."""
+
+    output: Any
+    kept: dict[str, Tensor]
+
+
+class OptimizedModel(torch.nn.Module):
+    """The model with token reduction compiled in; it is called, and answers, like the original.
+
+    plan: the reductions that were carried out. report: what was found, done and what it costs.
+    """
+
+    def __init__(self, analysis: Analysis, compiled: Compiled, spec: dict[str, Any]):
+        super().__init__()
+        traced = analysis.traced
+        # without reductions the untouched traced graph is kept: bit for bit the original
+        self.graph_module = compiled.rewritten.gm if compiled.rewritten else traced.gm
+        self.graph_module.eval()
+        self.plan = compiled.plan
+        self.report: Report = make_report(analysis, compiled, terms(analysis.graph.graph, {}))
+        self.input_names = [n.name for n in traced.gm.graph.nodes if n.op == "placeholder"]
+        self.example_inputs = traced.inputs
+        self.extra_outputs = compiled.rewritten.extra_outputs if compiled.rewritten else []
+        self.output_names = [*traced.output_names, *self.extra_outputs]
+        self._flatten = flat_caller(traced)
+        self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
+        self._source, self._spec = traced.program, spec
+        self._program: ExportedProgram | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
+        values = self.graph_module(*self._flatten(*args, **kwargs))
+        count = len(values) - len(self.extra_outputs)
+        output = pytree.tree_unflatten(values[:count], self._out_spec)
+        if self.plan.outputs == "reduced":
+            return ReducedOutput(output, dict(zip(self.extra_outputs, values[count:])))
+        return output
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        """An optimized model is an inference program: only eval() is possible."""
+        if mode:
+            raise InputError("an optimized model is compiled for inference; train the original and optimize it again")
+        return super().train(False)
+
+    @property
+    def exported_program(self) -> ExportedProgram:
+        """The optimized model as a torch.export program in portable ATen (for AOTInductor, ExecuTorch and the like)."""
+        if self._program is None:
+            args, kwargs = pytree.tree_unflatten(self.example_inputs, self._in_spec)
+            with torch.no_grad():
+                self._program = torch.export.export(self, tuple(args), dict(kwargs), strict=False)
+        return self._program
+
+    def export_onnx(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Writes and verifies an ONNX file; see `tokcompile.exports.onnx.export_onnx`."""
+        from tokcompile.exports.onnx import export_onnx
+
+        return export_onnx(self, path, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the original program and the plan in one `.pt2`, from which `tokcompile.load` makes this model again.
+
+        Raises: ExportError; nothing is left behind then.
+        """
+        if self._source is None:
+            raise ExportError("a model optimized inside torch.compile has no exported program to save")
+        data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self._spec})
+        with atomic(path) as temporary:
+            torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})
+
+
+def optimize(
+    model: Any,
+    args: tuple[Any, ...] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    method: str | Recipe = "tome",
+    budget: Any = 0.5,
+    where: Sequence[int | str] | int | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+    outputs: str = "keep",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    recover: str = "end",
+    size_weighted_mean: bool = True,
+    **method_options: Any,
+) -> OptimizedModel:
+    """Compiles static token reduction into a model.
+
+    model: an nn.Module in eval mode, an ExportedProgram, or the path of a `.pt2`. args, kwargs: example inputs, which fix
+    every shape. method: a name from `tokcompile.methods()` or a Recipe. budget: a share of the patch tokens in (0, 1], or
+    Tokens, Flops, KeepRate, Remove, Schedule. where: blocks (numbers or module paths), the method's own by default.
+    spans: the (start, stop) of the visual tokens, where the graph does not say. outputs: "keep" (names, order and shapes
+    of the original) or "reduced" (short, with kept indices and sizes). plan: a Plan (or its file) instead of a method and
+    budget. recover: "end" (give dropped tokens back only after the last block), "anywhere" or "never".
+    size_weighted_mean: whether mean pooling over merged tokens weighs them by size.
+
+    Raises: InputError, MethodError, BudgetError, PlanError, TraceError, UnsupportedGraph.
+
+    Example:
+        >>> import torch, tokcompile
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True), 4).eval()
+        >>> fast = tokcompile.optimize(model, (torch.randn(1, 50, 32),), method="random", budget=0.5)
+        >>> fast(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
+    """
+    for name, value, allowed in (("outputs", outputs, ("keep", "reduced")), ("recover", recover, ("end", "anywhere", "never"))):
+        if value not in allowed:
+            raise InputError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan must be a tokcompile.Plan or the path of one, not {type(plan).__name__}")
+        method, method_options = plan.method if isinstance(method, str) else method, {**plan.options, **method_options}
+        outputs, recover = plan.outputs, plan.recover
+    settings = settings_for(
+        method, method_options, outputs=outputs, recover=recover, size_weighted_mean=size_weighted_mean, spans=spans
+    )
+    where = [where] if isinstance(where, (int, str)) else where
+    analysis = analyse(model, args, kwargs)
+    compiled = compile_plan(analysis, settings, budget, where, plan)
+    return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean})
+
+
+def load(path: str | os.PathLike[str]) -> OptimizedModel:
+    """Loads a model that `OptimizedModel.save` wrote.
+
+    Raises: ExportError for a missing, corrupt or foreign file; MethodError where its method is not registered here.
+    """
+    from tokcompile.passes.trace import load_program
+
+    extra = {"tokcompile.json": ""}
+    program = load_program(os.fspath(path), extra)
+    if not extra["tokcompile.json"]:
+        raise ExportError(
+            f"{os.fspath(path)} is an exported program, but not one that OptimizedModel.save wrote: "
+            "pass it to tokcompile.optimize instead"
+        )
+    data: Mapping[str, Any] = json.loads(extra["tokcompile.json"])
+    if data.get("format") != FORMAT:
+        raise ExportError(f"{os.fspath(path)} has format {data.get('format')!r}; this release reads format {FORMAT}")
+    plan = Plan.from_json(json.dumps(data["plan"]))
+    try:
+        return optimize(program, plan=plan, method=plan.method, size_weighted_mean=data["size_weighted_mean"])
+    except MethodError as error:
+        raise MethodError(f"{os.fspath(path)} uses the method {plan.method!r}: {error}; register it before loading") from error

@@ -1,0 +1,253 @@
+"""Two oracles that need no reference code: does the pass understand this model?
+
+Permutation: all tokens are kept, in random order; every output must be what it was. Masked keys: half the tokens are
+dropped; the kept ones must be what the original graph gives when nobody may attend to the dropped ones. Parameters are
+shaken first, because zero-initialised tables and tiny layer scales would hide a missing step.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tokcompile.compiler import Analysis, NeedsUnit, Settings, rewrite
+from tokcompile.errors import InputError, TokcompileError
+from tokcompile.masked import MaskedRun, kept_rows
+from tokcompile.passes.canonicalise import canonicalise, copy_graph
+from tokcompile.passes.find import find
+from tokcompile.passes.graph import get_attr
+from tokcompile.passes.plan import Reduction, make_slot, visual_blocks
+from tokcompile.passes.rewrite import Rewritten
+from tokcompile.passes.trace import trace
+from tokcompile.recipe import Keep, Recipe, Site, Tokens
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Result:
+    """One oracle at one block. error: largest difference relative to the output's scale, None where nothing compares."""
+
+    oracle: str
+    block: int
+    path: str
+    error: float | None
+    ok: bool
+    note: str = ""
+
+
+@dataclass
+class Check:
+    """The outcome: ok, one row per oracle and depth, the sites found, and what was refused or not recognised."""
+
+    ok: bool
+    results: list[Result] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    unrecognised: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[str]:
+        return [f"{r.oracle} at block {r.block} ({r.path}): {r.note or r.error}" for r in self.results if not r.ok]
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "errors": self.errors}, indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{'oracle':<14}{'block':>6}  {'error':>9}  result"]
+        for r in self.results:
+            error = "-" if r.error is None else f"{r.error:.1e}"
+            lines.append(f"{r.oracle:<14}{r.block:>6}  {error:>9}  {'ok' if r.ok else 'FAILED'}{'  ' + r.note if r.note else ''}")
+        lines.append(f"sites: {len(self.sites)}" + (f" ({self.sites[0]} .. {self.sites[-1]})" if self.sites else ""))
+        lines += [f"not recognised: {text}" for text in self.unrecognised]
+        lines += [f"fixed while tracing: {text}" for text in self.guards]
+        lines.append("the pass understands this model" if self.ok else "the pass does NOT understand this model")
+        return "\n".join(lines)
+
+
+def check(
+    model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, *,
+    spans: Sequence[tuple[int, int]] | None = None, blocks: Sequence[int] | None = None, seed: int = 0,
+) -> Check:
+    """Runs both oracles at the first, a middle and the last block (or at `blocks`) on a copy with shaken parameters.
+
+    Raises: InputError, TraceError where the model cannot be traced at all.
+
+    Example:
+        >>> import torch, tokcompile
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True), 4).eval()
+        >>> tokcompile.check(model, (torch.randn(2, 50, 32),)).ok
+        True
+    """
+    traced = trace(model, args, kwargs)
+    traced.gm = shaken(traced.gm, seed)
+    graph = canonicalise(traced.gm, traced.inputs)
+    analysis = Analysis(traced, graph, find(graph.graph))
+    outputs = run(graph, traced.inputs)
+    if not all(bool(torch.isfinite(o).all()) for o in floats(outputs)):
+        raise InputError("with shaken parameters the model gives NaN or Inf on these inputs: nothing can be compared")
+    structure = analysis.structure
+    report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), traced.guards)
+    report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
+    try:
+        sites = [b for b in visual_blocks(structure, spans) if not b.why_not] if structure.blocks else []
+    except TokcompileError as error:
+        sites, report.unrecognised = [], [*report.unrecognised, str(error)]
+    if not sites:
+        report.ok = False
+    chosen = [structure.blocks[b] for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
+    for block in chosen:
+        for oracle in (permutation, masked_keys):
+            result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
+            try:
+                slot = make_slot(block, "attention", spans, 1)
+                compare(result, oracle, analysis, slot, outputs, seed)
+            except TokcompileError as error:
+                result.note = str(error)
+            report.results.append(result)
+            report.ok &= result.ok
+    return report
+
+
+def depths(count: int) -> list[int]:
+    return sorted({0, count // 2, count - 1}) if count else []
+
+
+def shaken(gm: GraphModule, seed: int) -> GraphModule:
+    """The same graph over perturbed copies of its parameters (weights about their fan-in, vectors and tables about 0.4)."""
+    gm = copy_graph(gm)
+    generator = torch.Generator().manual_seed(seed)
+    new: dict[int, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = get_attr(gm, node.target)
+        if isinstance(value, torch.nn.Parameter) and value.is_floating_point() and not value.is_meta:
+            if id(value) not in new:
+                table = value.dim() < 2 or value.shape[0] == 1
+                scale = 0.4 if table else 1.2 / max(value[0].numel(), 1) ** 0.5
+                noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+                new[id(value)] = torch.nn.Parameter(value.detach() + scale * noise, requires_grad=False)
+            owner, _, name = node.target.rpartition(".")
+            setattr(get_attr(gm, owner) if owner else gm, name, new[id(value)])
+    return gm
+
+
+def run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    with torch.no_grad():
+        return list(gm(*inputs))
+
+
+def floats(values: Sequence[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def compare(result: Result, oracle: Any, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
+    """Fills in one row. A model that glues tokens into groups is compared on whole groups."""
+    unit = 1
+    while True:
+        try:
+            oracle(result, analysis, slot, unit, outputs, seed)
+            break
+        except NeedsUnit as needed:
+            if unit != 1:
+                raise needed.error from None
+            unit = needed.unit
+    scale = max((TOLERANCE.get(o.dtype, 1e-4) for o in floats(outputs)), default=1e-4)
+    result.ok = result.error is None or result.error <= scale
+
+
+def one_reduction(slot: Any, unit: int, share: float) -> Reduction:
+    n = (slot.stage.length - slot.prefix - slot.suffix) // unit
+    return Reduction(slot.block.index, n, max(1, int(n * share)), "attention", slot.prefix, slot.suffix, unit)
+
+
+def rewritten(result: Result, analysis: Analysis, settings: Settings, reduction: Reduction) -> Rewritten:
+    """Recovery at the end if that is enough; else anywhere, and the row says so."""
+    try:
+        return rewrite(analysis, settings, [reduction])
+    except NeedsUnit:
+        raise
+    except TokcompileError as error:
+        settings.recover = "anywhere"
+        out = rewrite(analysis, settings, [reduction])
+        inside = [r for r in out.recoveries if r.inside]
+        result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({str(error).splitlines()[0][:90]})"
+        return out
+
+
+def permutation(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
+    settings = Settings(shuffled(seed), {})
+    out = rewritten(result, analysis, settings, one_reduction(slot, unit, 1.0))
+    result.error = worst(run(out.gm, analysis.traced.inputs), outputs)
+
+
+def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
+    settings = Settings(subset(seed), {}, outputs="reduced")
+    out = rewritten(result, analysis, settings, one_reduction(slot, unit, 0.5))
+    index = out.spaces[0].index
+    reduced = run(out.gm, analysis.traced.inputs)
+    kept = subset_index(out.spaces[0].n, out.spaces[0].k, analysis.batch, seed, sort=True)
+    assert index is not None
+    masked = MaskedRun(analysis.graph, out, kept, analysis.batch)
+    with torch.no_grad():
+        masked.run(*analysis.traced.inputs)
+    pairs = []
+    for got, want, label, clean in zip(reduced, masked.outputs, out.output_labels, masked.clean):
+        if clean and isinstance(got, Tensor):
+            pairs.append((got, kept_rows(want, label, kept) if label else want))
+    compared = [(a, b) for a, b in pairs if a.is_floating_point()]
+    result.error = worst([a for a, _ in compared], [b for _, b in compared]) if compared else None
+    if not compared:
+        result.note = (result.note + "; " if result.note else "") + "every output comes after a recovery: nothing to compare"
+
+
+def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
+    """The largest difference, relative to the largest entry of that output."""
+    out = 0.0
+    for a, b in zip(got, want):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            if a.shape != b.shape:
+                raise TokcompileError(f"an output changed its shape from {tuple(b.shape)} to {tuple(a.shape)}")
+            difference = (a.float() - b.float()).abs()
+            difference = difference[~(torch.isinf(a) & torch.isinf(b))]
+            if difference.numel():
+                finite = b[torch.isfinite(b)].float()
+                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
+                out = max(out, value) if value == value else float("inf")
+    return out
+
+
+def subset_index(n: int, k: int, batch: int, seed: int, sort: bool) -> Tensor:
+    """(B, k) random tokens, other ones for every sample."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = [torch.randperm(n, generator=generator)[:k] for _ in range(batch)]
+    return torch.stack([r.sort().values if sort else r for r in rows])
+
+
+def constant_recipe(name: str, seed: int, sort: bool) -> Recipe:
+    def plan(tokens: Tokens, site: Site) -> Keep:
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        with disable_proxy_modes_tracing():
+            index = subset_index(site.n, site.k, tokens.x.shape[0], seed, sort)
+        return Keep(index, ordered=sort)
+
+    return Recipe(name, plan)
+
+
+def shuffled(seed: int) -> Recipe:
+    return constant_recipe("permutation", seed, sort=False)
+
+
+def subset(seed: int) -> Recipe:
+    return constant_recipe("subset", seed, sort=True)
+
+
+

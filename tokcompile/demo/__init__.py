@@ -1,0 +1,1 @@
+"""A really trained vision transformer and a photograph, both from installed packages: nothing is downloaded."""

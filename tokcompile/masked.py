@@ -1,0 +1,159 @@
+"""The second oracle's other side: the ORIGINAL graph, in which nobody may attend to the dropped tokens."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from tokcompile.passes.find import SDPA, SOFTMAX
+from tokcompile.passes.graph import bind, packet, shape
+from tokcompile.passes.rewrite import Rewritten
+from tokcompile.passes.tokens import Axis, Batch, Label, Seq, has_tokens, old
+
+REDUCTIONS = {"aten.mean", "aten.sum", "aten.amax", "aten.linalg_vector_norm"}
+PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
+
+
+class MaskedRun(Interpreter):
+    """Runs the original graph, full length, with the dropped tokens hidden wherever tokens are mixed.
+
+    Which axis of which tensor holds tokens is read from the labels of the rewritten graph. outputs: the original
+    outputs; clean: for each, whether no recovery lies before it (else the two runs differ on purpose).
+    """
+
+    def __init__(self, gm: GraphModule, rewritten: Rewritten, kept: Tensor, batch: int):
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.labels, self.recovered = rewritten.labels, rewritten.recovered
+        self.kept, self.batch = kept, batch
+        self.outputs: list[Any] = []
+        self.dirty: set[Node] = set()
+
+    def run_node(self, n: Node) -> Any:
+        if n in self.recovered or any(i in self.dirty for i in n.all_input_nodes):
+            self.dirty.add(n)
+        if n.op == "output":
+            values = self.fetch_args_kwargs_from_env(n)[0][0]
+            self.outputs = list(values)
+            self.clean = [not (isinstance(a, Node) and a in self.dirty) for a in n.args[0]]
+            return values
+        if n.op == "call_function" and n not in self.recovered:
+            special = self.special(n)
+            if special is not None:
+                return special
+        return super().run_node(n)
+
+    def special(self, n: Node) -> Any:
+        name, args = packet(n), bind(n)
+        value = {k: self.env[v] for k, v in args.items() if isinstance(v, Node)}
+        if name == SDPA and self.tokens(args["key"], -2):
+            return self.attention(n, args, value)
+        if name in SOFTMAX and self.tokens(args["self"], args["dim"]):
+            hidden = ~self.visible(args["self"], args["dim"])
+            return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
+        if name in REDUCTIONS and args.get("dim") is not None and any(self.tokens(args["self"], d) for d in as_list(args["dim"])):
+            return self.reduction(n, name, args, value)
+        if name in PRODUCTS:
+            left = next(k for k, v in args.items() if isinstance(v, Node) and k not in ("self",) or name != "aten.baddbmm")
+            left = "batch1" if name == "aten.baddbmm" else left
+            if self.tokens(args[left], -1):
+                return self.call(n, args, value, **{left: value[left] * self.visible(args[left], -1)})
+        return None
+
+    def attention(self, n: Node, args: dict[str, Any], value: dict[str, Any]) -> Any:
+        scores = (*shape(args["query"])[:-1], shape(args["key"])[-2])
+        visible = self.visible(args["key"], -2).transpose(-1, -2)  # (..., 1 or d, keys)
+        visible = visible[..., :1, :]
+        if args["enable_gqa"] and visible.shape[-3] not in (1, scores[-3]):
+            visible = visible.repeat_interleave(scores[-3] // visible.shape[-3], -3)
+        mask = value.get("attn_mask")
+        if args["is_causal"]:
+            mask = torch.ones(scores[-2:], dtype=torch.bool).tril()
+        if mask is None:
+            mask = visible.expand(scores)
+        elif mask.dtype is torch.bool:
+            mask = mask & visible
+        else:
+            mask = mask.masked_fill(~visible, float("-inf"))
+        return self.call(n, args, value, attn_mask=mask, is_causal=False)
+
+    def reduction(self, n: Node, name: str, args: dict[str, Any], value: dict[str, Any]) -> Any:
+        dims = [d for d in as_list(args["dim"]) if self.tokens(args["self"], d)]
+        visible = self.visible(args["self"], dims[0])
+        x = value["self"]
+        if name == "aten.amax":
+            return self.call(n, args, value, self=x.masked_fill(~visible, float("-inf")))
+        if name == "aten.mean":
+            share = visible.expand(x.shape).to(x.dtype).mean(dims[0], keepdim=True)
+            return self.call(n, args, value, self=x * visible / share)
+        return self.call(n, args, value, self=x * visible)
+
+    def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], **changed: Any) -> Any:
+        args = {**{k: value.get(k, v) for k, v in args.items()}, **changed}
+        schema = n.target._schema.arguments
+        return n.target(*(args[a.name] for a in schema if not a.kwarg_only), **{a.name: args[a.name] for a in schema if a.kwarg_only})
+
+    def tokens(self, node: Any, dim: int) -> bool:
+        label = self.labels.get(node)
+        return isinstance(label, tuple) and has_tokens(label[dim])
+
+    def visible(self, node: Node, dim: int) -> Tensor:
+        """A boolean mask, broadcastable to the OLD shape of `node`, of what is kept along axis `dim`."""
+        label = self.labels[node]
+        dim = dim % len(label)
+        out = torch.ones([1] * len(label), dtype=torch.bool)
+        batch_at = next((d for d, axis in enumerate(label) if any(isinstance(a, Batch) for a in axis)), None)
+        keep = self.keep(next(a for a in label[dim] if isinstance(a, Seq)))  # (B, old tokens)
+        sizes: list[int] = []
+        for d, axis in enumerate(label):
+            sizes += [1] * max(len(axis), 1) if d not in (dim, batch_at) else self.atom_sizes(axis, d == dim)
+        mask = keep.reshape(sizes) if keep.shape[0] == self.batch and batch_at is not None else keep[:1].reshape(sizes)
+        want = [int(s) if d in (dim, batch_at) else 1 for d, s in enumerate(shape(node))]
+        full = [old((a,)) if d in (dim, batch_at) else 1 for d, axis in enumerate(label) for a in (axis or (1,))]
+        return out & mask.expand(full).reshape(want)
+
+    def atom_sizes(self, axis: Axis, is_tokens: bool) -> list[int]:
+        return [
+            a.size if isinstance(a, Batch) else a.old if is_tokens and isinstance(a, Seq) else 1 for a in (axis or (1,))
+        ]
+
+    def keep(self, seq: Seq) -> Tensor:
+        parts = []
+        for part in seq.parts:
+            if isinstance(part, int):
+                parts.append(torch.ones(self.batch, part, dtype=torch.bool))
+            else:
+                parts.append(torch.zeros(self.batch, part.root_n, dtype=torch.bool).scatter(1, self.kept, True))
+        return torch.cat(parts, 1)
+
+
+def as_list(dim: Any) -> list[int]:
+    return [dim] if isinstance(dim, int) else list(dim)
+
+
+def kept_rows(value: Tensor, label: Label, kept: Tensor) -> Tensor:
+    """The rows of an original output that the reduced one still has."""
+    atoms = [a for axis in label for a in axis]
+    x = value.reshape([old((a,)) for a in atoms])
+    where = next((i for i, a in enumerate(atoms) if isinstance(a, Batch)), None)
+    for at, atom in enumerate(atoms):
+        if isinstance(atom, Seq):
+            index, start = [], 0
+            for part in atom.parts:
+                if isinstance(part, int):
+                    index.append(torch.arange(start, start + part).expand(kept.shape[0], -1))
+                    start += part
+                else:
+                    index.append(kept + start)
+                    start += part.root_n
+            rows = torch.cat(index, 1)
+            if where is None:
+                x = x.index_select(at, rows[0])
+            else:
+                samples = [x.select(where, b).index_select(at - (where < at), rows[b]) for b in range(kept.shape[0])]
+                x = torch.stack(samples, where)
+    from tokcompile.passes.tokens import new_shape
+
+    return x.reshape(new_shape(label))

@@ -1,0 +1,26 @@
+"""Random pruning, the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.steps import stages
+
+
+@torch.compiler.assume_constant_result
+def draw(n: int, k: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(n), k))
+
+
+def plan(tokens: Tokens, site: Site) -> Keep:
+    """The same seeded draw for every input, another one at every step and for every sample of the batch."""
+    seeds = [site.options["seed"] * 7919 + site.step * 101 + b for b in range(tokens.x.shape[0])]
+    return Keep(torch.tensor([draw(site.n, site.k, seed) for seed in seeds], device=tokens.x.device))
+
+
+RANDOM = register_method(
+    Recipe("random", plan, steps=stages(), options={"seed": 0}, paper="baseline: a seeded uniform draw")
+)

@@ -1,0 +1,32 @@
+"""The few operations that methods are made of, in plain PyTorch with static shapes."""
+
+from tokcompile.primitives.combine import apply, gather_rows
+from tokcompile.primitives.forms import FORMS, Forms, current_forms, use_forms
+from tokcompile.primitives.score import cosine, unit
+from tokcompile.primitives.select import (
+    ascending,
+    complement,
+    farthest_points,
+    first_argmax,
+    identity,
+    keep_best,
+    top_k,
+)
+
+__all__ = [
+    "FORMS",
+    "Forms",
+    "apply",
+    "ascending",
+    "complement",
+    "cosine",
+    "current_forms",
+    "farthest_points",
+    "first_argmax",
+    "gather_rows",
+    "identity",
+    "keep_best",
+    "top_k",
+    "unit",
+    "use_forms",
+]

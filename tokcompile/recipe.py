@@ -1,0 +1,168 @@
+"""What a token-reduction method is: a value that names no model."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from torch import Tensor
+
+from tokcompile.errors import MethodError
+from tokcompile.steps import Steps
+
+TAPS = ("x", "normed", "q", "k", "v", "cls_attention", "received_attention")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a reduction stands; everything here is known at compile time.
+
+    n, k: tokens going in and coming out, without prefix and suffix. prefix, suffix: protected tokens around them.
+    step, steps: which of the method's reductions this is. block, depth: which block of how many.
+    grid: (rows, columns) while the tokens still are the whole patch grid in raster order, else None.
+    options: the method's options, defaults filled in.
+    """
+
+    n: int
+    k: int
+    prefix: int = 0
+    suffix: int = 0
+    step: int = 0
+    steps: int = 1
+    block: int = 0
+    depth: int = 1
+    grid: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a plan may read, restricted to the n reducible tokens; only the taps that a recipe names are there.
+
+    x: (B, n, D) residual stream. normed: (B, n, D) the same after the model's final norm. q, k, v: (B, H, n, d) of the
+    attention last computed, before any rotary embedding. cls_attention: (B, H, n) the softmax row of the class token.
+    received_attention: (B, H, n) mean over all queries. size: (B, n) original tokens in each, float32, where tracked.
+    """
+
+    x: Tensor
+    size: Tensor | None = None
+    normed: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    cls_attention: Tensor | None = None
+    received_attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Pruning: the tokens `index`: (B, k), in this order; ordered says that they ascend.
+
+    extra: (B, e, n) makes e more tokens, each a weighted sum of the n; `index` then names k - e kept tokens followed by
+    one representative per extra token (it lends its position).
+    """
+
+    index: Tensor
+    ordered: bool = True
+    extra: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Hard merging: `sources`: (B, n - k) join the kept tokens at `slots`: (B, n - k), positions within `index`: (B, k)."""
+
+    index: Tensor
+    sources: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Soft merging: new tokens are `weights @ x`, weights: (B, k, n); `index`: (B, k) lends each one its position."""
+
+    index: Tensor
+    weights: Tensor
+
+
+Plan = Callable[[Tokens, Site], Union[Keep, Merge, Mix]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: which tensors it reads, where it stands, how many it keeps, which tokens, and how they are combined.
+
+    name: how users call it. plan: plain PyTorch on static shapes; for every input it must return the same shapes.
+    taps: what `plan` reads, from `tokcompile.recipe.TAPS`. place: "attention" (between attention and MLP) or "block" (at
+    a block's entrance). steps: at which blocks, and how the budget spreads over them. track_size: whether tokens carry
+    how many original ones they hold. proportional: whether attention weighs keys by that size. unweighted: merges
+    take the plain mean of the members. options: names and defaults of the method's own options; `least(n, options)`
+    says how few of n tokens one step may leave. paper: the source.
+
+    Example:
+        >>> import torch, tokcompile
+        >>> def loudest(tokens, site):
+        ...     return tokcompile.Keep(tokcompile.primitives.top_k(tokens.x.norm(dim=-1), site.k))
+        >>> loud = tokcompile.Recipe("loudest", loudest, steps=tokcompile.steps.once(0.5))
+    """
+
+    name: str
+    plan: Plan
+    taps: tuple[str, ...] = ("x",)
+    place: str = "attention"
+    steps: Steps = field(default_factory=Steps)
+    track_size: bool = False
+    proportional: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    least: Callable[[int, Mapping[str, Any]], int] = lambda n, options: 1
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = [t for t in self.taps if t not in TAPS]
+        if unknown:
+            raise MethodError(f"recipe {self.name!r} reads unknown taps {unknown}; there are {', '.join(TAPS)}")
+        if self.place not in ("attention", "block"):
+            raise MethodError(f"recipe {self.name!r} has place {self.place!r}; it is 'attention' or 'block'")
+
+    def taps_read(self) -> tuple[str, ...]:
+        """The taps beside the residual stream itself."""
+        return tuple(t for t in self.taps if t != "x")
+
+    def with_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with defaults filled in. Raises: MethodError for names the method does not have."""
+        for name in given:
+            if name not in self.options:
+                near = difflib.get_close_matches(name, self.options, 3)
+                known = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.options) or 'none'}"
+                raise MethodError(f"method {self.name!r} has no option {name!r}; {known}")
+        return {**self.options, **given}
+
+
+_REGISTRY: dict[str, Recipe] = {}
+
+
+def register_method(recipe: Recipe) -> Recipe:
+    """Makes a recipe known by its name to `optimize(method=...)`, plans and the command line."""
+    if not isinstance(recipe, Recipe):
+        raise MethodError(f"register_method takes a Recipe, not {type(recipe).__name__}")
+    _REGISTRY[recipe.name] = recipe
+    return recipe
+
+
+def methods() -> dict[str, Recipe]:
+    """All known methods by name."""
+    import tokcompile.methods  # noqa: F401  (importing it registers the ones we ship)
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_method(method: str | Recipe) -> Recipe:
+    """The recipe of that name. Raises: MethodError with the nearest names."""
+    if isinstance(method, Recipe):
+        return method
+    known = methods()
+    if method not in known:
+        near = difflib.get_close_matches(str(method), known, 3, 0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise MethodError(f"unknown method {method!r}; {hint}")
+    return known[method]

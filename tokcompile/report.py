@@ -1,0 +1,68 @@
+"""What was found, what was done, and what it costs: printable and JSON."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokcompile.passes.cost import Term, total
+
+if TYPE_CHECKING:
+    from tokcompile.compiler import Analysis, Compiled
+
+
+@dataclass
+class Report:
+    """blocks: one row per block found. flops, original_flops: of the whole model, without the reductions' own work, which
+    is overhead_flops. recoveries: where tokens were given back, and whether blocks follow. guards: what was fixed from
+    the example inputs while tracing. seconds: time spent in each pass."""
+
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    reductions: list[dict[str, Any]] = field(default_factory=list)
+    flops: int = 0
+    original_flops: int = 0
+    overhead_flops: int = 0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    unrecognised: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops / self.original_flops if self.original_flops else 1.0
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "flops_ratio": self.flops_ratio}, indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{'block':<8}{'tokens':>8}{'left':>8}  module"]
+        left = {r["block"]: r["k"] * r["unit"] + r["prefix"] + r["suffix"] for r in self.reductions}
+        tokens: dict[int, int] = {}
+        for b in self.blocks:
+            now = tokens.get(b["length"], b["length"])
+            after = left.get(b["index"], now)
+            tokens[b["length"]] = after
+            lines.append(f"{b['index']:<8}{now:>8}{after:>8}  {b['path']}{'  not reducible: ' + b['why_not'] if b['why_not'] else ''}")
+        lines.append(f"FLOPs {self.flops / 1e9:.3f} G of {self.original_flops / 1e9:.3f} G ({self.flops_ratio:.3f}); "
+                     f"selection and merging {self.overhead_flops / 1e9:.4f} G")
+        for r in self.recoveries:
+            cost = "; blocks follow, so part of the gain is lost" if r["inside"] else ""
+            lines.append(f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}")
+        lines += [f"not recognised: {text}" for text in self.unrecognised]
+        lines += [f"fixed while tracing: {text}" for text in self.guards]
+        return "\n".join(lines)
+
+
+def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) -> Report:
+    rewritten = compiled.rewritten
+    blocks = [
+        {"index": b.index, "path": b.path, "length": b.stage.length, "prefix": b.stage.prefix, "suffix": b.stage.suffix,
+         "grid": b.stage.grid, "why_not": b.why_not, "parallel": b.parallel}
+        for b in analysis.structure.blocks
+    ]
+    return Report(
+        blocks, [asdict(r) for r in compiled.plan.reductions], compiled.flops, total(original),
+        rewritten.overhead_flops() if rewritten else 0,
+        [asdict(r) for r in rewritten.recoveries] if rewritten else [],
+        analysis.structure.unrecognised, analysis.traced.guards, dict(analysis.seconds),
+    )
