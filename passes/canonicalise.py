@@ -15,7 +15,8 @@ ASSERTS = {
     "aten.sym_constrain_range_for_size", "aten._functional_assert_scalar", "aten._functional_assert_async",
 }  # fmt: skip
 IDENTITIES = {"aten.alias", "aten.detach", "aten.detach_", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
-DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout", "aten.native_dropout"}
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
+            "aten.native_dropout", "aten.dropout_", "aten.feature_dropout_"}
 CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
 VIEWS = {
     "aten.view", "aten.reshape", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
@@ -31,10 +32,11 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     gm = copy_graph(gm)
     inline_regions(gm)
     refuse_random(gm)
+    fold_constants(gm)
     functionalise(gm)
     propagate_shapes(gm, inputs)
     drop_no_ops(gm)
-    fold_constants(gm)
+    share_equal_views(gm)
     drop_true_masks(gm)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)
@@ -86,8 +88,8 @@ def refuse_random(gm: GraphModule) -> None:
     """A random op draws new tokens on every call: nothing static can be said about it."""
     for node in gm.graph.nodes:
         tags = getattr(node.target, "tags", ())
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags and packet(node) not in DROPOUTS:
-            if packet(node) == "aten.scaled_dot_product_attention":
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
+            if packet(node) == "aten.scaled_dot_product_attention" or (packet(node) in DROPOUTS and not bind(node)["train"]):
                 continue
             raise UnsupportedGraph(
                 "the model draws random numbers at inference", node, "optimize the part of the model after the random step"
@@ -99,7 +101,7 @@ def functionalise(gm: GraphModule) -> None:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable or packet(node) in ASSERTS | IDENTITIES:
+        if node.op != "call_function" or schema is None or not schema.is_mutable or packet(node) in ASSERTS | IDENTITIES | DROPOUTS:
             continue
         changed = node.args[0]
         functional = functional_overload(node)
@@ -144,13 +146,15 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         return False
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
-            value = gm.graph.call_function(aten.copy.default, (node.args[0], node.args[1]))
+            value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
         else:
             functional = functional_overload(node)
             if functional is None:
                 return False
             value = gm.graph.call_function(functional, node.args, node.kwargs)
         for view in chain:
+            if whole(view):
+                continue
             scatter = aten.slice_scatter.default if packet(view) == "aten.slice" else aten.select_scatter.default
             value = gm.graph.call_function(scatter, (view.args[0], value, *view.args[1:]), view.kwargs)
         value.meta = {k: v for k, v in node.meta.items() if k != "val"}
@@ -161,6 +165,30 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     node.replace_all_uses_with(value)
     gm.graph.erase_node(node)
     return True
+
+
+def whole(view: Node) -> bool:
+    """Whether a slice takes everything."""
+    if packet(view) != "aten.slice":
+        return False
+    a = bind(view)
+    return a["step"] == 1 and a["start"] in (None, 0) and (a["end"] is None or a["end"] >= 1 << 62)
+
+
+def share_equal_views(gm: GraphModule) -> None:
+    """Two equal views of one value become one node, so that a residual stream is one node too."""
+    seen: dict[Any, Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or packet(node) not in VIEWS or node.kwargs:
+            continue
+        key = (node.target, torch.fx.node.map_aggregate(node.args, lambda a: tuple(a) if isinstance(a, list) else a))
+        try:
+            first = seen.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            gm.graph.erase_node(node)
 
 
 def drop_no_ops(gm: GraphModule) -> None:
@@ -175,7 +203,7 @@ def drop_no_ops(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
         elif name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)):
             forward(gm, node, node.args[0])
-        elif name in CASTS and same_type(node):
+        elif whole(node) or (name in CASTS and same_type(node)):
             forward(gm, node, node.args[0])
         elif name == "aten.cat":
             drop_empty_operands(gm, node)
@@ -206,26 +234,57 @@ def drop_empty_operands(gm: GraphModule, node: Node) -> None:
 
 
 def fold_constants(gm: GraphModule) -> None:
-    """Evaluates what does not depend on the inputs (rotary tables, relative biases, masks) into buffers."""
+    """Evaluates what does not depend on the inputs (rotary tables, relative biases, masks) into buffers.
+
+    The constant part is run in graph order, so that in-place ops inside it need no rewriting; a value is taken at the
+    moment it is first used by what depends on the inputs.
+    """
     dependent = user_dependent(gm.graph)
+    constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
+    frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
+    needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
+    if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
+        return
     values: dict[Node, Any] = {}
-    frontier: list[Node] = []
+    taken: dict[Node, torch.Tensor] = {}
     for node in gm.graph.nodes:
-        if node in dependent or node.op in ("output", "get_attr", "placeholder"):
+        if node in needed:
+            values[node] = evaluate(gm, node, values)
             continue
-        if foldable(node) and any(u in dependent or u.op == "output" for u in node.users) and computed(node):
-            frontier.append(node)
-    for i, node in enumerate(frontier):
-        value = evaluate(gm, node, values)
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
-            continue
-        name = f"_folded_{i}"
-        gm.register_buffer(name, value.detach().contiguous())
+        for n in node.all_input_nodes if node in dependent or node.op == "output" else ():
+            if n in frontier and isinstance(values.get(n), torch.Tensor):
+                taken.setdefault(n, values[n].detach().clone(memory_format=torch.contiguous_format))
+    for i, (node, value) in enumerate(taken.items()):
+        if not torch.equal(value, values[node]) and value.dtype is not torch.bool and not value.isnan().any():
+            raise UnsupportedGraph("a constant is changed in place after it was used", node)
+        gm.register_buffer(f"_folded_{i}", value)
         with gm.graph.inserting_before(node):
-            constant = gm.graph.get_attr(name)
-        constant.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        node.replace_all_uses_with(constant)
-    gm.graph.eliminate_dead_code()
+            folded = gm.graph.get_attr(f"_folded_{i}")
+        folded.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        node.replace_all_uses_with(folded)
+    for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def ancestors_of(nodes: set[Node]) -> set[Node]:
+    out: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in out:
+            out.add(node)
+            todo.extend(node.all_input_nodes)
+    return out
+
+
+def mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def not_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or value.is_meta)
 
 
 def foldable(node: Node) -> bool:
@@ -241,15 +300,13 @@ def computed(node: Node) -> bool:
 
 
 def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
-    if node not in values:
-        if node.op == "get_attr":
-            values[node] = get_attr(gm, node.target)
-        else:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n, values))
-            fn = get_attr(gm, node.target) if node.op == "call_module" else node.target
-            with torch.no_grad():
-                values[node] = fn(*args, **kwargs)
-    return values[node]
+    if node.op == "get_attr":
+        value = get_attr(gm, node.target)
+        return value.clone() if any(mutates(u) and u.args[0] is node for u in node.users) else value
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    fn = get_attr(gm, node.target) if node.op == "call_module" else node.target
+    with torch.no_grad():
+        return fn(*args, **kwargs)
 
 
 def drop_true_masks(gm: GraphModule) -> None:

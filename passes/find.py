@@ -20,7 +20,7 @@ BETWEEN = {
     "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.to", "aten._to_copy",
     "aten.view", "aten.reshape", "aten.permute", "aten.transpose", "aten.expand", "aten.contiguous", "aten.clone",
     "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view", "aten.flatten",
-    "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num",
+    "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as", "aten.slice_scatter",
 }  # fmt: skip
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes"}
 VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}

@@ -15,11 +15,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _SCALARS = {
-    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
+    torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
     torch.Tensor.__index__, torch.equal, torch.Tensor.equal,
 }
 _POSITIONS = {torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere, torch.unique_consecutive,
               torch.unique, torch.Tensor.unique}
+
+_REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 
 
 @dataclass
@@ -58,6 +60,10 @@ def _has_boolean_mask(func: Any, args: tuple[Any, ...]) -> bool:
     return any(isinstance(i, torch.Tensor) and i.dtype is torch.bool for i in index)
 
 
+def _repeats_by_tensor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return func in _REPEATS and isinstance(kwargs.get("repeats", args[-1] if len(args) < 2 else args[1]), torch.Tensor)
+
+
 def _positions(mask: torch.Tensor) -> list[torch.Tensor]:
     return [p.clone() for p in mask.nonzero(as_tuple=True)]
 
@@ -85,8 +91,13 @@ class _Record(TorchFunctionMode):
             self.values.append((f"{name}(mask)", [_positions(m) for m in masks]))
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in _SCALARS:
+        if func is torch.Tensor.tolist:  # while tracing, torch turns it into one item() per element
+            self.values += [("item", v) for v in torch.utils._pytree.tree_leaves(result)]
+        elif func in _SCALARS:
             self.values.append((name, result))
+        elif _repeats_by_tensor(func, args, kwargs):
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+            self.values.append((name, result.shape[dim] if dim is not None else result.numel()))
         elif func in _POSITIONS:
             self.values.append((name, torch.utils._pytree.tree_map(lambda t: t.clone(), result)))
         return result
@@ -108,8 +119,13 @@ class _Replay(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if _has_boolean_mask(func, args):
             return func(*_substitute(args, [[p.clone() for p in m] for m in self.next(f"{name}(mask)")]), **kwargs)
+        if func is torch.Tensor.tolist:
+            leaves, spec = torch.utils._pytree.tree_flatten(torch.empty(args[0].shape, device="cpu").tolist())
+            return torch.utils._pytree.tree_unflatten([self.next("item") for _ in leaves], spec)
         if func in _SCALARS:
             return self.next(name)
+        if _repeats_by_tensor(func, args, kwargs):
+            return func(*args, **{**kwargs, "output_size": self.next(name)})
         if func in _POSITIONS:
             return torch.utils._pytree.tree_map(lambda t: t.clone(), self.next(name))
         return func(*args, **kwargs)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tokcompile.compiler import Analysis, NeedsUnit, Settings, rewrite
+from tokcompile.compiler import Analysis, NeedsUnit, Settings, rewrite, understand
 from tokcompile.errors import InputError, TokcompileError
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise, copy_graph
-from tokcompile.passes.find import find
 from tokcompile.passes.graph import get_attr
 from tokcompile.passes.plan import Reduction, make_slot, visual_blocks
 from tokcompile.passes.rewrite import Rewritten
@@ -88,7 +87,7 @@ def check(
     traced = trace(model, args, kwargs)
     traced.gm = shaken(traced.gm, seed)
     graph = canonicalise(traced.gm, traced.inputs)
-    analysis = Analysis(traced, graph, find(graph.graph))
+    analysis = understand(traced, graph, {})
     outputs = run(graph, traced.inputs)
     if not all(bool(torch.isfinite(o).all()) for o in floats(outputs)):
         raise InputError("with shaken parameters the model gives NaN or Inf on these inputs: nothing can be compared")

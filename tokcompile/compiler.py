@@ -13,7 +13,8 @@ from tokcompile.errors import BudgetError, UnsupportedGraph
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
-from tokcompile.passes.graph import shape
+from tokcompile.passes.flatten import flatten_grids
+from tokcompile.passes.graph import propagate_shapes, shape
 from tokcompile.passes.plan import Plan, Reduction, Slot, fit_plan, make_plan
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
 from tokcompile.passes.trace import Traced, trace
@@ -70,7 +71,16 @@ def analyse(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | N
     seconds: dict[str, float] = {}
     traced = timed(seconds, "trace", lambda: trace(model, args, kwargs))
     graph = timed(seconds, "canonicalise", lambda: canonicalise(traced.gm, traced.inputs))
+    return understand(traced, graph, seconds)
+
+
+def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) -> Analysis:
+    """Finds the structure; token grids on two axes are flattened on the way."""
     structure = timed(seconds, "find", lambda: find(graph.graph))
+    if flatten_grids(graph, structure):
+        propagate_shapes(graph, traced.inputs)
+        graph.recompile()
+        structure = timed(seconds, "find", lambda: find(graph.graph))
     return Analysis(traced, graph, structure, seconds)
 
 

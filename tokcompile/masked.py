@@ -90,7 +90,7 @@ class MaskedRun(Interpreter):
             return self.call(n, args, value, self=x * visible / share)
         return self.call(n, args, value, self=x * visible)
 
-    def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], **changed: Any) -> Any:
+    def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], /, **changed: Any) -> Any:
         args = {**{k: value.get(k, v) for k, v in args.items()}, **changed}
         schema = n.target._schema.arguments
         return n.target(*(args[a.name] for a in schema if not a.kwarg_only), **{a.name: args[a.name] for a in schema if a.kwarg_only})
@@ -109,7 +109,9 @@ class MaskedRun(Interpreter):
         sizes: list[int] = []
         for d, axis in enumerate(label):
             sizes += [1] * max(len(axis), 1) if d not in (dim, batch_at) else self.atom_sizes(axis, d == dim)
-        mask = keep.reshape(sizes) if keep.shape[0] == self.batch and batch_at is not None else keep[:1].reshape(sizes)
+        if batch_at is None:
+            keep = keep[:1]
+        mask = (keep.T if batch_at is not None and batch_at > dim else keep).reshape(sizes)
         want = [int(s) if d in (dim, batch_at) else 1 for d, s in enumerate(shape(node))]
         full = [old((a,)) if d in (dim, batch_at) else 1 for d, axis in enumerate(label) for a in (axis or (1,))]
         return out & mask.expand(full).reshape(want)

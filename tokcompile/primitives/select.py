@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokcompile.primitives.combine import gather_rows
 from tokcompile.primitives.forms import current_forms
 
 
@@ -61,7 +62,6 @@ def farthest_points(distance: Tensor, seed: Tensor, k: int) -> Tensor:
     nearest = torch.full(distance.shape[:2], float("inf"), dtype=distance.dtype, device=distance.device)
     for _ in range(k - 1):
         last = picks[-1][:, None]
-        row = torch.gather(distance, 1, last[:, :, None].expand(-1, 1, distance.shape[2]))[:, 0]
-        nearest = torch.minimum(nearest, row).scatter(1, last, float("-inf"))
+        nearest = torch.minimum(nearest, gather_rows(distance, last)[:, 0]).scatter(1, last, float("-inf"))
         picks.append(first_argmax(nearest))
     return torch.stack(picks, dim=1)

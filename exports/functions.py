@@ -1,0 +1,179 @@
+"""Model-local functions: the plain-op meaning of each reduction node.
+
+All reductions of a method share one function: their bodies are traced one by one, and where they differ only in
+constants (shapes, counts, kept positions) these become attributes c0, c1, ... of the node. Bodies that differ in their
+ops get op types `Tome_2`, `Tome_3`: the ONNX field `overload` would say it better, but TensorRT's parser looks functions
+up by name alone and would run the wrong body. A target that fuses all of them strips the functions and renames the nodes
+to `tokcompile.plugins.contract.op_type(method)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from tokcompile.exports.flat import Reduction
+from tokcompile.plugins.contract import DOMAIN
+
+Slot = tuple[int, int]  # (node, input) at which a body reads a constant
+
+
+@dataclass
+class BodyGraph:
+    """One traced body in a form that two bodies can be compared by.
+
+    ops: (domain, op_type, inputs as numbers, attributes, count of outputs). constants: what is read at which slot.
+    outputs: numbers of the values that come out. Inputs of the body are 0, 1, ...; results follow; constants are -1.
+    """
+
+    ops: list[tuple[Any, ...]] = field(default_factory=list)
+    attributes: list[Sequence[ir.Attr]] = field(default_factory=list)
+    constants: dict[Slot, np.ndarray] = field(default_factory=dict)
+    outputs: tuple[int, ...] = ()
+    opsets: dict[str, int] = field(default_factory=dict)
+
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for two bodies that differ in constants only."""
+        kinds = tuple((slot, str(value.dtype), value.ndim) for slot, value in self.constants.items())
+        return tuple(self.ops), kinds, self.outputs
+
+
+def body_graph(model: ir.Model) -> BodyGraph:
+    """The comparable form of an exported body."""
+    graph, out = model.graph, BodyGraph(opsets=dict(model.opset_imports))
+    numbers: dict[ir.Value | None, int] = {value: i for i, value in enumerate(graph.inputs)}
+    constants = {value: value.const_value.numpy() for value in graph.initializers.values() if value.const_value is not None}
+    for node in graph:
+        if node.op_type == "Constant" and node.domain == "":
+            constants[node.outputs[0]] = ir.convenience.get_const_tensor(node.outputs[0]).numpy()
+            continue
+        inputs = []
+        for i, value in enumerate(node.inputs):
+            if value in constants:
+                out.constants[len(out.ops), i] = constants[value]
+            inputs.append(-1 if value in constants else -2 if value is None else numbers[value])
+        attributes = tuple(sorted((a.name, str(a.type), str(a.value)) for a in node.attributes.values()))
+        out.ops.append((node.domain, node.op_type, tuple(inputs), attributes, len(node.outputs)))
+        out.attributes.append(list(node.attributes.values()))
+        for value in node.outputs:
+            numbers[value] = len(numbers)
+    out.outputs = tuple(numbers[value] for value in graph.outputs)
+    return out
+
+
+@dataclass
+class Group:
+    """The bodies that one function serves. lifted: the constants that differ, by attribute name, one per body."""
+
+    op_type: str
+    members: list[int]
+    lifted: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
+def make_functions(reductions: Sequence[Reduction], bodies: Sequence[ir.Model]) -> tuple[list[Group], list[ir.Function]]:
+    """The functions of a model, and which reductions each one serves."""
+    graphs = [body_graph(body) for body in bodies]
+    groups: dict[Any, Group] = {}
+    taken: dict[str, int] = {}
+    for i, (reduction, graph) in enumerate(zip(reductions, graphs)):
+        name = reduction.node.op_type
+        key = (name, reduction.node.inputs, reduction.node.outputs, sorted(reduction.node.attributes), graph.structure())
+        key = repr(key)
+        if key not in groups:
+            taken[name] = taken.get(name, 0) + 1
+            groups[key] = Group(name if taken[name] == 1 else f"{name}_{taken[name]}", [])
+        groups[key].members.append(i)
+    functions = []
+    for group in groups.values():
+        members = [graphs[i] for i in group.members]
+        functions.append(make_function(group, members, reductions[group.members[0]]))
+    return list(groups.values()), functions
+
+
+def make_function(group: Group, members: Sequence[BodyGraph], reduction: Reduction) -> ir.Function:
+    """One function for these bodies; fills in `group.lifted`."""
+    first = members[0]
+    inputs = [ir.Value(name=name) for name in reduction.node.inputs]
+    values: list[ir.Value] = list(inputs)
+    constants: dict[Any, ir.Node] = {}
+    nodes: list[ir.Node] = []
+    for i, (domain, op_type, numbers, _, count) in enumerate(first.ops):
+        args: list[ir.Value | None] = []
+        for j, number in enumerate(numbers):
+            if number >= 0 or number == -2:
+                args.append(values[number] if number >= 0 else None)
+                continue
+            made = constant(group, [m.constants[i, j] for m in members], constants)
+            if made not in nodes:
+                nodes.append(made)
+            args.append(made.outputs[0])
+        nodes.append(ir.Node(domain, op_type, args, first.attributes[i], num_outputs=count))
+        values += nodes[-1].outputs
+    for i, value in enumerate(v for node in nodes for v in node.outputs):
+        value.name = f"v{i}"
+    graph = ir.Graph(inputs, [values[i] for i in first.outputs], nodes=nodes, opset_imports=first.opsets, name=group.op_type)
+    declared = [attribute(name, value) for name, value in reduction.node.attributes.items()]
+    declared += [constant_attribute(name, value[0]) for name, value in group.lifted.items()]
+    blank = [ir.Attr(a.name, a.type, None) for a in declared]
+    return ir.Function(DOMAIN, group.op_type, graph=graph, attributes=blank)
+
+
+def constant(group: Group, values: list[np.ndarray], made: dict[Any, ir.Node]) -> ir.Node:
+    """The Constant node for a slot: its value if all bodies agree, else a reference to an attribute of the node."""
+    key = tuple((str(v.dtype), v.shape, v.tobytes()) for v in values)
+    if key in made:
+        return made[key]
+    if len(set(key)) == 1:
+        attr = constant_attribute("", values[0])
+    else:
+        name = f"c{len(group.lifted)}"
+        group.lifted[name] = values
+        attr = ir.RefAttr(constant_attribute("", values[0]).name, name, constant_attribute("", values[0]).type)
+    made[key] = ir.Node("", "Constant", [], [attr])
+    return made[key]
+
+
+def constant_attribute(name: str, value: np.ndarray) -> ir.Attr:
+    """A constant as an attribute, named as Constant wants it where no name is given."""
+    if value.dtype == np.int64 and value.ndim == 0:
+        return ir.AttrInt64(name or "value_int", int(value))
+    if value.dtype == np.int64 and value.ndim == 1:
+        return ir.AttrInt64s(name or "value_ints", value.tolist())
+    if value.dtype == np.float32 and value.ndim == 0:
+        return ir.AttrFloat32(name or "value_float", float(value))
+    return ir.AttrTensor(name or "value", ir.tensor(value))
+
+
+def attribute(name: str, value: Any) -> ir.Attr:
+    """A node attribute from a Python value."""
+    if isinstance(value, int):
+        return ir.AttrInt64(name, value)
+    if isinstance(value, float):
+        return ir.AttrFloat32(name, value)
+    return ir.AttrString(name, value) if isinstance(value, str) else ir.AttrInt64s(name, list(value))
+
+
+def attach(model: ir.Model, reductions: Sequence[Reduction], bodies: Sequence[ir.Model]) -> dict[str, int]:
+    """Gives every reduction node its op type and attributes, and the model their functions: {op_type: nodes}."""
+    groups, functions = make_functions(reductions, bodies)
+    place = {i: (group, at) for group in groups for at, i in enumerate(group.members)}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        number = node.attributes["number"].as_int()
+        group, at = place[number]
+        node.op_type, node.name = group.op_type, f"reduction_{number}"
+        node.attributes.clear()
+        for name, value in reductions[number].node.attributes.items():
+            node.attributes.add(attribute(name, value))
+        for name, values in group.lifted.items():
+            node.attributes.add(constant_attribute(name, values[at]))
+    for function in functions:
+        model.functions[function.identifier()] = function
+        for domain, version in function.opset_imports.items():
+            model.opset_imports.setdefault(domain, version)
+    return {group.op_type: len(group.members) for group in groups}

@@ -1,0 +1,94 @@
+"""The ONNX node that stands for one reduction: what the exporter writes and a fused TensorRT plugin reads.
+
+domain "tokcompile", op_type the method's name in CamelCase (`tome` -> `Tome`): with the attributes `plugin_namespace` and
+`plugin_version` that is the name TensorRT looks the plugin up by, the same for every reduction of a method. Where the
+bodies of two reductions of a model differ in more than constants (a method that takes another road for some count), the
+second body is written as `Tome_2` and is never fused. All shapes are static; B is the batch, L = prefix + n*unit + suffix.
+
+inputs, in the order that the attribute `inputs` names:
+    x                   (B, L, D)       the residual stream, in the model's dtype
+    size                (B, n)          float32, how many original tokens each holds; only for methods that track sizes
+    normed              (B, L, D)       x after the model's final norm; taps are there only for methods that read them
+    q, k, v             (B, H, L, d)    of the attention last computed
+    cls_attention       (B, H, L)       the softmax row of the class token
+    received_attention  (B, H, L)       mean over all queries
+outputs, in the order that the attribute `outputs` names:
+    x                   (B, prefix + k*unit + suffix, D)
+    index               (B, k)          int64, the kept tokens, counted without the prefix
+    size                (B, k)          float32, only where sizes are tracked
+    assign              (B, n)          int64, the new token of each old one; only where the model's output needs it
+attributes: those of `ATTRIBUTES`, `grid` (rows, columns) while the patches are still a whole raster, `option_<name>` for
+the method's options that are numbers or strings, and c0, c1, ...: the constants of the function body that differ between
+the model's reductions of this method, which only the body reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokcompile.passes.reduction import ReductionModule
+
+DOMAIN = "tokcompile"
+DOMAIN_VERSION = 1
+PLUGIN_NAMESPACE = "tokcompile"
+PLUGIN_VERSION = "1"
+INPUTS = ("x", "size", "normed", "q", "k", "v", "cls_attention", "received_attention")
+OUTPUTS = ("x", "index", "size", "assign")
+ATTRIBUTES: Mapping[str, type] = {
+    "plugin_namespace": str,  # TensorRT before 10.10 looks a plugin up by these two alone
+    "plugin_version": str,
+    "method": str,
+    "inputs": str,
+    "outputs": str,
+    "n": int,
+    "k": int,
+    "prefix": int,
+    "suffix": int,
+    "unit": int,
+    "step": int,
+    "steps": int,
+    "block": int,
+    "depth": int,
+}
+
+
+@dataclass(frozen=True)
+class ReductionNode:
+    """One node as it stands in the file, without its values."""
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+def op_type(method: str) -> str:
+    """The op type, and plugin name, of a method: `dart` -> `Dart`, `my-method` -> `MyMethod`."""
+    words = "".join(c if c.isalnum() else " " for c in method).split()
+    return "".join(w[0].upper() + w[1:] for w in words) or "Reduction"
+
+
+def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> ReductionNode:
+    """The node of one reduction that gives these of `OUTPUTS`."""
+    recipe, site = module.recipe, module.site
+    inputs = ("x", *(("size",) if recipe.track_size else ()), *module.names)
+    attributes: dict[str, Any] = {
+        "plugin_namespace": PLUGIN_NAMESPACE,
+        "plugin_version": PLUGIN_VERSION,
+        "method": recipe.name,
+        "inputs": ",".join(inputs),
+        "outputs": ",".join(outputs),
+        "unit": module.unit,
+    }
+    attributes |= {name: getattr(site, name) for name in ATTRIBUTES if name not in attributes}
+    if site.grid:
+        attributes["grid"] = tuple(site.grid)
+    for name, value in site.options.items():
+        if isinstance(value, (bool, int)):
+            attributes[f"option_{name}"] = int(value)
+        elif isinstance(value, (float, str)):
+            attributes[f"option_{name}"] = value
+    return ReductionNode(op_type(recipe.name), inputs, outputs, attributes)

@@ -1,0 +1,1 @@
+"""Tests of the methods and of the primitives they are made of."""
