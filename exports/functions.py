@@ -27,7 +27,8 @@ class BodyGraph:
     """One traced body in a form that two bodies can be compared by.
 
     ops: (domain, op_type, inputs as numbers, attributes, count of outputs). constants: what is read at which slot.
-    outputs: numbers of the values that come out. Inputs of the body are 0, 1, ...; results follow; constants are -1.
+    outputs: numbers of the values that come out. Inputs of the body are 0, 1, ...; results follow; -1 is a constant and -2
+    an input left out.
     """
 
     ops: list[tuple[Any, ...]] = field(default_factory=list)
@@ -61,7 +62,10 @@ def body_graph(model: ir.Model) -> BodyGraph:
         out.attributes.append(list(node.attributes.values()))
         for value in node.outputs:
             numbers[value] = len(numbers)
-    out.outputs = tuple(numbers[value] for value in graph.outputs)
+    for i, value in enumerate(graph.outputs):  # where all even tokens merge, the kept ones are constant
+        if value in constants:
+            out.constants[len(out.ops), i] = constants[value]
+    out.outputs = tuple(-1 if value in constants else numbers[value] for value in graph.outputs)
     return out
 
 
@@ -101,21 +105,23 @@ def make_function(group: Group, members: Sequence[BodyGraph], reduction: Reducti
     values: list[ir.Value] = list(inputs)
     constants: dict[Any, ir.Node] = {}
     nodes: list[ir.Node] = []
+
+    def read(number: int, slot: Slot) -> ir.Value | None:
+        if number != -1:
+            return values[number] if number >= 0 else None
+        made = constant(group, [m.constants[slot] for m in members], constants)
+        if made not in nodes:
+            nodes.append(made)
+        return made.outputs[0]
+
     for i, (domain, op_type, numbers, _, count) in enumerate(first.ops):
-        args: list[ir.Value | None] = []
-        for j, number in enumerate(numbers):
-            if number >= 0 or number == -2:
-                args.append(values[number] if number >= 0 else None)
-                continue
-            made = constant(group, [m.constants[i, j] for m in members], constants)
-            if made not in nodes:
-                nodes.append(made)
-            args.append(made.outputs[0])
+        args = [read(number, (i, j)) for j, number in enumerate(numbers)]
         nodes.append(ir.Node(domain, op_type, args, first.attributes[i], num_outputs=count))
         values += nodes[-1].outputs
+    outputs = [read(number, (len(first.ops), i)) for i, number in enumerate(first.outputs)]
     for i, value in enumerate(v for node in nodes for v in node.outputs):
         value.name = f"v{i}"
-    graph = ir.Graph(inputs, [values[i] for i in first.outputs], nodes=nodes, opset_imports=first.opsets, name=group.op_type)
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=first.opsets, name=group.op_type)
     declared = [attribute(name, value) for name, value in reduction.node.attributes.items()]
     declared += [constant_attribute(name, value[0]) for name, value in group.lifted.items()]
     blank = [ir.Attr(a.name, a.type, None) for a in declared]

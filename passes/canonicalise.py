@@ -142,8 +142,10 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     while isinstance(base, Node) and packet(base) in ("aten.slice", "aten.select") and base.op == "call_function":
         chain.append(base)
         base = base.args[0]
-    if not isinstance(base, Node) or base.op in ("placeholder", "get_attr") or packet(base) in VIEWS:
+    if not isinstance(base, Node) or base.op == "placeholder" or packet(base) in VIEWS:
         return False
+    if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
+        return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
             value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))

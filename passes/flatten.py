@@ -15,7 +15,8 @@ from tokcompile.passes.find import Structure
 from tokcompile.passes.graph import aten, bind, packet, shape, user_dependent
 from tokcompile.passes.rules.pointwise import BINARY, UNARY
 
-TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} | {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
+ROWWISE = {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
+TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} | ROWWISE
 
 
 def flatten_grids(gm: GraphModule, structure: Structure) -> bool:
@@ -43,6 +44,8 @@ class _Flatten:
         for node in nodes:
             if node in dependent and any(n in region for n in node.all_input_nodes) and self.tokenwise(node):
                 region.add(node)
+        if not any(packet(n) in ROWWISE for n in region):
+            return  # channels are not on the last axis: these are feature maps, not rows of tokens
         for node in nodes:
             if node in region and self.tokenwise(node):
                 self.twin(node)

@@ -9,8 +9,9 @@ from math import floor
 from typing import Any
 
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget, to_data
-from tokcompile.errors import BudgetError, MethodError, PlanError, UnsupportedGraph
+from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.passes.graph import shape
 from tokcompile.recipe import Recipe
 
 VERSION = 1
@@ -89,18 +90,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
+    into segments that are never mixed (images or windows in one sequence), each with its own quota."""
+
+    unit: int = 1
+    cuts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Slot:
-    """A place where the method will reduce: `n` units of tokens enter the first one of a stage."""
+    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of the layout's unit."""
 
     block: Block
     place: str
     stage: Stage
-    n: int
-    prefix: int
-    suffix: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def n(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
 
 
-Solve = Callable[[Callable[[int], list[int]], list[Slot]], list[int]]
+SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], int]
 
 
 def make_plan(
@@ -108,39 +120,39 @@ def make_plan(
     recipe: Recipe,
     budget: Any,
     *,
-    where: Sequence[int] | None = None,
+    where: Sequence[int | str] | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
     options: Mapping[str, Any] | None = None,
-    unit: int = 1,
-    solve_flops: Callable[[list[Slot], Callable[[int], list[int]], float, range], int] | None = None,
+    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    solve_flops: SolveFlops | None = None,
 ) -> tuple[Reduction, ...]:
     """Decides at which blocks to reduce, and to how many tokens. Raises: BudgetError, MethodError, UnsupportedGraph."""
     budget = as_budget(budget)
-    slots = choose_slots(structure, recipe, budget, where, spans, unit)
+    slots = choose_slots(structure, recipe, budget, where, spans, layout)
     if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
         return ()
     n = slots[0].n
     if isinstance(budget, Schedule):
-        counts = [budget.counts[s.block.index] for s in slots]
+        counts = [budget.counts[b] for b in sorted(budget.counts)]
     elif isinstance(budget, Remove):
         counts = removals(budget, recipe, slots, options or {})
     elif isinstance(budget, KeepRate):
         counts = rates(budget.rate, recipe, slots)
     elif isinstance(budget, Flops):
         assert solve_flops is not None
-        final = solve_flops(slots, lambda k: list(recipe.steps.counts(n, k, len(slots))), budget.ratio, range(1, n + 1))
+        final = solve_flops(slots, lambda k: list(recipe.steps.counts(n, k, len(slots))), budget.ratio)
         counts = list(recipe.steps.counts(n, final, len(slots)))
     else:
         final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
         if final > n:
             raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
         counts = list(recipe.steps.counts(n, final, len(slots)))
-    return checked(counts, slots, recipe, options or {}, unit)
+    return reductions(counts, slots, recipe, options or {}, layout.unit)
 
 
 def choose_slots(
     structure: Structure, recipe: Recipe, budget: Any, where: Sequence[int] | None,
-    spans: Sequence[tuple[int, int]] | None, unit: int,
+    spans: Sequence[tuple[int, int]] | None, layout: Layout,
 ) -> list[Slot]:
     """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
     blocks = structure.blocks
@@ -169,7 +181,7 @@ def choose_slots(
             f"the blocks {[b.index for b in chosen]} hold {sorted(lengths, reverse=True)} tokens: one method works within one stage",
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
-    return [make_slot(b, recipe.place, spans, unit) for b in chosen]
+    return [make_slot(b, recipe.place, spans, layout) for b in chosen]
 
 
 def stage_blocks(structure: Structure) -> str:
@@ -202,25 +214,47 @@ def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
                 (causal or blocks)[0].mid, "name them: spans=[(start, stop)]",
             )
         blocks = visual
-    lengths = [b.stage.length for b in blocks if not b.why_not]
-    most = max(dict.fromkeys(lengths), key=lengths.count, default=None)
-    return [b for b in blocks if b.stage.length == most] if most is not None else list(blocks)
+    kinds = [kind(b) for b in blocks if not b.why_not]
+    # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
+    most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)
+    return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
 
 
-def make_slot(block: Block, place: str, spans: Any, unit: int) -> Slot:
-    stage = block.stage
-    prefix, suffix = stage.prefix, stage.suffix
-    if spans:
-        if len(spans) > 1:
-            raise UnsupportedGraph("several spans at once are not supported yet", hint="pass the one span of the visual tokens")
-        start, stop = spans[0]
-        if not 0 <= start < stop <= stage.length:
-            raise BudgetError(f"span ({start}, {stop}) does not lie within the {stage.length} tokens of block {block.index}")
-        prefix, suffix = start, stage.length - stop
-    body = stage.length - prefix - suffix
-    if body % unit or (unit > 1 and prefix + suffix):
-        raise UnsupportedGraph(f"{body} tokens cannot be reduced in groups of {unit}", block.mid)
-    return Slot(block, place, stage, body // unit, prefix, suffix)
+def kind(block: Block) -> tuple[int, int]:
+    """(tokens, batch) of a block's residual stream."""
+    return block.stage.length, shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
+
+
+def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
+    stage, unit = block.stage, layout.unit
+    spans = list(spans) if spans else [(stage.prefix, stage.length - stage.suffix)]
+    at = 0
+    for start, stop in spans:
+        if not at <= start < stop <= stage.length:
+            raise BudgetError(
+                f"span ({start}, {stop}) does not lie within the {stage.length} tokens of block {block.index}, "
+                "or spans overlap or are out of order"
+            )
+        if start % unit or stop % unit or stage.length % unit:
+            raise UnsupportedGraph(f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid)
+        at = stop
+    pieces: list[tuple[int, int]] = []
+    for start, stop in spans:
+        edges = [start // unit, *(c for c in layout.cuts if start < c * unit < stop), stop // unit]
+        pieces += list(zip(edges, edges[1:]))
+    return Slot(block, place, stage, tuple(pieces))
+
+
+def apportion(k: int, sizes: Sequence[int]) -> list[int]:
+    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each."""
+    total = sum(sizes)
+    exact = [k * s / total for s in sizes]
+    counts = [max(1, min(int(e), s)) for e, s in zip(exact, sizes)]
+    order = sorted(range(len(sizes)), key=lambda i: (-(exact[i] - int(exact[i])), i))
+    for i in order * 2:
+        if sum(counts) < k and counts[i] < sizes[i]:
+            counts[i] += 1
+    return counts
 
 
 def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
@@ -241,44 +275,50 @@ def rates(rate: float, recipe: Recipe, slots: list[Slot]) -> list[int]:
 
 
 def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int:
-    return recipe.least(n, {**recipe.options, **options, "prefix": slot.prefix})
+    """The fewest tokens that one step of the method can leave of n."""
+    return recipe.least(n, {**recipe.options, **options, "prefix": slot.spans[0][0]})
 
 
-def checked(counts: list[int], slots: list[Slot], recipe: Recipe, options: Mapping[str, Any], unit: int) -> tuple[Reduction, ...]:
-    """The counts as reductions; steps that remove nothing are left out. Raises: BudgetError for impossible ones."""
-    out, n = [], slots[0].n
+def reductions(
+    counts: Sequence[int], slots: Sequence[Slot], recipe: Recipe, options: Mapping[str, Any], unit: int
+) -> tuple[Reduction, ...]:
+    """The counts as reductions, one per segment; steps that remove nothing are left out. Raises: BudgetError."""
+    out = []
+    current = [stop - start for start, stop in slots[0].spans]
     for slot, k in zip(slots, counts):
-        lowest = least(recipe, n, slot, options)
-        if not 1 <= k <= n:
-            raise BudgetError(f"block {slot.block.index}: {n} tokens come in, {k} cannot be left")
-        if k < lowest:
-            raise BudgetError(
-                f"block {slot.block.index}: {recipe.name!r} cannot go from {n} to {k} tokens in one step, only to {lowest}; "
-                "spread the budget over more blocks (where=...) or raise it"
-            )
-        if k < n:
-            out.append(Reduction(slot.block.index, n, k, slot.place, slot.prefix, slot.suffix, unit, slot.block.path))
-        n = k
-    if not out and any(k < slots[0].n for k in counts):
-        raise MethodError("internal: an empty plan")
+        if not len(current) <= k <= sum(current):
+            raise BudgetError(f"block {slot.block.index}: {sum(current)} tokens come in, {k} cannot be left")
+        for i, (n, want, (start, stop)) in enumerate(zip(list(current), apportion(k, current), slot.spans)):
+            lowest = least(recipe, n, slot, options)
+            if want < lowest:
+                raise BudgetError(
+                    f"block {slot.block.index}: {recipe.name!r} cannot go from {n} to {want} tokens in one step, only to "
+                    f"{lowest}; spread the budget over more blocks (where=...) or raise it"
+                )
+            if want < n:
+                tail = slot.stage.length - stop * unit
+                out.append(Reduction(slot.block.index, n, want, slot.place, start * unit, tail, unit, slot.block.path))
+            current[i] = want
     return tuple(out)
 
 
 def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     """A plan passed back by the user, checked against the model. Raises: PlanError."""
-    current: dict[int, int] = {}
+    current: dict[tuple[int, int], int] = {}
     out = []
     for r in plan.reductions:
         block = one_block(structure.blocks, r.block)
-        body = block.stage.length - r.prefix - r.suffix
-        n = current.get(block.stage.length, body // r.unit)
-        if r.n != n:
-            r = replace(r, n=n) if out and r.k <= n else r
-        if r.n != n or not 1 <= r.k <= r.n:
-            raise PlanError(f"the plan says {r.n} -> {r.k} tokens at block {r.block}; the model has {n} there")
+        key = (block.stage.length, r.prefix)
+        n = current.get(key, (block.stage.length - r.prefix - r.suffix) // r.unit)
+        if not 1 <= r.k <= n:
+            raise PlanError(f"the plan leaves {r.k} tokens at block {r.block}, where {n} come in")
+        if r.n != n and key not in current:
+            raise PlanError(f"the plan says {r.n} tokens come into block {r.block}; the model has {n}")
         if r.place not in ("attention", "block"):
             raise PlanError(f"the plan's place {r.place!r} is neither 'attention' nor 'block'")
-        current[block.stage.length] = r.k
-        if r.k < r.n:
-            out.append(replace(r, path=block.path))
+        if block.why_not:
+            raise PlanError(f"tokens cannot be reduced in block {r.block} ({block.path}): {block.why_not}")
+        current[key] = r.k
+        if r.k < n:
+            out.append(replace(r, n=n, path=block.path))
     return tuple(out)

@@ -9,22 +9,23 @@ from tokcompile.recipe import Keep, Recipe, Site, Tokens
 
 
 class ReductionModule(nn.Module):
-    """Reduces the body of a sequence; prefix and suffix pass through.
+    """Reduces the n tokens from `start` on; what stands before and after passes through.
 
     forward(x: (B, L, D), size: (B, n) or None, *taps) -> (x': (B, L', D), index: (B, k), size': (B, k) or None,
-    assign: (B, n) or None). With `unit` u, L = prefix + n*u + suffix and u neighbours are kept or dropped together.
+    assign: (B, n) or None). With `unit` u the n tokens are groups of u rows, kept or dropped together.
     """
 
-    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = ()):
+    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = (), start: int | None = None):
         super().__init__()
         self.recipe, self.site, self.unit, self.names = recipe, site, unit, names
+        self.start = site.prefix * unit if start is None else start
         self.needs_assign = True
         self.ordered: bool | None = None  # known once the plan has run on fake tensors
 
     def forward(self, x: Tensor, size: Tensor | None = None, *taps: Tensor) -> tuple[Tensor | None, ...]:
         site, u = self.site, self.unit
-        stop = site.prefix + site.n * u
-        body = x[:, site.prefix : stop]
+        start, stop = self.start, self.start + site.n * u
+        body = x[:, start:stop]
         rows = body.reshape(x.shape[0], site.n, u * x.shape[2])
         given = {name: self.restrict(tap, name) for name, tap in zip(self.names, taps)}
         if size is None and self.recipe.track_size:
@@ -35,7 +36,7 @@ class ReductionModule(nn.Module):
             self.ordered = isinstance(plan, Keep) and plan.ordered
         new, new_size = apply(plan, rows, size)
         new = new.reshape(x.shape[0], site.k * u, x.shape[2])
-        parts = [x[:, : site.prefix]] * bool(site.prefix) + [new] + [x[:, stop:]] * bool(site.suffix)
+        parts = [x[:, :start]] * (start > 0) + [new] + [x[:, stop:]] * (stop < x.shape[1])
         assign = assignment(plan, summary) if self.needs_assign else None
         return (torch.cat(parts, 1) if len(parts) > 1 else new), plan.index, new_size, assign
 
@@ -43,7 +44,7 @@ class ReductionModule(nn.Module):
         """A tap over the whole sequence as one over the reducible tokens."""
         site, u = self.site, self.unit
         axis = 1 if name == "normed" else 2
-        tap = tap.narrow(axis, site.prefix, site.n * u)
+        tap = tap.narrow(axis, self.start, site.n * u)
         return tap if u == 1 else tap.unflatten(axis, (site.n, u)).mean(axis + 1)
 
     def extra_repr(self) -> str:

@@ -33,6 +33,7 @@ class Splice:
     at: Node
     k: int
     site: Site
+    prefix: int = 0  # where the tokens start, in the original sequence
     unit: int = 1
     tap_block: Block | None = None
 
@@ -49,6 +50,7 @@ class Rewritten:
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
     modules: list[tuple[Node, ReductionModule]] = field(default_factory=list)
+    batch: int = 1
 
     def overhead_flops(self) -> int:
         """FLOPs of the reductions themselves."""
@@ -64,7 +66,6 @@ class Rewriter:
         structure: Structure,
         splices: Sequence[Splice],
         *,
-        batch: int,
         outputs: str = "keep",
         recover: str = "end",
         size_weighted_mean: bool = True,
@@ -73,12 +74,13 @@ class Rewriter:
         self.size_weighted_mean = size_weighted_mean
         mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         self.builder = Builder(shallow_copy(gm), mode)
-        self.gather = Gatherer(self.builder, batch)
+        self.gather = Gatherer(self.builder, batch_of(splices))
         self.env: dict[Node, Any] = {}
         self.labels: dict[Node, Any] = {}
         self.before: dict[Node, tuple[Node, Label | None]] = {}  # at a splice: the value as it was before the reduction
         self.full: dict[Node, Any] = {}
-        self.splits: list[SplitsTokens] = []
+        self.splits: list[SplitsTokens] = []  # views that tear tokens apart, and slices that cut them: hints for
+        self.cuts: set[int] = set()  # another try in groups or in segments
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
@@ -104,7 +106,7 @@ class Rewriter:
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
         gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
         return Rewritten(gm, self.spaces, self.labels, self.recoveries, self.recovered, output_labels, extra,
-                         self.modules)
+                         self.modules, self.gather.batch)
 
     # -- one node --------------------------------------------------------------------------------------------------
 
@@ -161,10 +163,11 @@ class Rewriter:
     def splice(self, s: Splice) -> None:
         x, label = self.env[s.at], self.labels.get(s.at)
         self.before.setdefault(s.at, (x, label))
-        parent, prefix, suffix = self.body(s, label)
+        parent, before, after = self.body(s, label)
         taps = read_taps(self, s)
         name = f"reduction_{len(self.spaces)}_{s.recipe.name}"
-        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read())
+        start = make_seq(before).new * s.unit
+        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read(), start)
         self.builder.root.add_module(name, module)
         size = parent.size if parent else None
         node = self.builder.emit(name, self.standard(x, s.block), size, *taps)
@@ -180,22 +183,26 @@ class Rewriter:
         space.ordered = bool(module.ordered)
         self.spaces.append(space)
         self.env[s.at] = self.native(new, s.block)
-        self.labels[s.at] = self.label_after(s, space, prefix, suffix)
+        self.labels[s.at] = self.label_after(s, make_seq([*before, space, *after]))
         self.full.pop(s.at, None)
 
-    def body(self, s: Splice, label: Label | None) -> tuple[Space | None, int, int]:
-        """(the space to be reduced further, tokens before it, tokens after it)."""
-        if not is_labelled(label):
-            return None, s.site.prefix, s.site.suffix
-        axis = label[s.block.token_axis]
+    def body(self, s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:
+        """(the space to be reduced further or None, the parts before it, the parts after it), in groups of `unit`."""
+        axis = label[s.block.token_axis] if is_labelled(label) else ()
         seq = next((a for a in axis if isinstance(a, Seq)), None)
-        if seq is None or len(seq.spaces) != 1:
-            raise UnsupportedGraph("the tokens to reduce further are not in one run", s.at)
-        at = seq.parts.index(seq.spaces[0])
-        return seq.spaces[0], sum(seq.parts[:at]), sum(seq.parts[at + 1:])
+        parts: list[Any] = list(seq.parts) if seq else [shape(s.at)[s.block.token_axis] // s.unit]
+        start, at = s.prefix // s.unit, 0
+        for i, part in enumerate(parts):
+            width = part if isinstance(part, int) else part.root_n
+            if isinstance(part, Space) and at == start:
+                return part, parts[:i], parts[i + 1 :]
+            if isinstance(part, int) and at <= start and start + s.site.n <= at + width:
+                rest = at + width - start - s.site.n
+                return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
+            at += width
+        raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
 
-    def label_after(self, s: Splice, space: Space, prefix: int, suffix: int) -> Label:
-        seq = make_seq([prefix, space, suffix])
+    def label_after(self, s: Splice, seq: Seq) -> Label:
         label = list(self.labels.get(s.at) or plain(shape(s.at)))
         label[s.block.token_axis] = normal((seq, s.unit))
         if s.block.batch_axis is not None and self.gather.batch > 1:
@@ -221,6 +228,15 @@ class Rewriter:
                 f"method {s.recipe.name!r} was asked for {s.k} tokens and gave indices of shape {tuple(results[1].shape)}",
                 s.at, "its plan must return exactly site.k tokens",
             )
+
+
+def batch_of(splices: Sequence[Splice]) -> int:
+    """The batch size of the residual stream where tokens are reduced; all places must agree."""
+    sizes = {shape(s.at)[s.block.batch_axis] if s.block.batch_axis is not None else 1 for s in splices}
+    if len(sizes) > 1:
+        raise UnsupportedGraph(f"the blocks to reduce in run over different batches: {sorted(sizes)}", splices[0].at,
+                               "reduce in blocks of one kind: where=[...]")
+    return sizes.pop()
 
 
 def shallow_copy(gm: GraphModule) -> torch.nn.Module:

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,25 +106,54 @@ def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
-    """torch.export, plainly if that works, else with values recorded in one eager run and replayed."""
+    """torch.export, plainly if that gives a static graph, else with values recorded in one eager run and replayed."""
+    first: Exception | None = None
     try:
-        return plain_export(model, args, kwargs), []
-    except Exception as first:
+        with quiet():
+            program = plain_export(model, args, kwargs)
+        if not data_dependent(program):
+            return program, []
+    except Exception as error:  # torch.export raises many kinds; all of them lead to the second try
+        first = error
+    try:
+        recording = record(lambda: model(*args, **kwargs))
+    except Exception as error:
+        raise InputError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
+            "  what to do: pass inputs that model(*args, **kwargs) accepts"
+        ) from error
+    if recording.values:
         try:
-            recording = record(lambda: model(*args, **kwargs))
-        except Exception as error:
-            raise InputError(
-                f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
-                "  what to do: pass inputs that model(*args, **kwargs) accepts"
-            ) from error
-        if recording.values:
-            try:
-                with replay(recording):
-                    program = plain_export(model, args, kwargs)
+            with replay(recording), quiet():
+                program = plain_export(model, args, kwargs)
+            if not data_dependent(program):
                 return program, recording.guards()
-            except Exception as second:
-                first = second
-        raise TraceError(refusal(first, recording)) from first
+        except Exception as error:
+            first = error
+    reason = first or RuntimeError("shapes in the traced graph depend on the values of tensors")
+    raise TraceError(refusal(reason, recording)) from first
+
+
+def data_dependent(program: ExportedProgram) -> bool:
+    """Whether the graph computes with sizes or numbers that are known only at run time."""
+    symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(n.meta.get("val"), symbols) for n in program.graph.nodes if n.op == "call_function")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export prints the whole graph when it gives up; what matters is in the exception."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
+        levels = [one.level for one in loggers]
+        try:
+            for one in loggers:
+                one.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for one, level in zip(loggers, levels):
+                one.setLevel(level)
 
 
 def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -161,6 +193,11 @@ def refuse_dynamic(program: ExportedProgram) -> None:
                         f"input {node.name!r} has a dynamic shape: dimension {i} is {size}",
                         hint="export with static shapes; for several sizes optimize once per size",
                     )
+    if data_dependent(program):
+        raise UnsupportedGraph(
+            "the exported program computes shapes from the values of tensors",
+            hint="pass the nn.Module instead: its values on the example inputs are then recorded and fixed",
+        )
 
 
 def load_program(path: str, extra_files: dict[str, Any] | None = None) -> ExportedProgram:

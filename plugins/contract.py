@@ -17,9 +17,9 @@ outputs, in the order that the attribute `outputs` names:
     index               (B, k)          int64, the kept tokens, counted without the prefix
     size                (B, k)          float32, only where sizes are tracked
     assign              (B, n)          int64, the new token of each old one; only where the model's output needs it
-attributes: those of `ATTRIBUTES`, `grid` (rows, columns) while the patches are still a whole raster, `option_<name>` for
-the method's options that are numbers or strings, and c0, c1, ...: the constants of the function body that differ between
-the model's reductions of this method, which only the body reads.
+attributes: those of `ATTRIBUTES`; `grid`, the (rows, columns) of the patches while they are still a whole raster and (0,)
+after; `option_<name>` for the method's options that are numbers or strings; and c0, c1, ...: the constants of the function
+body that differ between the model's reductions of this method, which only the body reads.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> Reducti
         "unit": module.unit,
     }
     attributes |= {name: getattr(site, name) for name in ATTRIBUTES if name not in attributes}
-    if site.grid:
-        attributes["grid"] = tuple(site.grid)
+    attributes["grid"] = tuple(site.grid or (0,))
     for name, value in site.options.items():
         if isinstance(value, (bool, int)):
             attributes[f"option_{name}"] = int(value)

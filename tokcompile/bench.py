@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from tokcompile.errors import ExportError, InputError, MethodError, TokcompileEr
 from tokcompile.recipe import Recipe, get_method
 
 RUNTIMES = ("eager", "inductor", "onnxruntime")
-COMMON = ("where", "spans", "outputs", "recover", "size_weighted_mean")  # options that every method takes
 Run = Callable[[], Any]
 
 
@@ -124,7 +123,7 @@ def track(items: Sequence[Any], title: str) -> Iterable[Any]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Runs the block with so many threads for torch."""
     if count < 1:
         raise InputError(f"the number of threads is a positive number, not {count}")
@@ -162,7 +161,7 @@ def onnx_runner(model: OptimizedModel, count: int) -> Run:
         raise ExportError(f"the runtime onnxruntime needs pip install 'tokcompile[onnx]' ({error})") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = count, 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads must not count as CPU time
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting is no CPU time
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -174,9 +173,11 @@ def onnx_runner(model: OptimizedModel, count: int) -> Run:
 
 def onnx_feed(model: OptimizedModel, names: Sequence[str]) -> dict[str, Any]:
     """The example inputs under the names that the file gives them, else in order."""
-    tensors = {n: v for n, v in zip(model.input_names, model.example_inputs) if isinstance(v, torch.Tensor)}
+    tensors = {
+        n: v for n, v in zip(model.input_names, model.example_inputs, strict=True) if isinstance(v, torch.Tensor)
+    }
     values = [tensors[n] for n in names] if set(names) <= set(tensors) else list(tensors.values())
-    return {n: v.detach().cpu().numpy() for n, v in zip(names, values)}
+    return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
 
 
 def original_runner(model: Any, args: Any, kwargs: Any, plain: OptimizedModel, runtime: str, count: int) -> Run:
@@ -188,8 +189,11 @@ def original_runner(model: Any, args: Any, kwargs: Any, plain: OptimizedModel, r
 
 @dataclass
 class Row:
-    """One method at one budget in one runtime. overhead: measured ratio - FLOPs ratio. random_ratio: the ratio of random
-    selection at the same blocks and counts; selection: what choosing and merging adds to that."""
+    """One method at one budget in one runtime.
+
+    overhead: measured ratio - FLOPs ratio. random_ratio: the ratio of random selection at the same blocks and counts;
+    selection: what choosing and merging adds to that.
+    """
 
     runtime: str
     method: str
@@ -208,7 +212,7 @@ class Row:
 
 @dataclass
 class Bench:
-    """aa: the ratio of the original to itself per runtime, which is the noise. errors: what could not be timed, and why."""
+    """aa: per runtime the ratio of the original to itself, which is the noise. errors: what was not timed, and why."""
 
     machine: dict[str, Any]
     pairs: int
@@ -258,38 +262,39 @@ def bench(
     budgets: Sequence[Any] = (0.5,),
     runtimes: Sequence[str] = ("eager",),
     pairs: int = 15,
-    count: int = 1,
+    threads: int = 1,
+    options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
-    **options: Any,
+    **common: Any,
 ) -> Bench:
     """Times the original against every method at every budget; random selection always comes first.
 
-    count: threads. say: is told what is being done. options: further arguments of `tokcompile.optimize`, each for the
-    methods that have it. What cannot be built is noted in `errors` and the rest is still timed.
+    threads: of torch and onnxruntime. options: method options, each for the methods that have it. say: is told what is
+    being done. common: where, spans, outputs, recover and size_weighted_mean of `tokcompile.optimize`. What cannot be
+    built is noted in `errors` and the rest is still timed.
 
     Raises: InputError, MethodError, TraceError, UnsupportedGraph.
     """
     wrong = [r for r in runtimes if r not in RUNTIMES]
     if wrong:
         raise InputError(f"runtime {wrong[0]!r} is none of {', '.join(RUNTIMES)}")
-    recipes = checked(methods, options)
-    result = Bench(machine(count), pairs)
-    with threads(count):
+    recipes = checked(methods, options or {})
+    result = Bench(machine(threads), pairs)
+    with torch_threads(threads):
         say("tracing the original")
         plain = optimize(model, args, kwargs, method="random", budget=1.0)
-        values = [v for v in plain.example_inputs if isinstance(v, torch.Tensor)]
-        result.machine["inputs"] = [f"{'x'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in values]
-        cases = list(build(result, say, model, args, kwargs, recipes, budgets, options))
+        result.machine["inputs"] = [shape_text(v) for v in plain.example_inputs if isinstance(v, torch.Tensor)]
+        cases = list(build(result, say, model, args, kwargs, recipes, budgets, options or {}, common))
         for runtime in runtimes:
             say(f"{runtime}: A/A")
-            original = original_runner(model, args, kwargs, plain, runtime, count)
+            original = original_runner(model, args, kwargs, plain, runtime, threads)
             result.aa[runtime] = paired(original, original, pairs, title=f"{runtime} A/A")
             timed: dict[Any, Ratio] = {}
             for name, budget, optimized, twin in cases:
                 for one in (twin, optimized):
                     if key(one) not in timed:
                         say(f"{runtime}: {one.plan.method} at the counts of {name} {budget}")
-                        run = runner(one, runtime, count)
+                        run = runner(one, runtime, threads)
                         timed[key(one)] = paired(original, run, pairs, title=f"{runtime} {name} {budget}")
                 result.rows.append(row(runtime, name, budget, optimized, timed[key(optimized)], timed[key(twin)]))
     return result
@@ -297,18 +302,18 @@ def bench(
 
 def build(
     result: Bench, say: Callable[[str], None], model: Any, args: Any, kwargs: Any, recipes: Sequence[Recipe],
-    budgets: Sequence[Any], options: dict[str, Any],
+    budgets: Sequence[Any], options: Mapping[str, Any], common: dict[str, Any],
 ) -> Iterator[tuple[str, str, OptimizedModel, OptimizedModel]]:  # fmt: skip
     """(method, budget, optimized model, random selection at the same counts), for all that can be built."""
-    weighted = {k: v for k, v in options.items() if k == "size_weighted_mean"}
+    weighted = {k: v for k, v in common.items() if k == "size_weighted_mean"}  # the plan says all the rest
     twins: dict[Any, OptimizedModel] = {}
     for budget in budgets:
         for recipe in recipes:
             title = budget_name(budget)
             say(f"compiling {recipe.name} at {title}")
-            own = {k: v for k, v in options.items() if k in COMMON or k in recipe.options}
+            own = {k: v for k, v in options.items() if k in recipe.options}
             try:
-                made = optimize(model, args, kwargs, method=recipe, budget=budget, **own)
+                made = optimize(model, args, kwargs, method=recipe, budget=budget, **common, **own)
                 if recipe.name == "random":
                     twins[places(made)] = made
                 elif places(made) not in twins:
@@ -320,11 +325,11 @@ def build(
             yield recipe.name, title, made, twins[places(made)]
 
 
-def checked(methods: Sequence[str | Recipe], options: dict[str, Any]) -> list[Recipe]:
+def checked(methods: Sequence[str | Recipe], options: Mapping[str, Any]) -> list[Recipe]:
     """Random and the methods. Raises: MethodError for unknown ones and for options that none of them has."""
     recipes = list({r.name: r for r in map(get_method, ("random", *methods))}.values())
     for name in options:
-        if name not in COMMON and not any(name in r.options for r in recipes):
+        if not any(name in r.options for r in recipes):
             raise MethodError(f"none of {', '.join(r.name for r in recipes)} has an option {name!r}")
     return recipes
 
@@ -338,9 +343,13 @@ def key(model: OptimizedModel) -> Any:
     return model.plan.method, tuple(sorted(map(repr, model.plan.options.items()))), places(model)
 
 
+def shape_text(value: torch.Tensor) -> str:
+    return f"{'x'.join(map(str, value.shape))}:{str(value.dtype).removeprefix('torch.')}"
+
+
 def row(runtime: str, name: str, budget: str, model: OptimizedModel, ratio: Ratio, twin: Ratio) -> Row:
-    flops = model.report.flops_ratio
+    counts, flops = [r.k * r.unit for r in model.plan.reductions], model.report.flops_ratio
     return Row(
-        runtime, name, budget, [r.k * r.unit for r in model.plan.reductions], flops, ratio.median, ratio.low, ratio.high,
-        ratio.median - flops, twin.median, ratio.median - twin.median, ratio.a * 1e3, ratio.b * 1e3,
+        runtime, name, budget, counts, flops, ratio.median, ratio.low, ratio.high, ratio.median - flops, twin.median,
+        ratio.median - twin.median, ratio.a * 1e3, ratio.b * 1e3,
     )  # fmt: skip

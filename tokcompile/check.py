@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tokcompile.compiler import Analysis, NeedsUnit, Settings, rewrite, understand
+from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, understand, with_layout
 from tokcompile.errors import InputError, TokcompileError
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise, copy_graph
@@ -91,6 +91,7 @@ def check(
     outputs = run(graph, traced.inputs)
     if not all(bool(torch.isfinite(o).all()) for o in floats(outputs)):
         raise InputError("with shaken parameters the model gives NaN or Inf on these inputs: nothing can be compared")
+    tolerance = noise_floor(graph, traced.inputs, outputs, seed)
     structure = analysis.structure
     report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), traced.guards)
     report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
@@ -105,8 +106,7 @@ def check(
         for oracle in (permutation, masked_keys):
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
             try:
-                slot = make_slot(block, "attention", spans, 1)
-                compare(result, oracle, analysis, slot, outputs, seed)
+                compare(result, oracle, analysis, block, spans, outputs, seed, tolerance)
             except TokcompileError as error:
                 result.note = str(error)
             report.results.append(result)
@@ -143,39 +143,55 @@ def run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
         return list(gm(*inputs))
 
 
+def noise_floor(gm: GraphModule, inputs: Sequence[Any], outputs: Sequence[Any], seed: int) -> float:
+    """The tolerance: that of the dtype, or what rounding alone does in a model that amplifies small differences.
+
+    Raises: InputError where the outputs do not depend on the inputs, so that nothing could be seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(share: float) -> list[Any]:
+        return [
+            v * (1 + share * torch.randn(v.shape, generator=generator).to(v)) if isinstance(v, Tensor) and v.is_floating_point()
+            else v for v in inputs
+        ]
+
+    if floats(inputs) and worst(run(gm, moved(0.5)), outputs) == 0:
+        raise InputError("with shaken parameters the outputs do not depend on the inputs: nothing can be compared")
+    dtype = max((TOLERANCE.get(o.dtype, 1e-4) for o in floats(outputs)), default=1e-4)
+    epsilon = max((torch.finfo(o.dtype).eps for o in floats(outputs)), default=1e-7)
+    return max(dtype, 30 * worst(run(gm, moved(epsilon)), outputs))
+
+
 def floats(values: Sequence[Any]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def compare(result: Result, oracle: Any, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
-    """Fills in one row. A model that glues tokens into groups is compared on whole groups."""
-    unit = 1
-    while True:
-        try:
-            oracle(result, analysis, slot, unit, outputs, seed)
-            break
-        except NeedsUnit as needed:
-            if unit != 1:
-                raise needed.error from None
-            unit = needed.unit
-    scale = max((TOLERANCE.get(o.dtype, 1e-4) for o in floats(outputs)), default=1e-4)
-    result.ok = result.error is None or result.error <= scale
+def compare(result: Result, oracle: Any, analysis: Analysis, block: Any, spans: Any, outputs: list[Any], seed: int,
+            tolerance: float) -> None:
+    """Fills in one row. A model that keeps tokens in groups or in segments is compared on whole groups and segments."""
+    with_layout(lambda layout: oracle(result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed))
+    result.ok = result.error is None or result.error <= tolerance
 
 
-def one_reduction(slot: Any, unit: int, share: float) -> Reduction:
-    n = (slot.stage.length - slot.prefix - slot.suffix) // unit
-    return Reduction(slot.block.index, n, max(1, int(n * share)), "attention", slot.prefix, slot.suffix, unit)
+def reduced_to(slot: Any, unit: int, share: float) -> list[Reduction]:
+    """One reduction per segment at that place, to `share` of its tokens."""
+    return [
+        Reduction(slot.block.index, stop - start, max(1, int((stop - start) * share)), "attention", start * unit,
+                  slot.stage.length - stop * unit, unit)
+        for start, stop in slot.spans
+    ]
 
 
-def rewritten(result: Result, analysis: Analysis, settings: Settings, reduction: Reduction) -> Rewritten:
+def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions: list[Reduction]) -> Rewritten:
     """Recovery at the end if that is enough; else anywhere, and the row says so."""
     try:
-        return rewrite(analysis, settings, [reduction])
-    except NeedsUnit:
+        return rewrite(analysis, settings, reductions)
+    except NeedsLayout:
         raise
     except TokcompileError as error:
         settings.recover = "anywhere"
-        out = rewrite(analysis, settings, [reduction])
+        out = rewrite(analysis, settings, reductions)
         inside = [r for r in out.recoveries if r.inside]
         result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({str(error).splitlines()[0][:90]})"
         return out
@@ -183,18 +199,16 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reduction:
 
 def permutation(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
     settings = Settings(shuffled(seed), {})
-    out = rewritten(result, analysis, settings, one_reduction(slot, unit, 1.0))
+    out = rewritten(result, analysis, settings, reduced_to(slot, unit, 1.0))
     result.error = worst(run(out.gm, analysis.traced.inputs), outputs)
 
 
 def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
     settings = Settings(subset(seed), {}, outputs="reduced")
-    out = rewritten(result, analysis, settings, one_reduction(slot, unit, 0.5))
-    index = out.spaces[0].index
+    out = rewritten(result, analysis, settings, reduced_to(slot, unit, 0.5))
     reduced = run(out.gm, analysis.traced.inputs)
-    kept = subset_index(out.spaces[0].n, out.spaces[0].k, analysis.batch, seed, sort=True)
-    assert index is not None
-    masked = MaskedRun(analysis.graph, out, kept, analysis.batch)
+    kept = {space: subset_index(space.n, space.k, out.batch, seed, sort=True) for space in out.spaces}
+    masked = MaskedRun(analysis.graph, out, kept)
     with torch.no_grad():
         masked.run(*analysis.traced.inputs)
     pairs = []

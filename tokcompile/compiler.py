@@ -3,24 +3,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
-from tokcompile.passes.graph import propagate_shapes, shape
-from tokcompile.passes.plan import Plan, Reduction, Slot, fit_plan, make_plan
+from tokcompile.passes.graph import propagate_shapes
+from tokcompile.passes.plan import Layout, Plan, Reduction, Slot, apportion, fit_plan, make_plan, reductions
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
+from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
-from tokcompile.recipe import Recipe, Site, get_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
 
 LARGEST_UNIT = 16  # a view that splits tokens into larger groups is a grid or a window, not a merger
+MOST_SEGMENTS = 256  # images or windows in one sequence, each reduced by itself
 
 
 @dataclass
@@ -31,14 +34,6 @@ class Analysis:
     graph: GraphModule
     structure: Structure
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def batch(self) -> int:
-        """The batch size, as the residual stream has it."""
-        for block in self.structure.blocks:
-            if block.batch_axis is not None:
-                return shape(block.mid)[block.batch_axis]
-        return 1
 
 
 @dataclass
@@ -91,118 +86,131 @@ def timed(seconds: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
     return result
 
 
-def compile_plan(analysis: Analysis, settings: Settings, budget: Any, where: Sequence[int] | None, plan: Plan | None) -> Compiled:
-    """Passes 4 to 7: plan, rewrite with recovery, cost; groups of tokens that a merger needs are found on the way."""
-    unit = 1
+def compile_plan(analysis: Analysis, settings: Settings, budget: Any, where: Sequence[int | str] | None, plan: Plan | None) -> Compiled:
+    """Passes 4 to 7: plan, rewrite with recovery, cost."""
+
+    def attempt(layout: Layout) -> Compiled:
+        if plan is not None:
+            chosen = fit_plan(plan, analysis.structure)
+        else:
+            chosen = timed(analysis.seconds, "plan", lambda: make_plan(
+                analysis.structure, settings.recipe, budget, where=where, spans=settings.spans, options=settings.options,
+                layout=layout, solve_flops=lambda *a: solve_flops(analysis, settings, layout, *a),
+            ))
+        data = plan.budget if plan is not None else to_data(as_budget(budget))
+        made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
+        if not chosen:
+            return Compiled(made, None, terms(analysis.graph.graph, {}))
+        rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen))
+        return Compiled(made, rewritten, terms(analysis.graph.graph, rewritten.labels, rewritten.recovered))
+
+    return with_layout(attempt)
+
+
+class NeedsLayout(Exception):
+    """The rewrite showed that tokens must be kept in groups or in segments; `error` is what stands if that does not help."""
+
+    def __init__(self, layout: Layout, error: Exception):
+        super().__init__(layout)
+        self.layout, self.error = layout, error
+
+
+def with_layout(attempt: Callable[[Layout], Any]) -> Any:
+    """Runs an attempt, again with the groups or segments that it turned out to need, as long as that is news."""
+    tried, layout = [Layout()], Layout()
     while True:
         try:
-            if plan is not None:
-                reductions = fit_plan(plan, analysis.structure)
-            else:
-                reductions = timed(analysis.seconds, "plan", lambda: make_plan(
-                    analysis.structure, settings.recipe, budget, where=where, spans=settings.spans,
-                    options=settings.options, unit=unit, solve_flops=lambda *a: solve_flops(analysis, settings, unit, *a),
-                ))
-            made = Plan(
-                settings.recipe.name, reductions, dict(settings.options), budget_data(budget, plan), settings.outputs,
-                settings.recover,
-            )
-            if not reductions:
-                return Compiled(made, None, terms(analysis.graph.graph, {}))
-            rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, reductions))
-            cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
-            return Compiled(made, rewritten, cost)
-        except NeedsUnit as needed:
-            if unit != 1:
+            return attempt(layout)
+        except NeedsLayout as needed:
+            unit = max(layout.unit, needed.layout.unit)
+            cuts = needed.layout.cuts or layout.cuts
+            layout = Layout(unit, tuple(sorted({*layout.cuts, *cuts})))
+            if layout in tried:
                 raise needed.error from None
-            unit = needed.unit
+            tried.append(layout)
 
 
-def budget_data(budget: Any, plan: Plan | None) -> Mapping[str, Any]:
-    from tokcompile.budget import as_budget, to_data
-
-    return plan.budget if plan is not None else to_data(as_budget(budget))
-
-
-class NeedsUnit(Exception):
-    """The model glues groups of `unit` neighbouring tokens together later on: whole groups must be kept or dropped."""
-
-    def __init__(self, unit: int, error: Exception):
-        super().__init__(unit)
-        self.unit, self.error = unit, error
-
-
-def rewrite(analysis: Analysis, settings: Settings, reductions: Sequence[Reduction]) -> Rewritten:
-    """One rewrite of the analysed graph. Raises: UnsupportedGraph, NeedsUnit."""
+def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
+    """One rewrite of the analysed graph. Raises: UnsupportedGraph, NeedsLayout."""
     rewriter = Rewriter(
-        analysis.graph, analysis.structure, splices(analysis, settings, reductions), batch=analysis.batch,
-        outputs=settings.outputs, recover=settings.recover, size_weighted_mean=settings.size_weighted_mean,
+        analysis.graph, analysis.structure, splices(analysis, settings, chosen), outputs=settings.outputs,
+        recover=settings.recover, size_weighted_mean=settings.size_weighted_mean,
     )
     try:
         result = rewriter.run()
     except UnsupportedGraph as error:
-        unit = unit_of(rewriter, reductions)
-        if unit:
-            raise NeedsUnit(unit, error) from error
+        layout = layout_hint(rewriter, chosen)
+        if layout is not None:
+            raise NeedsLayout(layout, error) from error
         raise
-    unit = unit_of(rewriter, reductions)
-    if unit and any(r.inside for r in result.recoveries):
-        raise NeedsUnit(unit, UnsupportedGraph("a group of tokens is split"))
+    layout = layout_hint(rewriter, chosen)
+    if layout is not None and any(r.inside for r in result.recoveries):
+        raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
 
 
-def unit_of(rewriter: Rewriter, reductions: Sequence[Reduction]) -> int | None:
-    """The group size, where a view splits a whole sequence without prefix into small groups."""
+def layout_hint(rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | None:
+    """Groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
+    grids = [s.grid or () for s in rewriter.structure.stages]
     for split in rewriter.splits:
-        grids = [s.grid or () for s in rewriter.structure.stages]
-        if split.unit and 1 < split.unit <= LARGEST_UNIT and len(split.seq.parts) == 1 and reductions[0].unit == 1:
-            if not any(split.unit in grid for grid in grids):
-                return split.unit
+        unit = split.unit
+        if unit and 1 < unit <= LARGEST_UNIT and chosen[0].unit == 1 and not any(unit in grid for grid in grids):
+            if all(isinstance(p, Space) for p in split.seq.parts):
+                return Layout(unit)
+    if 0 < len(rewriter.cuts) < MOST_SEGMENTS:
+        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)))
     return None
 
 
-def splices(analysis: Analysis, settings: Settings, reductions: Sequence[Reduction]) -> list[Splice]:
+def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> list[Splice]:
     """The reductions of a plan with the graph nodes they stand for."""
     blocks = analysis.structure.blocks
+    order = list(dict.fromkeys(r.block for r in chosen))
     out = []
-    for step, r in enumerate(reductions):
+    for r in chosen:
         block = blocks[r.block]
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
-        site = Site(r.n, r.k, r.prefix, r.suffix, step, len(reductions), r.block, len(blocks), grid, settings.options)
+        site = Site(
+            r.n, r.k, r.prefix // r.unit, r.suffix // r.unit, order.index(r.block), len(order), r.block, len(blocks), grid,
+            settings.options,
+        )
         at = block.out if r.place == "attention" else block.entry
-        before = block if r.place == "attention" else next((b for b in reversed(blocks[: r.block])), None)
-        out.append(Splice(settings.recipe, block, at, r.k, site, r.unit, before))
+        before = block if r.place == "attention" else next(iter(reversed(blocks[: r.block])), None)
+        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, before))
     return out
 
 
 def solve_flops(
-    analysis: Analysis, settings: Settings, unit: int, slots: list[Slot], counts: Callable[[int], list[int]], ratio: float,
-    candidates: range,
+    analysis: Analysis, settings: Settings, layout: Layout, slots: list[Slot], counts: Callable[[int], list[int]], ratio: float
 ) -> int:
-    """The largest final token count whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule."""
+    """The largest final token count whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
+
+    One rewrite with a stand-in method types every axis; other counts are then only other sizes of the same products.
+    """
     original = total(terms(analysis.graph.graph, {}))
-    probe = [max(1, s.n - 1 - i) for i, s in enumerate(slots)]
-    n = slots[0].n
-    probe = [max(1, n - 1 - i) for i in range(len(slots))]
-    reductions, current = [], n
-    for slot, k in zip(slots, probe):
-        if k < current:
-            reductions.append(Reduction(slot.block.index, current, k, slot.place, slot.prefix, slot.suffix, unit))
-            current = k
-    identity = Recipe("probe", first_tokens, place=settings.recipe.place)
-    probed = rewrite(analysis, Settings(identity, {}, settings.outputs, settings.recover), reductions)
+    n, many = slots[0].n, len(slots[0].spans)
+    stand_in = Recipe("probe", first_tokens, place=settings.recipe.place)
+    steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
+    probe = reductions(steps, slots, stand_in, {}, layout.unit)
+    probed = rewrite(analysis, replace(settings, recipe=stand_in, options={}), probe)
     cost = terms(analysis.graph.graph, probed.labels, probed.recovered)
 
     def share(final: int) -> float:
-        return total(cost, dict(zip(probed.spaces, counts(final)))) / original
+        wanted: dict[Space, int] = {}
+        current = [stop - start for start, stop in slots[0].spans]
+        by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces)}
+        for slot, k in zip(slots, counts(final)):
+            current = apportion(k, current)
+            for k_span, (start, _) in zip(current, slot.spans):
+                space = by_block.get((slot.block.index, start * layout.unit))
+                if space is not None:
+                    wanted[space] = k_span
+        return total(cost, wanted) / original
 
-    low, high = candidates.start, candidates.stop - 1
+    low, high = many, n
     if share(low) > ratio:
-        from tokcompile.passes.plan import least
-
-        del least
         raise BudgetError(
-            f"Flops({ratio}) cannot be met: even with one token left after the last reduction {share(low):.3f} of the FLOPs "
+            f"Flops({ratio}) cannot be met: even with {low} token left after the last reduction {share(low):.3f} of the FLOPs "
             f"remain (reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
         )
     while low < high:
@@ -211,10 +219,8 @@ def solve_flops(
     return low
 
 
-def first_tokens(tokens: Any, site: Site) -> Any:
+def first_tokens(tokens: Tokens, site: Site) -> Keep:
     """A stand-in method for costing: it keeps the first k tokens."""
-    from tokcompile.recipe import Keep
-
     return Keep(torch.arange(site.k, device=tokens.x.device).expand(tokens.x.shape[0], -1))
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tokcompile.passes.find import SDPA, SOFTMAX
 from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rewrite import Rewritten
-from tokcompile.passes.tokens import Axis, Batch, Label, Seq, has_tokens, old
+from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, has_tokens, new_shape, old
 
 REDUCTIONS = {"aten.mean", "aten.sum", "aten.amax", "aten.linalg_vector_norm"}
 PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
@@ -23,11 +23,11 @@ class MaskedRun(Interpreter):
     outputs; clean: for each, whether no recovery lies before it (else the two runs differ on purpose).
     """
 
-    def __init__(self, gm: GraphModule, rewritten: Rewritten, kept: Tensor, batch: int):
+    def __init__(self, gm: GraphModule, rewritten: Rewritten, kept: dict[Space, Tensor]):
         super().__init__(gm)
         self.extra_traceback = False
         self.labels, self.recovered = rewritten.labels, rewritten.recovered
-        self.kept, self.batch = kept, batch
+        self.kept, self.batch = kept, rewritten.batch
         self.outputs: list[Any] = []
         self.dirty: set[Node] = set()
 
@@ -127,7 +127,7 @@ class MaskedRun(Interpreter):
             if isinstance(part, int):
                 parts.append(torch.ones(self.batch, part, dtype=torch.bool))
             else:
-                parts.append(torch.zeros(self.batch, part.root_n, dtype=torch.bool).scatter(1, self.kept, True))
+                parts.append(torch.zeros(self.batch, part.root_n, dtype=torch.bool).scatter(1, self.kept[part], True))
         return torch.cat(parts, 1)
 
 
@@ -135,27 +135,26 @@ def as_list(dim: Any) -> list[int]:
     return [dim] if isinstance(dim, int) else list(dim)
 
 
-def kept_rows(value: Tensor, label: Label, kept: Tensor) -> Tensor:
+def kept_rows(value: Tensor, label: Label, kept: dict[Space, Tensor]) -> Tensor:
     """The rows of an original output that the reduced one still has."""
     atoms = [a for axis in label for a in axis]
     x = value.reshape([old((a,)) for a in atoms])
     where = next((i for i, a in enumerate(atoms) if isinstance(a, Batch)), None)
+    batch = next(iter(kept.values())).shape[0]
     for at, atom in enumerate(atoms):
         if isinstance(atom, Seq):
             index, start = [], 0
             for part in atom.parts:
                 if isinstance(part, int):
-                    index.append(torch.arange(start, start + part).expand(kept.shape[0], -1))
+                    index.append(torch.arange(start, start + part).expand(batch, -1))
                     start += part
                 else:
-                    index.append(kept + start)
+                    index.append(kept[part] + start)
                     start += part.root_n
             rows = torch.cat(index, 1)
             if where is None:
                 x = x.index_select(at, rows[0])
             else:
-                samples = [x.select(where, b).index_select(at - (where < at), rows[b]) for b in range(kept.shape[0])]
+                samples = [x.select(where, b).index_select(at - (where < at), rows[b]) for b in range(batch)]
                 x = torch.stack(samples, where)
-    from tokcompile.passes.tokens import new_shape
-
     return x.reshape(new_shape(label))

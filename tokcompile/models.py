@@ -1,4 +1,4 @@
-"""Naming a model in one word, for the command line: a Python function, a timm name, a transformers folder or a `.pt2`."""
+"""Naming a model in one word: a Python function, a timm name, a transformers folder or a `.pt2`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def example_input(text: str, batch: int | None = None, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator).to(dtype)
-    return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.randint(8, shape, generator=generator).to(dtype)
+    if dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randint(8, shape, generator=generator).to(dtype)
 
 
 def from_file(name: str, examples: tuple[Tensor, ...] | None, batch: int | None) -> Named:
@@ -94,7 +96,7 @@ def from_function(module: str, path: str, examples: tuple[Tensor, ...] | None, b
     parts = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], (torch.nn.Module, torch.export.ExportedProgram)):
         raise InputError(
-            f"{name} returned {describe(made)}; it has to return a torch.nn.Module, (module, args) or (module, args, kwargs)"
+            f"{name} returned {describe(made)}; it has to return a module, (module, args) or (module, args, kwargs)"
         )
     if isinstance(parts[0], torch.nn.Module):
         parts[0].eval()
@@ -127,8 +129,8 @@ def call(function: Any, name: str, batch: int | None) -> tuple[Any, int | None]:
     needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in free and p.name != "batch"]
     if needed:
         raise InputError(
-            f"{name} needs the argument{'s' * (len(needed) > 1)} {', '.join(needed)}; it may take `batch` and nothing else: "
-            "wrap it in a function without parameters"
+            f"{name} needs the argument{'s' * (len(needed) > 1)} {', '.join(needed)}, but only `batch` is passed: "
+            "wrap it in a function without other parameters"
         )
     if "batch" not in parameters:
         return function(), batch
@@ -159,7 +161,7 @@ def find_object(module: str, path: str) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """"; did you mean ...?" where something is near."""
+    """ "; did you mean ...?" where something is near."""
     near = difflib.get_close_matches(name, known, 3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
@@ -198,7 +200,7 @@ def from_folder(folder: str, examples: tuple[Tensor, ...] | None, batch: int) ->
     transformers = require("transformers", f"hf:{folder}")
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise InputError(f"there is no folder {folder!r}; hf: takes a local folder with a config.json and downloads nothing")
+        raise InputError(f"there is no folder {folder!r}; hf: takes a local folder and downloads nothing")
     if not (path / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json; hf: takes a folder that save_pretrained wrote")
     try:
@@ -218,8 +220,8 @@ def pixels(folder: str, model: Any, config: Any, examples: tuple[Tensor, ...] | 
     """The example image. Raises: InputError for models that read anything else."""
     kind = type(model).__name__
     if model.main_input_name != "pixel_values":
-        vision = ", for its image part `AutoModel.from_pretrained(...).vision_model` or the like" * hasattr(config, "vision_config")
-        raise InputError(f"hf:{folder} is a {kind}, which reads {model.main_input_name}: {WRITE_ONE}{vision}")
+        part = "; for its image part alone, let it return model.vision_model" if hasattr(model, "vision_model") else ""
+        raise InputError(f"hf:{folder} is a {kind}, which reads {model.main_input_name}: {WRITE_ONE}{part}")
     if examples is not None:
         if len(examples) != 1:
             raise InputError(f"hf:{folder} takes one --input, its pixel_values; for more, {WRITE_ONE}")

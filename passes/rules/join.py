@@ -18,12 +18,13 @@ def cat(call: Call) -> Any:
         out = with_axis(joined, dim, plain(call.old_shape[dim:dim + 1])[0])
     else:
         parts: list[Any] = []
+        unit = next(grouped(one[dim])[1] for one in labels if has_tokens(one[dim]))
         for one in labels:
-            seq = tokens_of(one[dim])
-            if seq is None and has_tokens(one[dim]):
+            seq, own = grouped(one[dim])
+            if (seq is None and has_tokens(one[dim])) or (seq is not None and own != unit) or old(one[dim]) % unit:
                 raise NeedsFull("it joins groups of tokens end to end")
-            parts += seq.parts if seq else [old(one[dim])]
-        out = with_axis(joined, dim, normal((make_seq(parts),)))
+            parts += seq.parts if seq else [old(one[dim]) // unit]
+        out = with_axis(joined, dim, normal((make_seq(parts), unit)))
     operands = [call.coerce_node(v, one, with_axis(joined, dim, one[dim])) for v, one in zip(values, labels)]
     return call.emit(out, tensors=[widened(call, v, joined, dim) for v in operands])
 
@@ -65,27 +66,35 @@ def slice_(call: Call) -> Any:
 
 
 def cut(call: Call, value: Any, label: Label, dim: int, start: int, stop: int, step: int = 1) -> tuple[Any, Axis]:
-    """Old positions start:stop of a token axis, where that cuts between parts."""
-    seq = tokens_of(label[dim])
-    if seq is None or step != 1:
+    """Old positions start:stop of a token axis, where that cuts between parts (and between groups of rows)."""
+    seq, unit = grouped(label[dim])
+    if seq is None or step != 1 or start % unit or stop % unit:
         raise NeedsFull("it takes every other token, or a slice of grouped ones")
+    start, stop = start // unit, stop // unit
     parts, new_start, new_length, at = [], 0, 0, 0
     for part in seq.parts:
         width, kept = extent(part)
         lo, hi = max(start, at), min(stop, at + width)
+        whole = isinstance(part, Space)
         if lo < hi:
-            if isinstance(part, Space) and (lo, hi) != (at, at + width):
+            if whole and (lo, hi) != (at, at + width):
+                call.rewriter.cuts |= {start, stop} - {0, seq.old}
                 raise NeedsFull("it cuts through the reduced tokens")
-            whole = isinstance(part, Space)
             parts.append(part if whole else hi - lo)
             new_length += kept if whole else hi - lo
-        if hi <= lo and at + width <= start:
+            new_start += 0 if whole else lo - at
+        elif at + width <= start:
             new_start += kept
-        elif lo < hi and lo > at:
-            new_start += lo - at
         at += width
-    axis = normal((make_seq(parts),)) if parts else ()
-    return call.op(aten.slice.Tensor, value, dim, new_start, new_start + new_length), axis
+    axis = normal((make_seq(parts), unit)) if parts else ()
+    return call.op(aten.slice.Tensor, value, dim, new_start * unit, (new_start + new_length) * unit), axis
+
+
+def grouped(axis: Axis) -> tuple[Seq | None, int]:
+    """The tokens of an axis of tokens, or of groups of `unit` rows each."""
+    if len(axis) == 2 and isinstance(axis[0], Seq) and isinstance(axis[1], int):
+        return axis[0], axis[1]
+    return tokens_of(axis), 1
 
 
 def extent(part: int | Space) -> tuple[int, int]:

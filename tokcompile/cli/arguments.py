@@ -20,7 +20,7 @@ examples:
   tokcompile bench timm:vit_small_patch16_224 --method tome,topk --budget 0.5 --runtime onnxruntime
   tokcompile COMMAND --help
 
-exit codes: 0 done; 1 a check failed; 2 wrong usage, or a model that cannot be reduced as asked (the message says why)"""
+exit codes: 0 done; 1 a check failed; 2 wrong usage, or a model that cannot be reduced as asked (with the reason)"""
 
 OPTIMIZE = """\
 examples:
@@ -40,8 +40,9 @@ examples:
   tokcompile check timm:vit_base_patch16_224 --batch 2
   tokcompile check decoder.pt2 --span 5:30 --blocks 0,6
 
-Two oracles need no reference code. Permutation: all tokens are kept in random order, and every output stays what it was.
-Masked keys: half the tokens are dropped, and the others are what the original gives when nobody attends to those."""
+Two oracles need no reference code.
+  permutation  all tokens are kept, in random order; every output stays what it was
+  masked keys  half the tokens are dropped; the others are what the original gives when nobody attends to those"""
 
 BENCH = """\
 examples:
@@ -49,10 +50,12 @@ examples:
   tokcompile bench mypackage.models:build --batch 8 --threads 4 --runtime eager,onnxruntime --pairs 31
 
 columns:
+  FLOPs      FLOPs over those of the original, without choosing and merging
   ratio      CPU time over that of the original in the same runtime: median and quartiles over alternating pairs
   overhead   ratio - FLOPs: what the FLOPs do not explain
   random     ratio of random selection at the same blocks and token counts
   selection  ratio - random: what choosing and merging the tokens costs
+  ms, of     CPU milliseconds of one call, and of one call of the original
 The A/A line times the original against itself: differences smaller than its spread say nothing."""
 
 DEMO = """\
@@ -129,13 +132,13 @@ def reduction_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument("--where", metavar="B,B,...", help="blocks to reduce at, by number or module path")
     span_argument(group)
     group.add_argument(
-        "-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method; repeat for several"
+        "-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method; repeat for more"
     )
-    group.add_argument("--outputs", choices=("keep", "reduced"), help="outputs of the original form (keep), or short ones")
+    group.add_argument("--outputs", choices=("keep", "reduced"), help="outputs as the original has them (default keep)")
     group.add_argument(
         "--recover", choices=("end", "anywhere", "never"), help="where dropped tokens may be given back (default end)"
     )
-    group.add_argument("--plain-mean", action="store_true", help="mean pooling does not weigh merged tokens by their size")
+    group.add_argument("--plain-mean", action="store_true", help="mean pooling ignores the size of merged tokens")
     return group
 
 
@@ -174,7 +177,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", action="append", metavar="BUDGET", help="repeat for several (default 0.5)")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--pairs", type=int, default=15, metavar="N", help="measurements of each (default 15)")
-    timing.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch and onnxruntime (default 1)")
+    timing.add_argument("--threads", type=int, default=1, metavar="N", help="of torch and onnxruntime (default 1)")
     timing.add_argument(
         "--runtime", action="append", metavar="NAME,...", help=f"among {', '.join(RUNTIMES)} (default eager)"
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import tokcompile
+from tokcompile.bench import Row
+from tokcompile.bench import bench as run_bench
 from tokcompile.cli import values
 from tokcompile.cli.show import Result, Table, note
 from tokcompile.compiler import Analysis, analyse
-from tokcompile.errors import ExportError, InputError, TokcompileError
+from tokcompile.errors import InputError, TokcompileError
 from tokcompile.files import atomic
 from tokcompile.models import Named, load_model
 from tokcompile.passes.cost import terms, total
@@ -58,41 +59,26 @@ def optimize(args: Namespace) -> Result:
         "files": {},
     }
     parts: list[Any] = [optimized.plan, "", optimized.report]
-    for kind, path, details in write(optimized, args):
-        data["files"][kind] = {"path": path, **details}
-        parts.append(f"{kind}: {path}" + "".join(f"\n  {k}: {v}" for k, v in details.items()))
+    for kind, path, report in write(optimized, args):
+        data["files"][kind] = json.loads(report.json()) if report else {"path": path}
+        parts.append(f"{kind}: {report or path}")
     return Result(data, parts)
 
 
-def write(optimized: tokcompile.OptimizedModel, args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """(kind, path, details) of every file written."""
-    written: list[tuple[str, str, dict[str, Any]]] = []
+def write(optimized: tokcompile.OptimizedModel, args: Namespace) -> list[tuple[str, str, Any]]:
+    """(kind, path, report if there is one) of every file written."""
+    written: list[tuple[str, str, Any]] = []
     if args.save_plan:
         with atomic(args.save_plan) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(optimized.plan.json() + "\n")
-        written.append(("plan", args.save_plan, {}))
+        written.append(("plan", args.save_plan, None))
     if args.save:
         optimized.save(args.save)
-        written.append(("model", args.save, {}))
+        written.append(("model", args.save, None))
     if args.onnx:
         options = {"target": args.target} if args.target else {}
-        try:
-            exported = optimized.export_onnx(args.onnx, **options, **({"inline": True} if args.inline else {}))
-        except ImportError as error:
-            raise ExportError(f"--onnx needs pip install 'tokcompile[onnx]' ({error})") from error
-        written.append(("onnx", args.onnx, details(exported)))
+        written.append(("onnx", args.onnx, optimized.export_onnx(args.onnx, inline=args.inline, **options)))
     return written
-
-
-def details(exported: Any) -> dict[str, Any]:
-    """What an exporter returned, as JSON data."""
-    if is_dataclass(exported) and not isinstance(exported, type):
-        found = asdict(exported)
-    else:
-        found = dict(exported) if isinstance(exported, Mapping) else {}
-    found.pop("path", None)
-    data: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return data
 
 
 def inspect(args: Namespace) -> Result:
@@ -118,16 +104,16 @@ def inspect(args: Namespace) -> Result:
         "guards": analysis.traced.guards,
         "seconds": analysis.seconds,
     }
-    headers = ("block", "tokens", "prefix", "visual", "suffix", "grid", "module", "site")
-    cells = [
-        (str(r["block"]), str(r["length"]), str(r["prefix"]), str(r["n"]), str(r["suffix"]),
-         "x".join(map(str, r["grid"])) if r["grid"] else "-", r["path"] or "-", r["why_not"] or "yes")
+    headers = ("block", "tokens", "prefix", "visual", "suffix", "grid", "module", "reducible")
+    lines = [
+        (*(str(r[name]) for name in ("block", "length", "prefix", "n", "suffix")),
+         "x".join(map(str, r["grid"] or "-")), r["path"] or "-", f"no: {r['why_not']}" if r["why_not"] else "yes")
         for r in rows
     ]  # fmt: skip
-    parts: list[Any] = [f"{args.model}: {', '.join(data['inputs'])}; {flops / 1e9:.3f} GFLOPs; {len(rows)} attention blocks"]
+    parts: list[Any] = [f"{args.model}: {', '.join(data['inputs'])}; {flops / 1e9:.3f} GFLOPs; {len(rows)} blocks"]
     if rows:
-        parts.append(Table(headers, cells, ("block", "tokens", "prefix", "visual", "suffix")))
-        parts.append(f"tokens can be reduced at {len(data['sites'])} blocks; by default the methods use {ranges(visual)}")
+        parts.append(Table(headers, lines, headers[:5]))
+        parts.append(f"reducible at {len(data['sites'])} blocks; by default methods choose among {ranges(visual)}")
     else:
         parts.append("no residual attention block was found: tokcompile has nothing to reduce here")
     parts += [f"note: {text}" for text in [hint] if text]
@@ -149,7 +135,7 @@ def blocks_found(analysis: Analysis) -> list[dict[str, Any]]:
 def inputs_found(analysis: Analysis) -> list[str]:
     names = [n.name for n in analysis.traced.gm.graph.nodes if n.op == "placeholder"]
     out = []
-    for name, value in zip(names, analysis.traced.inputs):
+    for name, value in zip(names, analysis.traced.inputs, strict=True):
         kind = str(value.dtype).removeprefix("torch.") if hasattr(value, "dtype") else repr(value)
         out.append(f"{name} {'x'.join(map(str, value.shape))} {kind}" if hasattr(value, "shape") else f"{name} {kind}")
     return out
@@ -180,11 +166,14 @@ def methods(args: Namespace) -> Result:
     known = tokcompile.methods()
     data = {name: method_data(recipe) for name, recipe in known.items()}
     rows = [
-        (name, ", ".join(m["reads"]), m["place"], m["steps"], ", ".join(f"{k}={json.dumps(v)}" for k, v in m["options"].items()),
-         m["paper"])
+        (name, ", ".join(m["reads"]), m["place"], m["steps"], equations(m["options"]), m["paper"])
         for name, m in data.items()
-    ]  # fmt: skip
+    ]
     return Result(data, [Table(("method", "reads", "place", "steps", "options", "paper"), rows)])
+
+
+def equations(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
 
 
 def method_data(recipe: Recipe) -> dict[str, Any]:
@@ -212,30 +201,37 @@ def title(function: Any) -> str:
 
 def bench(args: Namespace) -> Result:
     """Times the methods; what could not be built is an error at the end."""
-    from tokcompile import bench as timing
-
     budgets = [values.budget(text) for text in args.budget or ["0.5"]]
     chosen = [get_method(name) for name in split(args.method or ["tome"])]
     given = values.options(args.option)
     for recipe in chosen:
         values.check_types(recipe, {k: v for k, v in given.items() if k in recipe.options})
-    found = timing.bench(
+    found = run_bench(
         *named(args), methods=chosen, budgets=budgets, runtimes=split(args.runtime or ["eager"]), pairs=args.pairs,
-        count=args.threads, say=note, **common(args), **given,
+        threads=args.threads, options=given, say=note, **common(args),
     )  # fmt: skip
-    headers = ("runtime", "method", "budget", "tokens left", "FLOPs", "ratio", "overhead", "random", "selection", "ms", "ms before")
-    rows = [
-        (r.runtime, r.method, r.budget, counts(r.counts), f"{r.flops_ratio:.3f}", f"{r.ratio:.3f} [{r.low:.3f}, {r.high:.3f}]",
-         f"{r.overhead:+.3f}", f"{r.random_ratio:.3f}", f"{r.selection:+.3f}", f"{r.optimized_ms:.2f}", f"{r.original_ms:.2f}")
-        for r in found.rows
-    ]  # fmt: skip
-    parts: list[Any] = ["; ".join(f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in found.machine.items())]
+    setting = {k: ", ".join(v) if isinstance(v, list) else v for k, v in found.machine.items()}
+    parts: list[Any] = ["; ".join(f"{k} {v}" for k, v in setting.items())]
     parts += [f"A/A {runtime}: {ratio}" for runtime, ratio in found.aa.items()]
-    parts.append(Table(headers, rows, headers[4:]))
+    parts.append(Table(COLUMNS, [cells(row) for row in found.rows], COLUMNS[4:]))
     if found.errors:
         parts += [f"not timed: {text}" for text in found.errors]
         note("error: " + "\n".join(found.errors))
     return Result({"model": args.model, **found.data()}, parts, 2 if found.errors else 0)
+
+
+COLUMNS = (
+    "runtime", "method", "budget", "tokens left",
+    "FLOPs", "ratio", "quartiles", "overhead", "random", "selection", "ms", "of",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    numbers = [
+        f"{row.flops_ratio:.3f}", f"{row.ratio:.3f}", f"{row.low:.3f}-{row.high:.3f}", f"{row.overhead:+.3f}",
+        f"{row.random_ratio:.3f}", f"{row.selection:+.3f}", f"{row.optimized_ms:.2f}", f"{row.original_ms:.2f}",
+    ]  # fmt: skip
+    return [row.runtime, row.method, row.budget, counts(row.counts), *numbers]
 
 
 def split(texts: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ def budget(text: str) -> Any:
     except BudgetError:
         raise
     except ValueError:
-        raise BudgetError(f"budget {text!r}: {rest!r} is not what {kind} takes; a budget is one of\n{BUDGETS}") from None
+        raise BudgetError(f"budget {text!r}: {kind} does not take {rest!r}; a budget is one of\n{BUDGETS}") from None
 
 
 def share(text: str) -> Share:
@@ -66,7 +66,7 @@ def schedule(text: str) -> Schedule:
 
 
 def blocks(text: str) -> list[int | str]:
-    """"3,6,blocks.9" as [3, 6, "blocks.9"]."""
+    """ "3,6,blocks.9" as [3, 6, "blocks.9"]."""
     parts = [p.strip() for p in text.split(",")]
     if not all(parts):
         raise InputError(f"--where {text!r} is not a list of blocks such as 3,6,9 or blocks.3,blocks.6")
@@ -101,9 +101,8 @@ def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
         allowed = (int, float) if isinstance(default, float) else type(default)
         right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
         if default is not None and not right:
-            raise MethodError(
-                f"{recipe.name}'s option {name} takes a {type(default).__name__} such as {json.dumps(default)}, not {value!r}"
-            )
+            kind = type(default).__name__
+            raise MethodError(f"{recipe.name}'s {name} takes a {kind} such as {json.dumps(default)}, not {value!r}")
 
 
 def check_writable(*paths: str | None) -> None:
