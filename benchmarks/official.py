@@ -191,7 +191,7 @@ def dart(repos: Path) -> Iterator[Row]:
     """get_retained_image_token without text pivots, with its set in our pivot order and as it is."""
     file = repos / "DART/llava/model/language_model/modeling_llama_self.py"
     owner = next((c for c in ("DART", "LlamaModel", "DART_K_norm") if has(file, c, "get_retained_image_token")), "DART")
-    for label, kind in (("pivots by norm", Ordered), ("pivots in set order", set)):
+    for label, kind in (("pivots by norm", Ordered), ("pivots in set order (right: share of other tokens)", set)):
         code = official(file, f"{owner}.get_retained_image_token", set=kind)
         for n, ratio, pivots in ((196, 0.5, 4), (576, 0.778, 4), (576, 0.889, 8)):
             differ, error = 0, 0.0

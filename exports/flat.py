@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +51,24 @@ class Symbol(nn.Module):
         return tuple(named.get(name) for name in OUTPUTS)
 
 
-class Body(nn.Module):
-    """A ReductionModule over its ONNX inputs, giving only the results that there are."""
+class Bodies(nn.Module):
+    """All ReductionModules side by side over their ONNX inputs, giving only the results that there are.
 
-    def __init__(self, reduction: Reduction):
+    They are traced in one go: the fixed cost of torch.onnx.export is far above that of one body.
+    """
+
+    def __init__(self, reductions: Sequence[Reduction]):
         super().__init__()
-        self.module, self.names = reduction.module, reduction.node.inputs
+        self.reductions = reductions
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(self.names, inputs))
-        taps = [given[name] for name in self.module.names]
-        return tuple(r for r in self.module(given["x"], given.get("size"), *taps) if r is not None)
+        rest, results = iter(inputs), []
+        for r in self.reductions:
+            given = {name: next(rest) for name in r.node.inputs}
+            taps = [given[name] for name in r.module.names]
+            values = r.module(given["x"], given.get("size"), *taps)
+            results += [v.clone() for v in values if v is not None]  # a result may be an input or another result
+        return tuple(results)
 
 
 @dataclass

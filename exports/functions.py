@@ -1,6 +1,6 @@
 """Model-local functions: the plain-op meaning of each reduction node.
 
-All reductions of a method share one function: their bodies are traced one by one, and where they differ only in
+All reductions of a method share one function: their bodies are traced and compared, and where they differ only in
 constants (shapes, counts, kept positions) these become attributes c0, c1, ... of the node. Bodies that differ in their
 ops get op types `Tome_2`, `Tome_3`: the ONNX field `overload` would say it better, but TensorRT's parser looks functions
 up by name alone and would run the wrong body. A target that fuses all of them strips the functions and renames the nodes
@@ -43,29 +43,50 @@ class BodyGraph:
         return tuple(self.ops), kinds, self.outputs
 
 
-def body_graph(model: ir.Model) -> BodyGraph:
-    """The comparable form of an exported body."""
-    graph, out = model.graph, BodyGraph(opsets=dict(model.opset_imports))
-    numbers: dict[ir.Value | None, int] = {value: i for i, value in enumerate(graph.inputs)}
-    constants = {value: value.const_value.numpy() for value in graph.initializers.values() if value.const_value is not None}
-    for node in graph:
+def body_graphs(model: ir.Model, reductions: Sequence[Reduction]) -> list[BodyGraph]:
+    """The bodies in the model that holds all of them side by side."""
+    inputs, outputs = iter(model.graph.inputs), iter(model.graph.outputs)
+    constants = {v: v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value is not None}
+    for node in model.graph:
         if node.op_type == "Constant" and node.domain == "":
             constants[node.outputs[0]] = ir.convenience.get_const_tensor(node.outputs[0]).numpy()
+    graphs = []
+    for r in reductions:
+        own = [next(inputs) for _ in r.node.inputs], [next(outputs) for _ in r.node.outputs]
+        graphs.append(body_graph(model, *own, constants))
+    return graphs
+
+
+def body_graph(
+    model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], constants: dict[ir.Value, np.ndarray]
+) -> BodyGraph:
+    """The comparable form of what leads from these inputs to these outputs."""
+    needed, todo = set(), [v.producer() for v in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in needed:
+            needed.add(node)
+            todo += [v.producer() for v in node.inputs if v is not None and v not in constants]
+    out = BodyGraph(opsets=dict(model.opset_imports))
+    numbers: dict[ir.Value, int] = {value: i for i, value in enumerate(inputs)}
+
+    def number(value: ir.Value | None, slot: Slot) -> int:
+        if value in constants:
+            out.constants[slot] = constants[value]
+            return -1
+        return -2 if value is None else numbers[value]
+
+    for node in model.graph:
+        if node not in needed or node.outputs[0] in constants:
             continue
-        inputs = []
-        for i, value in enumerate(node.inputs):
-            if value in constants:
-                out.constants[len(out.ops), i] = constants[value]
-            inputs.append(-1 if value in constants else -2 if value is None else numbers[value])
+        read = tuple(number(value, (len(out.ops), i)) for i, value in enumerate(node.inputs))
         attributes = tuple(sorted((a.name, str(a.type), str(a.value)) for a in node.attributes.values()))
-        out.ops.append((node.domain, node.op_type, tuple(inputs), attributes, len(node.outputs)))
+        out.ops.append((node.domain, node.op_type, read, attributes, len(node.outputs)))
         out.attributes.append(list(node.attributes.values()))
         for value in node.outputs:
             numbers[value] = len(numbers)
-    for i, value in enumerate(graph.outputs):  # where all even tokens merge, the kept ones are constant
-        if value in constants:
-            out.constants[len(out.ops), i] = constants[value]
-    out.outputs = tuple(-1 if value in constants else numbers[value] for value in graph.outputs)
+    # where all even tokens merge, the kept ones are constant
+    out.outputs = tuple(number(value, (len(out.ops), i)) for i, value in enumerate(outputs))
     return out
 
 
@@ -78,9 +99,9 @@ class Group:
     lifted: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def make_functions(reductions: Sequence[Reduction], bodies: Sequence[ir.Model]) -> tuple[list[Group], list[ir.Function]]:
+def make_functions(reductions: Sequence[Reduction], bodies: ir.Model) -> tuple[list[Group], list[ir.Function]]:
     """The functions of a model, and which reductions each one serves."""
-    graphs = [body_graph(body) for body in bodies]
+    graphs = body_graphs(bodies, reductions)
     groups: dict[Any, Group] = {}
     taken: dict[str, int] = {}
     for i, (reduction, graph) in enumerate(zip(reductions, graphs)):
@@ -163,7 +184,7 @@ def attribute(name: str, value: Any) -> ir.Attr:
     return ir.AttrString(name, value) if isinstance(value, str) else ir.AttrInt64s(name, list(value))
 
 
-def attach(model: ir.Model, reductions: Sequence[Reduction], bodies: Sequence[ir.Model]) -> dict[str, int]:
+def attach(model: ir.Model, reductions: Sequence[Reduction], bodies: ir.Model) -> dict[str, int]:
     """Gives every reduction node its op type and attributes, and the model their functions: {op_type: nodes}."""
     groups, functions = make_functions(reductions, bodies)
     place = {i: (group, at) for group in groups for at, i in enumerate(group.members)}

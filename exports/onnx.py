@@ -125,16 +125,15 @@ def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportRe
     """The model as onnx_ir, with one node and a function, or plain ops, for each reduction."""
     import onnx_ir.passes.common as passes
 
-    from tokcompile.exports.flat import Body
+    from tokcompile.exports.flat import Bodies
     from tokcompile.exports.functions import attach
 
     model = to_onnx(flat.gm, flat.inputs, opset, flat.input_names, flat.output_names)
-    bodies = []
-    with use_forms(target.forms):
-        for reduction in flat.reductions:
-            inputs = [torch.zeros(v.shape, dtype=v.dtype) for v in reduction.inputs]
-            bodies.append(to_onnx(Body(reduction).eval(), inputs, opset))
-    report.nodes = attach(model, flat.reductions, bodies)
+    if flat.reductions:
+        inputs = [torch.zeros(v.shape, dtype=v.dtype) for r in flat.reductions for v in r.inputs]
+        with use_forms(target.forms):
+            bodies = to_onnx(Bodies(flat.reductions).eval(), inputs, opset)
+        report.nodes = attach(model, flat.reductions, bodies)
     report.inputs = [v.name for v in model.graph.inputs]
     report.outputs = [v.name for v in model.graph.outputs]
     if inline and flat.reductions:

@@ -137,7 +137,8 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def data_dependent(program: ExportedProgram) -> bool:
     """Whether the graph computes with sizes or numbers that are known only at run time."""
     symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
-    return any(isinstance(n.meta.get("val"), symbols) for n in program.graph.nodes if n.op == "call_function")
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
+    return any(isinstance(v, symbols) and v.node.expr.free_symbols for v in values)
 
 
 @contextmanager

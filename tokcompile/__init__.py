@@ -4,7 +4,7 @@ from tokcompile import primitives, steps
 from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
 
-from tokcompile.check import Check, check
+from tokcompile.oracles import Check, check
 from tokcompile.errors import (
     BudgetError,
     ExportError,

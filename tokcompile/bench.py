@@ -291,11 +291,15 @@ def bench(
             result.aa[runtime] = paired(original, original, pairs, title=f"{runtime} A/A")
             timed: dict[Any, Ratio] = {}
             for name, budget, optimized, twin in cases:
-                for one in (twin, optimized):
-                    if key(one) not in timed:
-                        say(f"{runtime}: {one.plan.method} at the counts of {name} {budget}")
-                        run = runner(one, runtime, threads)
-                        timed[key(one)] = paired(original, run, pairs, title=f"{runtime} {name} {budget}")
+                try:
+                    for one in (twin, optimized):
+                        if key(one) not in timed:
+                            say(f"{runtime}: {one.plan.method} at the counts of {name} {budget}")
+                            run = runner(one, runtime, threads)
+                            timed[key(one)] = paired(original, run, pairs, title=f"{runtime} {name} {budget}")
+                except TokcompileError as error:
+                    result.errors.append(f"{name} at {budget} in {runtime}: {error}")
+                    continue
                 result.rows.append(row(runtime, name, budget, optimized, timed[key(optimized)], timed[key(twin)]))
     return result
 
