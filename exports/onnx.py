@@ -127,12 +127,15 @@ def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportRe
 
     from tokcompile.exports.flat import Bodies
     from tokcompile.exports.functions import attach
+    from tokcompile.exports.simplify import simplify
 
     model = to_onnx(flat.gm, flat.inputs, opset, flat.input_names, flat.output_names)
+    simplify(model, target.model_rules)
     if flat.reductions:
         inputs = [torch.zeros(v.shape, dtype=v.dtype) for r in flat.reductions for v in r.inputs]
         with use_forms(target.forms):
             bodies = to_onnx(Bodies(flat.reductions).eval(), inputs, opset)
+        simplify(bodies, target.body_rules)
         report.nodes = attach(model, flat.reductions, bodies)
     report.inputs = [v.name for v in model.graph.inputs]
     report.outputs = [v.name for v in model.graph.outputs]

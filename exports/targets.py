@@ -19,7 +19,8 @@ class Target:
     """What one runtime takes.
 
     forms: how the reductions are written. opset: the default. functions: whether it reads model-local functions.
-    forbidden: ops it refuses, or op:reduction for one form of an op. top_k: the largest K of its TopK.
+    forbidden: ops it refuses, or op:reduction for one form of an op. top_k: the largest K of its TopK. model_rules,
+    body_rules: the rewrites of `simplify.py` for the model, with and without reductions alike, and for the reductions.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Target:
     functions: bool = True
     forbidden: frozenset[str] = DYNAMIC
     top_k: int | None = None
+    model_rules: tuple[str, ...] = ()
+    body_rules: tuple[str, ...] = ()
 
 
 SCATTERS = frozenset(f"{op}:{how}" for op in ("ScatterElements", "ScatterND") for how in ("add", "mul", "max", "min"))
@@ -36,7 +39,12 @@ TENSORRT = dict(forms=FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=384
 TARGETS = {
     t.name: t
     for t in (
-        Target("onnxruntime", FORMS["onnxruntime"]),
+        Target(
+            "onnxruntime",
+            FORMS["onnxruntime"],
+            model_rules=("split_qkv",),
+            body_rules=("mean_first", "lp_norm"),
+        ),
         Target("tensorrt", **TENSORRT),
         Target("tensorrt_rtx", **TENSORRT),
         # TensorRT 10.3 prefers the function over a plugin, so its plain file has neither

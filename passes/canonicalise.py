@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.graph import aten, bind, get_attr, packet, propagate_shapes, user_dependent
+from tokcompile.passes.graph import aten, bind, copy_graph, get_attr, packet, propagate_shapes, user_dependent
 
 ASSERTS = {
     "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
@@ -31,6 +31,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     """Returns an equal graph: functional, no asserts, no no-ops, constants folded, all-true masks gone; `gm` is kept."""
     gm = copy_graph(gm)
     inline_regions(gm)
+    drop_asserts(gm)
     refuse_random(gm)
     fold_constants(gm)
     functionalise(gm)
@@ -42,14 +43,6 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     propagate_shapes(gm, inputs)
     gm.recompile()
     return gm
-
-
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """A second graph over the same weights."""
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    graph.output(output)
-    return GraphModule(gm, graph)
 
 
 def inline_regions(gm: GraphModule) -> None:
@@ -193,17 +186,21 @@ def share_equal_views(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
+def drop_asserts(gm: GraphModule) -> None:
+    """Run-time checks of what is fixed here, and the numbers computed only for them."""
+    for node in list(gm.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if packet(node) in ASSERTS or name in ("_assert_scalar", "_check") or node.target == "_guards_fn":
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+
+
 def drop_no_ops(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            gm.graph.erase_node(node)
-            continue
         if node.op != "call_function":
             continue
         name = packet(node)
-        if name in ASSERTS or getattr(node.target, "__name__", "") in ("_assert_scalar", "_check"):
-            gm.graph.erase_node(node)
-        elif name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)):
+        if name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)):
             forward(gm, node, node.args[0])
         elif whole(node) or (name in CASTS and same_type(node)):
             forward(gm, node, node.args[0])

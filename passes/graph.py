@@ -14,6 +14,14 @@ from torch.fx.node import map_aggregate, map_arg
 aten = torch.ops.aten
 
 
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A second graph over the same weights."""
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    return GraphModule(gm, graph)
+
+
 def get_attr(module: torch.nn.Module, target: str) -> Any:
     for name in target.split("."):
         module = getattr(module, name)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
+from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.replay import Recording, record, replay
 
 
@@ -77,9 +78,8 @@ def from_program(
             f"the example inputs do not have the structure the program was exported with:\n  given    {given}\n"
             f"  expected {in_spec}"
         )
-    gm = unlift(program)
-    gm.graph._codegen = torch.fx.graph.CodeGen()  # flat in, flat out: the caller's structure is restored outside
-    gm.recompile()
+    # a fresh graph: flat in, flat out (the caller's structure is restored outside), without the module's input hooks
+    gm = copy_graph(unlift(program))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards)
 

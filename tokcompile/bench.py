@@ -279,6 +279,8 @@ def bench(
     if wrong:
         raise InputError(f"runtime {wrong[0]!r} is none of {', '.join(RUNTIMES)}")
     recipes = checked(methods, options or {})
+    if pairs < 1:
+        raise InputError(f"at least one pair has to be timed, not {pairs}")
     result = Bench(machine(threads), pairs)
     with torch_threads(threads):
         say("tracing the original")

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, understand, with_layout
 from tokcompile.errors import InputError, TokcompileError
 from tokcompile.masked import MaskedRun, kept_rows
-from tokcompile.passes.canonicalise import canonicalise, copy_graph
-from tokcompile.passes.graph import get_attr
+from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.graph import copy_graph, get_attr
 from tokcompile.passes.plan import Reduction, make_slot, visual_blocks
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.trace import trace
@@ -159,8 +159,28 @@ def noise_floor(gm: GraphModule, inputs: Sequence[Any], outputs: Sequence[Any], 
     if floats(inputs) and worst(run(gm, moved(0.5)), outputs) == 0:
         raise InputError("with shaken parameters the outputs do not depend on the inputs: nothing can be compared")
     dtype = max((TOLERANCE.get(o.dtype, 1e-4) for o in floats(outputs)), default=1e-4)
-    epsilon = max((torch.finfo(o.dtype).eps for o in floats(outputs)), default=1e-7)
-    return max(dtype, 30 * worst(run(gm, moved(epsilon)), outputs))
+    jittered = Jitter(gm, generator)
+    with torch.no_grad():
+        jittered.run(*inputs)
+    return max(dtype, 10 * worst(jittered.outputs, outputs))
+
+
+class Jitter(Interpreter):
+    """Runs a graph with every floating point value off by about one rounding error."""
+
+    def __init__(self, gm: GraphModule, generator: torch.Generator):
+        super().__init__(gm)
+        self.generator = generator
+        self.outputs: list[Any] = []
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "output":
+            self.outputs = list(value)
+        elif n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=self.generator).to(value)
+            value = value * (1 + torch.finfo(value.dtype).eps * noise)
+        return value
 
 
 def floats(values: Sequence[Any]) -> list[Tensor]:
@@ -228,10 +248,10 @@ def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
         if isinstance(a, Tensor) and a.is_floating_point():
             if a.shape != b.shape:
                 raise TokcompileError(f"an output changed its shape from {tuple(b.shape)} to {tuple(a.shape)}")
-            difference = (a.float() - b.float()).abs()
+            difference = (a.double() - b.double()).abs()
             difference = difference[~(torch.isinf(a) & torch.isinf(b))]
             if difference.numel():
-                finite = b[torch.isfinite(b)].float()
+                finite = b[torch.isfinite(b)].double()
                 value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
                 out = max(out, value) if value == value else float("inf")
     return out

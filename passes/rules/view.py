@@ -40,6 +40,15 @@ def permute(call: Call) -> Any:
     return call.typed(call.op(aten.permute.default, call["self"], order), tuple(label[i] for i in order))
 
 
+@rule("aten.view_as_complex", "aten.view_as_real", "aten.real", "aten.imag")
+def complex_pairs(call: Call) -> Any:
+    """The last axis of (real, imaginary) pairs comes or goes."""
+    label = call.label("self")
+    rank = len(call.old_shape)
+    out = label[:rank] if rank <= len(label) else (*label, (2,))
+    return call.emit(out)
+
+
 @rule("aten.unsqueeze")
 def unsqueeze(call: Call) -> Any:
     label = list(call.label("self"))

@@ -19,6 +19,7 @@ from tokcompile.models import Named, load_model
 from tokcompile.passes.cost import terms, total
 from tokcompile.passes.plan import visual_blocks
 from tokcompile.recipe import Recipe, get_method
+from tokcompile.recipe import methods as known_methods
 
 
 def named(args: Namespace) -> Named:
@@ -163,7 +164,7 @@ def check(args: Namespace) -> Result:
 
 def methods(args: Namespace) -> Result:
     """Lists the registered methods."""
-    known = tokcompile.methods()
+    known = known_methods()
     data = {name: method_data(recipe) for name, recipe in known.items()}
     rows = [
         (name, ", ".join(m["reads"]), m["place"], m["steps"], equations(m["options"]), m["paper"])

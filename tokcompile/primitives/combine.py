@@ -22,6 +22,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     b, n, *rest = x.shape
     if current_forms().gather == "elements":
         return torch.gather(x, 1, index.reshape(*index.shape, *(1,) * len(rest)).expand(*index.shape, *rest))
+    if b == 1:
+        return x.index_select(1, index.reshape(-1))
     return x.reshape(b * n, *rest).index_select(0, flat_index(index, n)).reshape(b, index.shape[1], *rest)
 
 
@@ -41,21 +43,28 @@ def apply(plan: Keep | Merge | Mix, x: Tensor, size: Tensor | None) -> tuple[Ten
 
 def merge(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of each slot's members: x'_b = (s_b x_b + sum s_a x_a) / (s_b + sum s_a)."""
-    b, k = plan.index.shape
+    if current_forms().merge == "onehot":
+        return merge_onehot(plan, x, size)
+    # the same mean, written as an update of the merged rows only, on flat rows throughout
+    (b, k), n = plan.index.shape, x.shape[1]
+    rows, sizes = x.reshape(b * n, -1), size.reshape(-1)
+    index, sources, slots = flat_index(plan.index, n), flat_index(plan.sources, n), flat_index(plan.slots, k)
+    kept, weight = rows.index_select(0, index), sizes.index_select(0, sources)
+    total = sizes.index_select(0, index).index_add(0, slots, weight)
+    share = weight / total.index_select(0, slots)
+    update = share[:, None].to(x.dtype) * (rows.index_select(0, sources) - kept.index_select(0, slots))
+    return kept.index_add(0, slots, update).reshape(b, k, -1), total.reshape(b, k)
+
+
+def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean as a matmul with a one-hot matrix, for runtimes that cannot add while scattering."""
     kept, new_size = gather_rows(x, plan.index), gather_rows(size, plan.index)
     source, weight = gather_rows(x, plan.sources), gather_rows(size, plan.sources)
-    if current_forms().merge == "onehot":
-        onehot = (plan.slots[:, None, :] == torch.arange(k, device=x.device)[:, None]).to(x.dtype)  # (B, k, r)
-        total = new_size + (onehot.float() @ weight[..., None])[..., 0]
-        summed = kept * new_size[..., None].to(x.dtype) + onehot @ (source * weight[..., None].to(x.dtype))
-        return summed / total[..., None].to(x.dtype), total
-    # the same mean, written as an update of the merged rows only
-    slots = flat_index(plan.slots, k)
-    total = new_size.reshape(-1).index_add(0, slots, weight.reshape(-1)).reshape(b, k)
-    share = weight / gather_rows(total, plan.slots)
-    update = share[..., None].to(x.dtype) * (source - gather_rows(kept, plan.slots))
-    rows = kept.reshape(b * k, -1).index_add(0, slots, update.reshape(slots.shape[0], -1))
-    return rows.reshape(b, k, -1), total
+    to = torch.arange(plan.index.shape[1], device=x.device)[:, None]
+    onehot = (plan.slots[:, None, :] == to).to(x.dtype)  # (B, k, r)
+    total = new_size + (onehot.float() @ weight[..., None])[..., 0]
+    summed = kept * new_size[..., None].to(x.dtype) + onehot @ (source * weight[..., None].to(x.dtype))
+    return summed / total[..., None].to(x.dtype), total
 
 
 def assignment(plan: Keep | Merge | Mix, x: Tensor) -> Tensor:

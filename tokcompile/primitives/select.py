@@ -42,10 +42,9 @@ def keep_best(score: Tensor, k: int) -> Tensor:
 
 def complement(index: Tensor, n: int) -> Tensor:
     """The n - k tokens that `index`: (B, k) leaves out, ascending: (B, n - k)."""
-    kept = torch.zeros(index.shape[0], n, dtype=torch.float32, device=index.device)
-    kept = kept.scatter(1, index, torch.ones_like(index, dtype=torch.float32))
-    ramp = torch.arange(n, 0, -1, device=index.device, dtype=torch.float32)
-    return torch.topk((1 - kept) * ramp, n - index.shape[1], dim=-1).indices
+    ramp = torch.arange(n, 0, -1, device=index.device, dtype=torch.float32).expand(index.shape[0], -1)
+    left = ramp.scatter(1, index, torch.zeros_like(index, dtype=torch.float32))
+    return torch.topk(left, n - index.shape[1], dim=-1).indices
 
 
 def first_argmax(x: Tensor) -> Tensor:
