@@ -103,33 +103,38 @@ def part_read(user: ir.Node) -> tuple[int, ir.Value] | None:
 
 
 def mean_first(graph: ir.Graph) -> int:
-    """The mean over heads of a slice of tokens becomes a slice of the mean, and the mean a matmul with a row of 1/H."""
+    """The mean over heads of a slice of tokens becomes a slice of the mean: less is copied."""
     count = 0
     for node in list(graph):
         axes = constant(node.inputs[1]) if node.op_type == "ReduceMean" and len(node.inputs) == 2 else None
-        if axes is None or axes.tolist() != [1] or node.attributes["keepdims"].value or node.inputs[0].dtype != ir.DataType.FLOAT:
+        narrow = node.inputs[0].producer() if axes is not None and axes.tolist() == [1] else None
+        if narrow is None or narrow.op_type != "Slice" or len(narrow.inputs) < 4 or node.attributes["keepdims"].value:
             continue
-        source, narrow = node.inputs[0], node.inputs[0].producer()
-        if narrow is not None and (narrow.op_type != "Slice" or len(narrow.inputs) < 4):
+        at, source = constant(narrow.inputs[3]), narrow.inputs[0]
+        if at is None or at.tolist() != [2] or source.shape is None or len(source.shape) != 4:
             continue
-        if narrow is not None:
-            at = constant(narrow.inputs[3])
-            if at is None or at.tolist() != [2]:
-                continue
-            source = narrow.inputs[0]
-        if source.shape is None or len(source.shape) != 4:
-            continue
-        b, heads, n, d = (int(s) for s in source.shape)
-        name = node.outputs[0].name
-        row = named(graph, f"{name}_row", np.full((1, heads), 1 / heads, np.float32))
-        flat = ir.Node("", "Reshape", [source, named(graph, f"{name}_flat", np.array([b, heads, n * d]))])
-        mean = ir.Node("", "MatMul", [row, flat.outputs[0]])
-        nodes = [flat, mean, ir.Node("", "Reshape", [mean.outputs[0], named(graph, f"{name}_shape", np.array([b, n, d]))])]
-        if narrow is not None:
-            one = named(graph, f"{name}_axis", np.array([1]))
-            nodes.append(ir.Node("", "Slice", [nodes[-1].outputs[0], *narrow.inputs[1:3], one]))
-        replace(graph, node.outputs[0], nodes)
+        mean = ir.Node("", "ReduceMean", [source, node.inputs[1]], list(node.attributes.values()))
+        one = named(graph, f"{node.outputs[0].name}_axis", np.array([1]))
+        replace(graph, node.outputs[0], [mean, ir.Node("", "Slice", [mean.outputs[0], *narrow.inputs[1:3], one])])
         count += 1
+    return count
+
+
+def reshape_once(graph: ir.Graph) -> int:
+    """Of two reshapes in a row only the last one counts, and one to the shape that is there already does nothing."""
+    count = 0
+    for node in list(graph):
+        shape = constant(node.inputs[1]) if node.op_type == "Reshape" else None
+        if shape is None or (shape == 0).any():
+            continue
+        before = node.inputs[0].producer()
+        if before is not None and before.op_type == "Reshape":
+            node.replace_input_with(0, before.inputs[0])
+            count += 1
+        source, out = node.inputs[0], node.outputs[0]
+        if source.shape is not None and source.shape == out.shape and not out.is_graph_output():
+            out.replace_all_uses_with(source)
+            count += 1
     return count
 
 
@@ -150,7 +155,10 @@ def lp_norm(graph: ir.Graph) -> int:
     return count
 
 
-RULES: Mapping[str, Callable[[ir.Graph], int]] = {"split_qkv": split_qkv, "mean_first": mean_first, "lp_norm": lp_norm}
+RULES: Mapping[str, Callable[[ir.Graph], int]] = {
+    "split_qkv": split_qkv, "mean_first": mean_first, "lp_norm": lp_norm,
+    "reshape_once": reshape_once,
+}
 
 
 def simplify(model: ir.Model, rules: tuple[str, ...]) -> None:

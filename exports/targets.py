@@ -43,7 +43,7 @@ TARGETS = {
             "onnxruntime",
             FORMS["onnxruntime"],
             model_rules=("split_qkv",),
-            body_rules=("mean_first", "lp_norm"),
+            body_rules=("mean_first", "lp_norm", "reshape_once"),
         ),
         Target("tensorrt", **TENSORRT),
         Target("tensorrt_rtx", **TENSORRT),

@@ -187,12 +187,18 @@ def share_equal_views(gm: GraphModule) -> None:
 
 
 def drop_asserts(gm: GraphModule) -> None:
-    """Run-time checks of what is fixed here, and the numbers computed only for them."""
+    """Run-time checks of what is fixed here, and numbers that tracing has fixed or that were computed only for checks."""
     for node in list(gm.graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat)) and not value.node.expr.free_symbols and node.op == "call_function":
+            node.replace_all_uses_with(int(value) if isinstance(value, torch.SymInt) else float(value))
         name = getattr(node.target, "__name__", "")
         if packet(node) in ASSERTS or name in ("_assert_scalar", "_check") or node.target == "_guards_fn":
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    for node in reversed(list(gm.graph.nodes)):
+        builtin = getattr(node.target, "__module__", "") == "_operator"
+        if not node.users and (builtin or packet(node) in ("aten.item", "aten._local_scalar_dense", "aten.sym_size")):
+            gm.graph.erase_node(node)
 
 
 def drop_no_ops(gm: GraphModule) -> None:
@@ -304,8 +310,12 @@ def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
         return value.clone() if any(mutates(u) and u.args[0] is node for u in node.users) else value
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     fn = get_attr(gm, node.target) if node.op == "call_module" else node.target
-    with torch.no_grad():
-        return fn(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            return fn(*args, **kwargs)
+    except Exception as error:
+        raise UnsupportedGraph(f"a constant of the graph cannot be computed: {error}", node,
+                               "torch.export wrote a graph that does not run by itself; export the parts that do") from error
 
 
 def drop_true_masks(gm: GraphModule) -> None:

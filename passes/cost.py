@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from tokcompile.passes.graph import bind, packet, shape
@@ -110,12 +109,3 @@ MAKERS: dict[str, Callable[..., Made]] = {
     **dict.fromkeys(("aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm"), product),
     **dict.fromkeys(CONVOLUTIONS, convolution),
 }
-
-
-def module_flops(module: torch.nn.Module, args: Iterable[Any]) -> int:
-    """FLOPs of one reduction, counted on fake tensors."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*args)
-    return int(counter.get_total_flops())

@@ -269,13 +269,14 @@ def common_path(*nodes: Node) -> str:
 
 
 def make_stage(entry: Node, axis: int, length: int, dependent: set[Node]) -> Stage:
-    prefix, suffix, grid = origin(entry, axis, dependent)
+    prefix, suffix, grid, source = origin(entry, axis, dependent)
     body = length - prefix - suffix
     if grid is not None and body != _prod(grid):
         grid = None
     above = {packet(n) for n in ancestors(entry, dependent, 0, {n: i for i, n in enumerate(entry.graph.nodes)})}
-    visual = bool(above & {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"})
-    text = "aten.embedding" in above and not visual
+    # in a language model that image features were written into, nothing says which positions are visual
+    text = packet(source) == "aten.embedding" or bool(above & {"aten.masked_scatter", "aten.index_put"})
+    visual = not text and bool(above & {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"})
     return Stage(length, prefix, suffix, grid, visual, text)
 
 
@@ -286,8 +287,8 @@ def _prod(sizes: tuple[int, ...]) -> int:
     return out
 
 
-def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple[int, ...] | None]:
-    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid)."""
+def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple[int, ...] | None, Node]:
+    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it)."""
     prefix = suffix = 0
     while node in dependent and node.op == "call_function":
         name, a = packet(node), bind(node)
@@ -312,7 +313,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             if before is None:
                 break
             if len(before) > 1:
-                return max(prefix, 0), max(suffix, 0), tuple(shape(source)[i] for i in before)
+                return max(prefix, 0), max(suffix, 0), tuple(shape(source)[i] for i in before), source
             axis, node = before[0], source
         else:
             size = shape(node)[axis] if rank else None
@@ -321,7 +322,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             if not follow:
                 break
             node = follow[0]
-    return max(prefix, 0), max(suffix, 0), None
+    return max(prefix, 0), max(suffix, 0), None, node
 
 
 def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:

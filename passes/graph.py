@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from tokcompile.errors import TokcompileError, UnsupportedGraph
+
 aten = torch.ops.aten
 
 
@@ -55,7 +57,16 @@ class _Fake(torch.fx.Interpreter):
         return self.attrs[id(value)]
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except TokcompileError:
+            raise
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            raise UnsupportedGraph(
+                f"the shape of this op's result is not known before it runs ({type(error).__name__}: {lines[0][:160]})", n,
+                "make it static for these inputs, or optimize the part of the model after it",
+            ) from error
         n.meta["val"] = result
         return result
 

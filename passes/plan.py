@@ -207,7 +207,7 @@ def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
     blocks = structure.blocks
     if spans is None:
         visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
-        causal = [b for b in visual if any(a.causal for a in b.attentions) and not b.stage.visual]
+        causal = [b for b in visual if any(a.causal for a in b.attentions)]
         if not visual or causal:
             raise UnsupportedGraph(
                 "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.cost import module_flops
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, aten, packet, shape
@@ -49,12 +49,8 @@ class Rewritten:
     recovered: set[Node]
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
-    modules: list[tuple[Node, ReductionModule]] = field(default_factory=list)
     batch: int = 1
-
-    def overhead_flops(self) -> int:
-        """FLOPs of the reductions themselves."""
-        return sum(module_flops(m, torch.fx.node.map_arg(n.args, lambda a: a.meta["val"])) for n, m in self.modules)
+    overhead_flops: int = 0  # of the reductions themselves
 
 
 class Rewriter:
@@ -85,6 +81,7 @@ class Rewriter:
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
         self.modules: list[tuple[Node, ReductionModule]] = []
+        self.overhead_flops = 0
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:
             self.splices.setdefault(splice.at, []).append(splice)
@@ -106,7 +103,7 @@ class Rewriter:
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
         gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
         return Rewritten(gm, self.spaces, self.labels, self.recoveries, self.recovered, output_labels, extra,
-                         self.modules, self.gather.batch)
+                         self.gather.batch, self.overhead_flops)
 
     # -- one node --------------------------------------------------------------------------------------------------
 
@@ -170,7 +167,10 @@ class Rewriter:
         module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read(), start)
         self.builder.root.add_module(name, module)
         size = parent.size if parent else None
-        node = self.builder.emit(name, self.standard(x, s.block), size, *taps)
+        standard = self.standard(x, s.block)
+        with FlopCounterMode(display=False) as counter:
+            node = self.builder.emit(name, standard, size, *taps)
+        self.overhead_flops += counter.get_total_flops()
         self.modules.append((node, module))
         results = node.meta["val"]
         self.check_plan(s, results)

@@ -184,7 +184,7 @@ def from_timm(
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     if examples is None and not size:
         raise InputError(f"timm does not say what timm:{name} takes: pass --input 1x3x224x224")
-    return Named(model.eval(), examples or (example_input("x".join(map(str, (batch, *size)))),), None)
+    return Named(model.eval(), examples or (example_input("x".join(map(str, [batch, *(size or ())]))),), None)
 
 
 def load_weights(timm: Any, model: torch.nn.Module, path: str, name: str) -> None:

@@ -62,7 +62,7 @@ def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) ->
     ]
     return Report(
         blocks, [asdict(r) for r in compiled.plan.reductions], compiled.flops, total(original),
-        rewritten.overhead_flops() if rewritten else 0,
+        rewritten.overhead_flops if rewritten else 0,
         [asdict(r) for r in rewritten.recoveries] if rewritten else [],
         analysis.structure.unrecognised, analysis.traced.guards, dict(analysis.seconds),
     )

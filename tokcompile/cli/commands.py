@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
@@ -247,7 +248,7 @@ def counts(numbers: list[int]) -> str:
 def demo(args: Namespace) -> Result:
     """Hands over to the demo."""
     try:
-        from tokcompile.demo import run
+        run = importlib.import_module("tokcompile.demo.run")
     except ImportError as error:
         raise TokcompileError(f"the demo needs pip install 'tokcompile[demo]' ({error})") from error
     code = run.main(args)

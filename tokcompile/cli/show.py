@@ -14,7 +14,7 @@ class Table:
     """Rows of text under their headers; `right` names the columns of numbers."""
 
     headers: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     right: Sequence[str] = ()
     title: str = ""
 

@@ -1,0 +1,93 @@
+"""One thread, fixed seeds, models and exported programs that are built once, and the collected support table."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tests.models import FAMILIES, shake
+
+torch.set_num_threads(1)
+SUPPORT = Path(__file__).parent.parent / "build" / "support.json"
+
+
+class Built(NamedTuple):
+    """A shaken family model with its example inputs; shared between tests, so never changed."""
+
+    model: torch.nn.Module
+    args: tuple
+    kwargs: dict
+
+    def __call__(self) -> list[torch.Tensor]:
+        """The tensors the original gives, in the order in which they are returned."""
+        return leaves(run(self.model, *self.args, **self.kwargs))
+
+
+def run(function, *args, **kwargs) -> Any:
+    """A call without autograd and without nn.TransformerEncoderLayer's fused kernel, which rounds differently."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@functools.cache
+def build(name: str, batch: int = 1) -> Built:
+    model, args, kwargs = FAMILIES[name].build(batch)
+    return Built(shake(model), args, kwargs)
+
+
+@functools.cache
+def export(name: str, batch: int = 1) -> ExportedProgram:
+    model, args, kwargs = build(name, batch)
+    return run(torch.export.export, model, args, kwargs, strict=False)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def family():
+    """family(name, batch): a shaken model with inputs."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def program():
+    """program(name, batch): the same as an ExportedProgram, which costs no second trace."""
+    return export
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes what test_families.py found out to build/support.json, from which tools/support_table.py makes a table."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if hasattr(session.config, "workerinput") or reporter is None:
+        return
+    rows = [value for reports in reporter.stats.values() for report in reports
+            for key, value in getattr(report, "user_properties", ()) if key == "support" and report.when == "call"]
+    if not rows:
+        return
+    known = json.loads(SUPPORT.read_text()) if SUPPORT.exists() else {}
+    for row in rows:
+        known.setdefault(row["family"], {}).update({str(row["batch"]): row})
+    SUPPORT.parent.mkdir(exist_ok=True)
+    SUPPORT.write_text(json.dumps({name: known[name] for name in FAMILIES if name in known}, indent=1))
