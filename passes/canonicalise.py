@@ -196,8 +196,8 @@ def drop_asserts(gm: GraphModule) -> None:
         if packet(node) in ASSERTS or name in ("_assert_scalar", "_check") or node.target == "_guards_fn":
             gm.graph.erase_node(node)
     for node in reversed(list(gm.graph.nodes)):
-        builtin = getattr(node.target, "__module__", "") == "_operator"
-        if not node.users and (builtin or packet(node) in ("aten.item", "aten._local_scalar_dense", "aten.sym_size")):
+        number = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+        if not node.users and node.op == "call_function" and (number or packet(node) == "aten.item"):
             gm.graph.erase_node(node)
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,19 +79,19 @@ def interrupted():
     raise KeyboardInterrupt
 
 
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
 @pytest.fixture
 def cli(capsys):
-    """A function: arguments -> (exit code, stdout, stderr)."""
-
-    def run(*argv):
-        try:
-            code = main([str(a) for a in argv])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return partial(run, capsys)
 
 
 def refused(result, *parts):

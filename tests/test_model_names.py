@@ -2,11 +2,12 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from tests.test_cli import TINY, Vit, cli, refused, tiny  # noqa: F401
+from tests.test_cli import TINY, Vit, refused, run, tiny
 from tokcompile.models import example_input, load_model
 
 
@@ -37,6 +38,11 @@ def greedy(width, depth, batch):
 
 number = 7
 instance = Vit()
+
+
+@pytest.fixture
+def cli(capsys):
+    return partial(run, capsys)
 
 
 @pytest.mark.parametrize(
