@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
+from tokcompile.exports.names import output_names, unique
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins.contract import DOMAIN, DOMAIN_VERSION, OUTPUTS, ReductionNode, reduction_node
 
@@ -51,29 +52,26 @@ class Symbol(nn.Module):
         return tuple(named.get(name) for name in OUTPUTS)
 
 
-class Bodies(nn.Module):
-    """All ReductionModules side by side over their ONNX inputs, giving only the results that there are.
+class Body(nn.Module):
+    """A ReductionModule over its ONNX inputs, giving only the results that there are."""
 
-    They are traced in one go: the fixed cost of torch.onnx.export is far above that of one body.
-    """
-
-    def __init__(self, reductions: Sequence[Reduction]):
+    def __init__(self, reduction: Reduction):
         super().__init__()
-        self.reductions = reductions
+        self.module, self.names = reduction.module, reduction.node.inputs
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        rest, results = iter(inputs), []
-        for r in self.reductions:
-            given = {name: next(rest) for name in r.node.inputs}
-            taps = [given[name] for name in r.module.names]
-            values = r.module(given["x"], given.get("size"), *taps)
-            results += [v.clone() for v in values if v is not None]  # a result may be an input or another result
-        return tuple(results)
+        given = dict(zip(self.names, inputs))
+        results = self.module(given["x"], given.get("size"), *(given[name] for name in self.module.names))
+        return tuple(r.clone() for r in results if r is not None)  # a result may be an input or another result
 
 
 @dataclass
 class Flat:
-    """A graph over `inputs`, the tensors among the caller's flat arguments; reductions in the order of their numbers."""
+    """A graph over `inputs`, the tensors among the caller's flat arguments; reductions in the order of their numbers.
+
+    After them it takes the inputs of every reduction's body, and after its outputs gives theirs: the fixed cost of
+    torch.onnx.export is far above that of a body, so all are traced in one go and taken apart afterwards.
+    """
 
     gm: GraphModule
     inputs: list[Tensor]
@@ -99,14 +97,33 @@ def flatten(opt: OptimizedModel) -> Flat:
             inputs.append(value)
             names.append(node.name)
         else:
-            node.replace_all_uses_with(value) if not node.users else replace_constant(node, value)
+            replace_constant(node, value)
             gm.graph.erase_node(node)
     out = gm.graph.output_node()
     kept = [i for i, value in enumerate(out.args[0]) if isinstance(value, Node)]
     named = unique([*output_names(opt), *opt.extra_outputs])
     out.args = (tuple(out.args[0][i] for i in kept),)
+    add_bodies(gm, reductions)
     gm.recompile()
     return Flat(gm, inputs, names, [named[i] for i in kept], kept, reductions)
+
+
+def add_bodies(gm: GraphModule, reductions: Sequence[Reduction]) -> None:
+    """The bodies as further modules beside the model, with placeholders and outputs of their own."""
+    graph, out = gm.graph, gm.graph.output_node()
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    results: list[Node] = []
+    for i, r in enumerate(reductions):
+        gm.add_module(f"tokcompile_body_{i}", Body(r))
+        given: list[Node] = []
+        for name in r.node.inputs:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"tokcompile_body_{i}_{name}")
+            given.append(last)
+        with graph.inserting_before(out):
+            call = graph.call_module(f"tokcompile_body_{i}", tuple(given))
+            results += [graph.call_function(operator.getitem, (call, j)) for j in range(len(r.outputs))]
+    out.args = ((*out.args[0], *results),)
 
 
 def replace_constant(node: Node, value: Any) -> None:
@@ -126,36 +143,3 @@ def describe(node: Node, module: ReductionModule) -> Reduction:
         "x": x, "size": torch.empty(x.shape[0], module.site.n) if size is None else size, **dict(zip(module.names, taps)),
     }  # fmt: skip
     return Reduction(module, contract, [named[name] for name in contract.inputs], list(given.values()))
-
-
-def output_names(opt: OptimizedModel) -> list[str]:
-    """The keys of a model output that has them, else the names that torch.onnx gives the original's outputs."""
-    exported = opt.output_names[: len(opt.output_names) - len(opt.extra_outputs)]
-    spec = opt._out_spec
-    keys = named_leaves(spec)
-    return [key or name or f"output_{i}" for i, (key, name) in enumerate(zip(keys, exported))]
-
-
-def named_leaves(spec: pytree.TreeSpec, name: str = "") -> list[str]:
-    """A name for each leaf, '' where no dictionary or model output names it; `hidden_states_0` inside a tuple."""
-    if spec.is_leaf():
-        return [name]
-    keys = spec.context if isinstance(spec.context, (list, tuple)) else []
-    if keys and isinstance(keys[-1], (list, tuple)):  # named tuples and some model outputs carry (type, keys)
-        keys = keys[-1]
-    if len(keys) != spec.num_children or not all(isinstance(k, str) for k in keys):
-        keys = [str(i) if name else "" for i in range(spec.num_children)]
-    out = []
-    for i, key in enumerate(keys):
-        out += named_leaves(spec.child(i), "_".join(filter(None, (name, key))))
-    return out
-
-
-def unique(names: list[str]) -> list[str]:
-    """The same names, later ones numbered where they repeat."""
-    seen: dict[str, int] = {}
-    out = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return out

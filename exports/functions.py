@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from tokcompile.exports.flat import Reduction
 from tokcompile.plugins.contract import DOMAIN
@@ -43,18 +44,20 @@ class BodyGraph:
         return tuple(self.ops), kinds, self.outputs
 
 
-def body_graphs(model: ir.Model, reductions: Sequence[Reduction]) -> list[BodyGraph]:
-    """The bodies in the model that holds all of them side by side."""
-    inputs, outputs = iter(model.graph.inputs), iter(model.graph.outputs)
-    constants = {v: v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value is not None}
-    for node in model.graph:
+def take_bodies(model: ir.Model, reductions: Sequence[Reduction]) -> list[BodyGraph]:
+    """The bodies that stand beside the model in its graph (see `Flat`); they are taken out of it."""
+    graph = model.graph
+    constants = {v: v.const_value.numpy() for v in graph.initializers.values() if v.const_value is not None}
+    for node in graph:
         if node.op_type == "Constant" and node.domain == "":
             constants[node.outputs[0]] = ir.convenience.get_const_tensor(node.outputs[0]).numpy()
-    graphs = []
-    for r in reductions:
-        own = [next(inputs) for _ in r.node.inputs], [next(outputs) for _ in r.node.outputs]
-        graphs.append(body_graph(model, *own, constants))
-    return graphs
+    bodies = []
+    for r in reversed(reductions):
+        inputs = [graph.inputs.pop() for _ in r.node.inputs][::-1]
+        outputs = [graph.outputs.pop() for _ in r.node.outputs][::-1]
+        bodies.append(body_graph(model, inputs, outputs, constants))
+    passes.RemoveUnusedNodesPass()(model)
+    return bodies[::-1]
 
 
 def body_graph(
@@ -99,14 +102,21 @@ class Group:
     lifted: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def make_functions(reductions: Sequence[Reduction], bodies: ir.Model) -> tuple[list[Group], list[ir.Function]]:
+def make_functions(
+    reductions: Sequence[Reduction], graphs: Sequence[BodyGraph]
+) -> tuple[list[Group], list[ir.Function]]:
     """The functions of a model, and which reductions each one serves."""
-    graphs = body_graphs(bodies, reductions)
     groups: dict[Any, Group] = {}
     taken: dict[str, int] = {}
     for i, (reduction, graph) in enumerate(zip(reductions, graphs)):
         name = reduction.node.op_type
-        key = (name, reduction.node.inputs, reduction.node.outputs, sorted(reduction.node.attributes), graph.structure())
+        key = (
+            name,
+            reduction.node.inputs,
+            reduction.node.outputs,
+            sorted(reduction.node.attributes),
+            graph.structure(),
+        )
         key = repr(key)
         if key not in groups:
             taken[name] = taken.get(name, 0) + 1
@@ -184,9 +194,9 @@ def attribute(name: str, value: Any) -> ir.Attr:
     return ir.AttrString(name, value) if isinstance(value, str) else ir.AttrInt64s(name, list(value))
 
 
-def attach(model: ir.Model, reductions: Sequence[Reduction], bodies: ir.Model) -> dict[str, int]:
+def attach(model: ir.Model, reductions: Sequence[Reduction]) -> dict[str, int]:
     """Gives every reduction node its op type and attributes, and the model their functions: {op_type: nodes}."""
-    groups, functions = make_functions(reductions, bodies)
+    groups, functions = make_functions(reductions, take_bodies(model, reductions))
     place = {i: (group, at) for group in groups for at, i in enumerate(group.members)}
     for node in model.graph:
         if node.domain != DOMAIN:

@@ -10,10 +10,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import GraphModule
 
 from tokcompile.errors import ExportError
 from tokcompile.exports.targets import Target, check_opset, get_target
@@ -125,18 +126,20 @@ def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportRe
     """The model as onnx_ir, with one node and a function, or plain ops, for each reduction."""
     import onnx_ir.passes.common as passes
 
-    from tokcompile.exports.flat import Bodies
     from tokcompile.exports.functions import attach
+    from tokcompile.exports.names import rename_outputs
     from tokcompile.exports.simplify import simplify
 
-    model = to_onnx(flat.gm, flat.inputs, opset, flat.input_names, flat.output_names)
-    simplify(model, target.model_rules)
+    bodies = [torch.zeros(v.shape, dtype=v.dtype) for r in flat.reductions for v in r.inputs]
+    forms = target.forms
+    if any(r.outputs[0].dtype.itemsize < 4 for r in flat.reductions):
+        forms = replace(forms, merge="onehot")  # onnxruntime adds while scattering in float32 only
+    with use_forms(forms):
+        model = to_onnx(flat.gm, [*flat.inputs, *bodies], opset)
+    simplify(model, target.rules)
     if flat.reductions:
-        inputs = [torch.zeros(v.shape, dtype=v.dtype) for r in flat.reductions for v in r.inputs]
-        with use_forms(target.forms):
-            bodies = to_onnx(Bodies(flat.reductions).eval(), inputs, opset)
-        simplify(bodies, target.body_rules)
-        report.nodes = attach(model, flat.reductions, bodies)
+        report.nodes = attach(model, flat.reductions)
+    rename_outputs(model, flat.output_names)
     report.inputs = [v.name for v in model.graph.inputs]
     report.outputs = [v.name for v in model.graph.outputs]
     if inline and flat.reductions:
@@ -148,16 +151,14 @@ def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportRe
     return model
 
 
-def to_onnx(
-    module: torch.nn.Module, inputs: Sequence[Any], opset: int, input_names: Any = None, output_names: Any = None
-) -> Any:
+def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     """torch.onnx.export to onnx_ir. Raises: ExportError with the op that has no ONNX form."""
+    names = [n.name for n in module.graph.find_nodes(op="placeholder")]
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                module, tuple(inputs), dynamo=True, opset_version=opset, input_names=input_names,
-                output_names=output_names, verbose=False, external_data=False,
-            )  # fmt: skip
+                module, tuple(inputs), dynamo=True, opset_version=opset, input_names=names, verbose=False
+            )
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
         raise ExportError(f"torch.onnx cannot write this model: {' '.join(lines[:3])}") from error
@@ -199,7 +200,9 @@ def finish(
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = size > LARGEST_FILE if external is None else external
     if size > LARGEST_FILE and not external:
-        raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True")
+        raise ExportError(
+            f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True"
+        )
     with ExitStack() as stack:
         file = write(model, temporary, report, stack if external else None)
         try:

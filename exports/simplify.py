@@ -52,7 +52,11 @@ def split_qkv(graph: ir.Graph) -> int:
     """
     count = 0
     for node in list(graph):
-        count += node.op_type == "Transpose" and list(node.attributes["perm"].value) == [2, 0, 3, 1, 4] and split_one(graph, node)
+        count += (
+            node.op_type == "Transpose"
+            and list(node.attributes["perm"].value) == [2, 0, 3, 1, 4]
+            and split_one(graph, node)
+        )
     return count
 
 
@@ -70,7 +74,11 @@ def split_one(graph: ir.Graph, transpose: ir.Node) -> bool:
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[1:]):
         return False
     parts = [part_read(user) for user in transpose.outputs[0].consumers()]
-    if any(part is None for part in parts) or transpose.outputs[0].is_graph_output() or not only_user(reshape.outputs[0], "Transpose"):
+    if (
+        any(part is None for part in parts)
+        or transpose.outputs[0].is_graph_output()
+        or not only_user(reshape.outputs[0], "Transpose")
+    ):
         return False
     x, name = packed.inputs[0], packed.inputs[1].name
     b, n, three, heads, d = (int(s) for s in reshape.outputs[0].shape)
@@ -80,9 +88,13 @@ def split_one(graph: ir.Graph, transpose: ir.Node) -> bool:
         assert part is not None
         at, old = part
         columns = slice(at * width, (at + 1) * width)
-        nodes = [ir.Node("", "MatMul", [x, named(graph, f"{name}_{'qkv'[at]}", np.ascontiguousarray(weight[:, columns]))])]
+        nodes = [
+            ir.Node("", "MatMul", [x, named(graph, f"{name}_{'qkv'[at]}", np.ascontiguousarray(weight[:, columns]))])
+        ]
         if bias is not None:
-            nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], named(graph, f"{name}_{'qkv'[at]}_bias", bias[columns])]))
+            nodes.append(
+                ir.Node("", "Add", [nodes[-1].outputs[0], named(graph, f"{name}_{'qkv'[at]}_bias", bias[columns])])
+            )
         nodes.append(ir.Node("", "Reshape", [nodes[-1].outputs[0], to]))
         nodes.append(ir.Node("", "Transpose", [nodes[-1].outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])]))
         for made in nodes[: 1 + (bias is not None)]:
@@ -146,8 +158,16 @@ def lp_norm(graph: ir.Graph) -> int:
         norm = clip.inputs[0].producer() if clip is not None and clip.op_type == "Clip" else None
         if norm is None or norm.op_type != "ReduceL2" or norm.inputs[0] is not node.inputs[0]:
             continue
+        if node.outputs[0].dtype != ir.DataType.FLOAT:  # onnxruntime has no half precision kernel
+            continue
         axes, least = constant(norm.inputs[1]), constant(clip.inputs[1])
-        if axes is None or axes.tolist() != [-1] or least is None or least > 1e-10 or not norm.attributes["keepdims"].value:
+        if (
+            axes is None
+            or axes.tolist() != [-1]
+            or least is None
+            or least > 1e-10
+            or not norm.attributes["keepdims"].value
+        ):
             continue
         made = ir.Node("", "LpNormalization", [node.inputs[0]], [ir.AttrInt64("axis", -1), ir.AttrInt64("p", 2)])
         replace(graph, node.outputs[0], [made])
@@ -156,7 +176,9 @@ def lp_norm(graph: ir.Graph) -> int:
 
 
 RULES: Mapping[str, Callable[[ir.Graph], int]] = {
-    "split_qkv": split_qkv, "mean_first": mean_first, "lp_norm": lp_norm,
+    "split_qkv": split_qkv,
+    "mean_first": mean_first,
+    "lp_norm": lp_norm,
     "reshape_once": reshape_once,
 }
 

@@ -19,8 +19,8 @@ class Target:
     """What one runtime takes.
 
     forms: how the reductions are written. opset: the default. functions: whether it reads model-local functions.
-    forbidden: ops it refuses, or op:reduction for one form of an op. top_k: the largest K of its TopK. model_rules,
-    body_rules: the rewrites of `simplify.py` for the model, with and without reductions alike, and for the reductions.
+    forbidden: ops it refuses, or op:reduction for one form of an op. top_k: the largest K of its TopK. rules: the
+    rewrites of `simplify.py`, for models with and without reductions alike.
     """
 
     name: str
@@ -29,8 +29,7 @@ class Target:
     functions: bool = True
     forbidden: frozenset[str] = DYNAMIC
     top_k: int | None = None
-    model_rules: tuple[str, ...] = ()
-    body_rules: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
 
 
 SCATTERS = frozenset(f"{op}:{how}" for op in ("ScatterElements", "ScatterND") for how in ("add", "mul", "max", "min"))
@@ -42,8 +41,7 @@ TARGETS = {
         Target(
             "onnxruntime",
             FORMS["onnxruntime"],
-            model_rules=("split_qkv",),
-            body_rules=("mean_first", "lp_norm", "reshape_once"),
+            rules=("split_qkv", "mean_first", "lp_norm", "reshape_once"),
         ),
         Target("tensorrt", **TENSORRT),
         Target("tensorrt_rtx", **TENSORRT),

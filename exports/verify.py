@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,10 +91,7 @@ def run(path: str, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tenso
     for output in session.get_outputs():
         binding.bind_output(output.name)
     session.run_with_iobinding(binding)
-    outputs = [from_ort(value) for value in binding.get_outputs()]
-    del binding, session
-    gc.collect()
-    return outputs
+    return [from_ort(value) for value in binding.get_outputs()]
 
 
 def to_ort(value: Tensor) -> Any:

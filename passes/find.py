@@ -209,10 +209,13 @@ def sorted_users(node: Node, order: dict[Node, int]) -> Iterator[Node]:
 def make_block(attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node]) -> Block:
     token_axis, batch_axis, why_not = axes(attention, mid)
     length = shape(mid)[token_axis]
-    stage = next((b.stage for b in reversed(structure.blocks) if b.stage.length == length), None)
     last = structure.blocks[-1] if structure.blocks else None
-    if stage is None or last is None or last.stage is not stage:
+    if last is not None and shape(last.mid) == shape(mid) and follows(last, entry, dependent, structure.order):
+        stage = last.stage
+    else:
         stage = make_stage(entry, token_axis, length, dependent)
+        stage = next((one for one in structure.stages if one == stage), stage)
+    if stage not in structure.stages:
         structure.stages.append(stage)
     path = common_path(entry, attention.node, mid)
     return Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not)
@@ -230,6 +233,11 @@ def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
         return 1, 0, None
     why = f"the residual stream is {'x'.join(map(str, sizes))}: its tokens lie on two axes (a grid), not on one"
     return len(sizes) - 2, 0, why
+
+
+def follows(block: Block, entry: Node, dependent: set[Node], order: dict[Node, int]) -> bool:
+    """Whether a stream at `entry` comes out of `block`, so that it holds the same tokens."""
+    return block.mid in ancestors(entry, dependent, order[block.mid], order)
 
 
 def set_ends(structure: Structure) -> None:

@@ -174,7 +174,10 @@ def choose_slots(
     chosen = [b for b in chosen if not b.why_not]
     needs_attention = any(t not in ("x", "normed") for t in recipe.taps)
     if recipe.place == "block" and needs_attention:
-        chosen = [b for b in chosen if b.index > 0] or blocks[1:2]
+        chosen = [b for b in chosen if before(b, blocks)] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][:1]
+        if not chosen:
+            raise UnsupportedGraph(f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
+                                   blocks[0].mid, "choose a method that does not read attention")
     lengths = {b.stage.length for b in chosen}
     if len(lengths) > 1:
         raise UnsupportedGraph(
@@ -182,6 +185,12 @@ def choose_slots(
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
     return [make_slot(b, recipe.place, spans, layout) for b in chosen]
+
+
+def before(block: Block, blocks: Sequence[Block]) -> Block | None:
+    """The last block over the same tokens that has been computed when `block` begins."""
+    same = [b for b in blocks[: block.index] if kind(b) == kind(block) and b.stage is block.stage]
+    return same[-1] if same else None
 
 
 def stage_blocks(structure: Structure) -> str:

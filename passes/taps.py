@@ -1,17 +1,23 @@
 """Taps: the tensors a method reads, taken from the graph beside the fused kernels."""
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
-from tokcompile.passes.tokens import is_labelled, old, plain
+from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter, Splice
+
+
+PROJECTIONS = {"aten.linear", "aten.addmm", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.conv2d", "aten.conv3d",
+               "aten.einsum"}
 
 
 def read_taps(rw: Rewriter, s: Splice) -> list[Node]:
@@ -19,82 +25,94 @@ def read_taps(rw: Rewriter, s: Splice) -> list[Node]:
     return [READERS[name](rw, s) for name in s.recipe.taps_read()]
 
 
-def attention_of(s: Splice) -> Attention:
-    block = s.tap_block
-    if block is None:
+def attentions_of(s: Splice) -> list[Attention]:
+    """The attentions a method reads: those of the block before its place, or of the block it stands in."""
+    if s.tap_block is None:
         raise UnsupportedGraph(
-            f"method {s.recipe.name!r} reads the attention before its place, but no block comes before", s.at,
+            f"method {s.recipe.name!r} reads the attention before its place, but no block over these tokens comes before", s.at,
             "place it later: where=[1] or higher",
         )
-    if len(block.attentions) > 1:
-        raise UnsupportedGraph(f"block {block.index} has {len(block.attentions)} attentions side by side", s.at,
+    return s.tap_block.attentions
+
+
+def heads(rw: Rewriter, s: Splice, name: str) -> Node:
+    """q, k or v as (B, H, L, d), before any rotary embedding; attentions side by side count as more heads."""
+    parts = []
+    for attention in attentions_of(s):
+        node: Node = getattr(attention, name)
+        if attention.fused and name != "v":
+            node = before_rotary(node)
+        parts.append(standard(rw, s, node, name, attention))
+    return side_by_side(rw, s, parts)
+
+
+def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
+    """Several attentions of one block: over the same tokens they are more heads, over segments in order more tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    dim = 1 if all(shape(p)[2] == token_length(rw, s) for p in parts) else 2
+    if dim == 2 and sum(shape(p)[2] for p in parts) != token_length(rw, s):
+        raise UnsupportedGraph(f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens", s.at,
                                "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'")
-    return block.attentions[0]
-
-
-def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
-    """q, k or v of the attention as (B, H, L, d); before any rotary embedding unless `rotated`."""
-    attention = attention_of(s)
-    node: Node = getattr(attention, name)
-    if not attention.fused:
-        node = straight(attention, name, node)
-    elif not rotated and name != "v":
-        node = before_rotary(node, attention)
-    return standard(rw, s, node, name, attention)
-
-
-def straight(attention: Attention, name: str, node: Node) -> Node:
-    return node
+    return rw.builder.emit(aten.cat.default, parts, dim)
 
 
 def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention) -> Node:
     """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses."""
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
-    length = token_length(rw, s)
+    length, full = token_length(rw, s), shape(s.at)[s.block.token_axis]
     sizes = shape(value)
     rank = len(sizes)
-    axes = [d for d in range(rank) if sizes[d] == length and (is_labelled((label[d],)) or not is_labelled(label))]
-    preferred = rank - 1 if (not attention.fused and name == "k" and transposed(attention)) else rank - 2
-    if attention.fused or preferred in axes:
-        token = preferred
-    else:
-        token = next((d for d in reversed(axes)), preferred)
-    if sizes[token] != length:
+    usual = rank - 1 if not attention.fused and name == "k" and keys_last(attention) else rank - 2
+    wanted = length if is_labelled(label) else full
+    if len(s.tap_block.attentions if s.tap_block else ()) > 1:  # perhaps one segment each
+        wanted = sizes[usual]
+    axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
+    token = usual if attention.fused or usual in axes else next(iter(reversed(axes)), usual)
+    if sizes[token] != wanted:
         raise UnsupportedGraph(
-            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {length} tokens of the "
-            "residual stream (windows, or attention over channels)", node, "choose a method that does not read it",
+            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
+            "residual stream (windows, or attention over channels)", node,
+            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
     channel = next(d for d in (rank - 1, rank - 2, rank - 3) if d != token)
     lead = [d for d in range(rank) if d not in (token, channel)]
-    if lead + [token, channel] != list(range(rank)):
+    if [*lead, token, channel] != list(range(rank)):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
+    count = prod(sizes[d] for d in lead)
     b = rw.gather.batch if s.block.batch_axis is not None else 1
-    total = 1
-    for d in lead:
-        total *= sizes[d]
-    want = [b, total // b, length, sizes[channel]]
-    return value if list(shape(value)) == want else rw.builder.emit(aten.reshape.default, value, want)
+    value = rw.gather.reshape(value, [b, count // b, wanted, sizes[channel]])
+    return restricted(rw, s, value, 2) if wanted == full != length else value
+
+
+def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:
+    """A tensor over the full sequence (an attention that tokens were given back for) at the tokens that are left."""
+    seq = next(a for a in rw.labels[s.at][s.block.token_axis] if isinstance(a, Seq))
+    have = plain(shape(value))
+    want = [*have[:dim], (seq,), *have[dim + 1 :]]
+    if rw.gather.batch > 1:
+        want[0] = (Batch(rw.gather.batch),)
+    return rw.gather.coerce(value, have, tuple(want), s.at)
 
 
 def token_length(rw: Rewriter, s: Splice) -> int:
     return shape(rw.env[s.at])[s.block.token_axis]
 
 
-def transposed(attention: Attention) -> bool:
-    """Whether the score matmul takes keys as (d, L): always so for matmul, never for the fused op."""
-    user = next((u for u in attention.k.users if packet(u) in ("aten.matmul", "aten.bmm", "aten.baddbmm")), None)
-    return user is not None
+def keys_last(attention: Attention) -> bool:
+    """Whether the score product takes keys as (d, L): so for matmul, never for einsum."""
+    return any(packet(u) in ("aten.matmul", "aten.bmm", "aten.baddbmm") for u in attention.k.users)
 
 
-def before_rotary(node: Node, attention: Attention) -> Node:
+def before_rotary(node: Node) -> Node:
     """Walks a query or key back to what it was before position was rotated into it; the node itself if it never was."""
-    size = old((_numel(node),))
+    size = _numel(node)
     found, todo, seen = node, [node], {node}
     while todo:
         n = todo.pop()
-        if packet(n) in ("aten.linear", "aten.addmm", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.conv2d"):
+        if packet(n) in PROJECTIONS:
             continue
-        if packet(n) == "aten.mul" and rotates(n, attention):
+        if packet(n) == "aten.mul" and rotates(n):
             source = next(a for a in n.args[:2] if isinstance(a, Node) and not is_table(a))
             while packet(source) in ("aten.slice", "aten.to", "aten._to_copy"):
                 source = source.args[0]
@@ -107,7 +125,7 @@ def before_rotary(node: Node, attention: Attention) -> Node:
     return found
 
 
-def rotates(node: Node, attention: Attention) -> bool:
+def rotates(node: Node) -> bool:
     tables = [a for a in node.args[:2] if isinstance(a, Node) and is_table(a)]
     return len(tables) == 1 and len(shape(tables[0])) >= 2 and max(shape(tables[0])[-3:-1]) > 1
 
@@ -117,7 +135,7 @@ def is_table(node: Node) -> bool:
     todo, seen = [node], set()
     while todo:
         n = todo.pop()
-        if packet(n) in ("aten.linear", "aten.conv2d", "aten.conv3d", "aten.addmm"):
+        if packet(n) in PROJECTIONS or n.op == "placeholder":
             return False
         if n not in seen:
             seen.add(n)
@@ -130,75 +148,72 @@ def _numel(node: Node) -> int:
     return int(value.numel()) if hasattr(value, "numel") else 0
 
 
-def scores_row(rw: Rewriter, s: Splice, query: Node) -> Node:
-    """Softmax rows of the given queries: (B, H, m, d) -> (B, H, m, L), with scale, mask and sizes as in the attention."""
-    attention = attention_of(s)
+def rows(rw: Rewriter, s: Splice, attention: Attention, first: bool) -> Node:
+    """Softmax rows (B, H, m, L) with scale, mask and sizes as the attention has them: all rows, or only the first.
+
+    Where the model computes them itself they are read; beside a fused kernel the row of one query is computed again.
+    """
     emit = rw.builder.emit
-    key = heads(rw, s, "k", rotated=True)
+    if not attention.fused:
+        probabilities = own_probabilities(rw, s, attention)
+        return emit(aten.slice.Tensor, probabilities, 2, 0, 1) if first else probabilities
+    query, key = (standard(rw, s, n, name, attention) for n, name in ((attention.q, "q"), (attention.k, "k")))
+    if first:
+        query = emit(aten.slice.Tensor, query, 2, 0, 1)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)
-    scores = emit(aten.matmul.default, query, emit(aten.transpose.int, key, -1, -2))
-    scale = attention.scale if attention.scale is not None else (shape(query)[-1] ** -0.5 if attention.fused else None)
-    if scale is not None:
-        scores = emit(aten.mul.Scalar, scores, scale)
-    return scores
+    scale = attention.scale if attention.scale is not None else shape(query)[-1] ** -0.5
+    scores = emit(aten.matmul.default, emit(aten.mul.Scalar, query, scale), emit(aten.transpose.int, key, -1, -2))
+    return emit(aten.softmax.int, masked(rw, attention, scores, first), -1)
 
 
-def unfused_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
+def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
     """The softmax the model itself computes, as (B, H, L, L)."""
     value = rw.env[attention.node]
     sizes, length = shape(value), token_length(rw, s)
-    if sizes[-1] != length or sizes[-2] != length:
+    if sizes[-2:] != (length, length) and len(attentions_of(s)) == 1:
         raise UnsupportedGraph("the attention is not over the tokens of the residual stream", attention.node,
-                               "choose a method that does not read attention")
+                               "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'")
     b = rw.gather.batch if s.block.batch_axis is not None else 1
-    heads_ = value.meta["val"].numel() // (b * length * length)
-    return rw.builder.emit(aten.reshape.default, value, [b, heads_, length, length])
+    return rw.gather.reshape(value, [b, prod(sizes[:-2]) // b, *sizes[-2:]])
 
 
-def cls_attention(rw: Rewriter, s: Splice) -> Node:
-    """(B, H, L): how the class token attends; one query row, never the N x N map, beside a fused attention."""
-    if s.site.prefix < 1:
-        return received_attention(rw, s)
-    attention = attention_of(s)
-    emit = rw.builder.emit
-    if not attention.fused:
-        return emit(aten.select.int, unfused_probabilities(rw, s, attention), 2, 0)
-    query = emit(aten.slice.Tensor, heads(rw, s, "q", rotated=True), 2, 0, 1)
-    scores = masked(rw, s, attention, scores_row(rw, s, query), row=0)
-    return emit(aten.select.int, emit(aten.softmax.int, scores, -1), 2, 0)
-
-
-def received_attention(rw: Rewriter, s: Splice) -> Node:
-    """(B, H, L): attention received, the mean over all queries (the one score that costs an N x N map)."""
-    attention = attention_of(s)
-    emit = rw.builder.emit
-    if not attention.fused:
-        return emit(aten.mean.dim, unfused_probabilities(rw, s, attention), [2])
-    scores = masked(rw, s, attention, scores_row(rw, s, heads(rw, s, "q", rotated=True)), row=None)
-    return emit(aten.mean.dim, emit(aten.softmax.int, scores, -1), [2])
-
-
-def masked(rw: Rewriter, s: Splice, attention: Attention, scores: Node, row: int | None) -> Node:
+def masked(rw: Rewriter, attention: Attention, scores: Node, first: bool) -> Node:
     """Scores with the mask that the rewritten attention itself uses (it holds log sizes too)."""
     fused = rw.env[attention.node]
     mask = bind(fused)["attn_mask"] if packet(fused) == SDPA else None
     if mask is None:
         return scores
     emit = rw.builder.emit
-    if row is not None and shape(mask)[-2] > 1:
-        mask = emit(aten.slice.Tensor, mask, -2, row, row + 1)
-    if str(mask.meta["val"].dtype) == "torch.bool":
+    if len(shape(mask)) == 3:  # (B * H or 1, L, L)
+        b, h = shape(scores)[:2]
+        mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
+    if first and len(shape(mask)) > 1 and shape(mask)[-2] > 1:
+        mask = emit(aten.slice.Tensor, mask, -2, 0, 1)
+    if mask.meta["val"].dtype is torch.bool:
         return emit(aten.where.ScalarOther, mask, scores, float("-inf"))
     return emit(aten.add.Tensor, scores, mask)
+
+
+def cls_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, L): how the class token attends; without one, the attention received."""
+    if s.block.stage.prefix < 1:
+        return received_attention(rw, s)
+    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)])
+
+
+def received_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, L): attention received, the mean over all queries (the one score that costs an N x N map)."""
+    return side_by_side(rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)])
 
 
 def normed(rw: Rewriter, s: Splice) -> Node:
     """(B, L, D): the residual stream after the model's final norm; as it is where no such norm is found."""
     x = rw.standard(rw.env[s.at], s.block)
-    last = rw.structure.blocks[-1]
+    last = [b for b in rw.structure.blocks if b.stage is s.block.stage][-1]
     for user in (last.end or last.mid).users:
-        if packet(user) in ("aten.layer_norm", "aten.rms_norm"):
+        norm = packet(user) in ("aten.layer_norm", "aten.rms_norm")
+        if norm and list(bind(user)["normalized_shape"]) == [shape(x)[-1]]:
             args = {**bind(user), "input": x}
             args = {k: rw.env_or_copy(v) if isinstance(v, Node) and k != "input" else v for k, v in args.items()}
             schema = user.target._schema

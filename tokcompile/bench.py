@@ -19,6 +19,7 @@ import torch
 from tokcompile.api import OptimizedModel, optimize
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import ExportError, InputError, MethodError, TokcompileError
+from tokcompile.passes.trace import trace
 from tokcompile.recipe import Recipe, get_method
 
 RUNTIMES = ("eager", "inductor", "onnxruntime")
@@ -284,9 +285,10 @@ def bench(
     result = Bench(machine(threads), pairs)
     with torch_threads(threads):
         say("tracing the original")
-        plain = optimize(model, args, kwargs, method="random", budget=1.0)
+        source = trace(model, args, kwargs).program or model  # traced once, for all methods
+        plain = optimize(source, args, kwargs, method="random", budget=1.0)
         result.machine["inputs"] = [shape_text(v) for v in plain.example_inputs if isinstance(v, torch.Tensor)]
-        cases = list(build(result, say, model, args, kwargs, recipes, budgets, options or {}, common))
+        cases = list(build(result, say, source, args, kwargs, recipes, budgets, options or {}, common))
         for runtime in runtimes:
             say(f"{runtime}: A/A")
             original = original_runner(model, args, kwargs, plain, runtime, threads)

@@ -16,7 +16,7 @@ from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
 from tokcompile.passes.graph import propagate_shapes
-from tokcompile.passes.plan import Layout, Plan, Reduction, Slot, apportion, fit_plan, make_plan, reductions
+from tokcompile.passes.plan import Layout, Plan, Reduction, Slot, apportion, before, fit_plan, make_plan, reductions
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
@@ -175,8 +175,8 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             settings.options,
         )
         at = block.out if r.place == "attention" else block.entry
-        before = block if r.place == "attention" else next(iter(reversed(blocks[: r.block])), None)
-        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, before))
+        tapped = block if r.place == "attention" else before(block, blocks)
+        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, tapped))
     return out
 
 

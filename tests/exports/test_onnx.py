@@ -1,0 +1,172 @@
+"""What export_onnx writes: numbers, one node per reduction, static shapes, names, metadata, files."""
+
+import json
+import os
+
+import onnx
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import tokcompile
+from tests.exports.models import DYNAMIC, all_nodes, attributes, reductions, run, same, session, tiny
+from tests.models import FAMILIES, shake
+from tokcompile.plugins.contract import ATTRIBUTES, INPUTS, OUTPUTS, op_type
+
+CASES = [
+    ("timm/vit", "tome", 1),
+    ("timm/vit", "tome", 2),
+    ("hf/vit", "evit", 2),
+    ("hf/dinov2", "pitome", 1),
+    ("hf/siglip_vision", "dart", 1),
+    ("torch/encoder_sequence_first", "random", 2),
+    ("timm/vit_features", "topk", 1),  # dense: tokens are given back
+    ("hf/dpt", "tome", 1),  # dense, and after merging
+]
+
+
+@pytest.mark.parametrize(("family", "method", "batch"), CASES)
+def test_families(family, method, batch, tmp_path):
+    model, args, kwargs = FAMILIES[family].build(batch)
+    opt = tokcompile.optimize(shake(model), args, kwargs, method=method, budget=0.6)
+    path = tmp_path / "model.onnx"
+    report = opt.export_onnx(path)
+    assert 0 < report.error <= 1e-4
+    written = onnx.load(path)
+    check_nodes(written, opt)
+    check_static(written, opt)
+    assert [i.name for i in written.graph.input] == report.inputs == opt.input_names
+    torch.manual_seed(1)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: torch.randn_like(t), (args, kwargs))
+    values = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    with torch.no_grad():
+        want = [v for v in pytree.tree_leaves(opt(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+    assert same(run(path, dict(zip(report.inputs, values))), want)
+
+
+def check_nodes(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> None:
+    """One node a reduction, as the contract has it, each with its function."""
+    nodes = reductions(written)
+    assert len(nodes) == len(opt.plan.reductions) > 0
+    functions = {f.name: f for f in written.functions}
+    for node, reduction in zip(nodes, opt.plan.reductions):
+        given = attributes(node)
+        assert node.op_type.split("_")[0] == op_type(opt.plan.method)
+        assert {name: type(given[name]) for name in ATTRIBUTES} == dict(ATTRIBUTES)
+        assert (given["n"], given["k"], given["unit"]) == (reduction.n, reduction.k, reduction.unit)
+        inputs, outputs = given["inputs"].split(","), given["outputs"].split(",")
+        assert len(inputs) == len(node.input)
+        assert len(outputs) == len(node.output)
+        assert set(inputs) <= set(INPUTS)
+        assert set(outputs) <= set(OUTPUTS)
+        assert set(functions[node.op_type].attribute) == set(given)
+
+
+def check_static(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> None:
+    """No control flow, no data-dependent shapes, and numbers for all dimensions."""
+    assert not {node.op_type for node in all_nodes(written)} & DYNAMIC
+    for value in [*written.graph.input, *written.graph.output]:
+        assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    assert written.producer_name == "tokcompile"
+
+
+def test_later_nodes_of_a_method_share_one_function_with_constants_as_attributes(tmp_path):
+    opt = tiny(method="tome", where=[0, 1], budget=tokcompile.Remove(8))
+    report = opt.export_onnx(tmp_path / "m.onnx")
+    written = onnx.load(tmp_path / "m.onnx")
+    assert report.nodes == {"Tome": 2}
+    assert [f.name for f in written.functions] == ["Tome"]
+    first, second = (attributes(node) for node in reductions(written))
+    assert (first["n"], first["k"], second["n"], second["k"]) == (50, 42, 42, 34)
+    assert any(name.startswith("c") and name[1:].isdigit() for name in first)
+
+
+def test_bodies_that_differ_in_their_ops_get_a_second_function(tmp_path):
+    report = tiny(method="tome", budget=tokcompile.Schedule({0: 40, 1: 20})).export_onnx(tmp_path / "m.onnx")
+    assert report.nodes == {"Tome": 1, "Tome_2": 1}
+    assert report.error <= 1e-4
+
+
+@pytest.mark.parametrize(("target", "inline"), [("onnxruntime", True), ("jetpack6", False)])
+def test_inline_writes_plain_ops(target, inline, tmp_path):
+    report = tiny(method="pitome").export_onnx(tmp_path / "m.onnx", target=target, inline=inline)
+    written = onnx.load(tmp_path / "m.onnx")
+    assert report.inline
+    assert report.error <= 1e-4
+    assert not written.functions
+    assert {node.domain for node in written.graph.node} == {""}
+    assert [o.domain for o in written.opset_import] == [""]
+
+
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_tensorrt_ops(method, tmp_path):
+    report = tiny(method=method).export_onnx(tmp_path / "m.onnx", target="tensorrt")
+    scatters = [n for n in all_nodes(onnx.load(tmp_path / "m.onnx")) if n.op_type.startswith("Scatter")]
+    assert report.error <= 1e-4
+    assert all(attributes(n).get("reduction", "none") == "none" for n in scatters)
+
+
+def test_reduced_outputs_carry_the_kept_tokens(tmp_path):
+    opt = tiny(method="tome", outputs="reduced")
+    report = opt.export_onnx(tmp_path / "m.onnx")
+    assert report.outputs == opt.output_names
+    assert report.outputs[1:] == opt.extra_outputs
+    with torch.no_grad():
+        want = opt(*opt.example_inputs)
+    got = run(tmp_path / "m.onnx", dict(zip(report.inputs, opt.example_inputs)))
+    assert torch.equal(got[1], want.kept[report.outputs[1]])
+
+
+def test_keys_of_a_model_output_are_its_names(tmp_path):
+    model, args, kwargs = FAMILIES["hf/vit_hidden_states"].build(1)
+    opt = tokcompile.optimize(shake(model), args, kwargs, method="grid", budget=0.5)
+    report = opt.export_onnx(tmp_path / "m.onnx")
+    hidden = [f"hidden_states_{i}" for i in range(5)]
+    assert report.outputs == ["last_hidden_state", "pooler_output", *hidden]
+    assert [o.name for o in session(tmp_path / "m.onnx").get_outputs()] == report.outputs
+
+
+def test_metadata_says_how_to_make_it_again(tmp_path):
+    opt = tiny(method="random", budget=0.5)
+    opt.export_onnx(tmp_path / "m.onnx")
+    metadata = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert metadata["tokcompile.method"] == "random"
+    assert metadata["tokcompile.target"] == "onnxruntime"
+    assert tokcompile.Plan.from_json(metadata["tokcompile.plan"]) == opt.plan
+    assert json.loads(metadata["tokcompile.budget"]) == {"kind": "Share", "share": 0.5}
+    assert metadata["torch.version"] == torch.__version__
+
+
+def test_weights_beside_the_model(tmp_path):
+    opt = tiny(method="random")
+    report = opt.export_onnx(tmp_path / "m.onnx", external_data=True)
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
+    assert report.external_data == str(tmp_path / "m.onnx.data")
+    assert report.bytes == sum(os.path.getsize(tmp_path / name) for name in os.listdir(tmp_path))
+    (tmp_path / "moved").mkdir()
+    for name in ("m.onnx", "m.onnx.data"):
+        os.rename(tmp_path / name, tmp_path / "moved" / name)
+    with torch.no_grad():
+        want = [opt(*opt.example_inputs)]
+    assert same(run(tmp_path / "moved" / "m.onnx", dict(zip(report.inputs, opt.example_inputs))), want)
+
+
+def test_without_reductions(tmp_path):
+    report = tiny(budget=1.0).export_onnx(tmp_path / "m.onnx")
+    assert report.nodes == {}
+    assert report.error <= 1e-4
+    assert [o.domain for o in onnx.load(tmp_path / "m.onnx").opset_import] == [""]
+
+
+def test_half_precision(tmp_path):
+    report = tiny(torch.float16, method="tome").export_onnx(tmp_path / "m.onnx")
+    assert report.tolerance == 2e-2
+    assert report.error <= report.tolerance
+    assert session(tmp_path / "m.onnx").get_inputs()[0].type == "tensor(float16)"
+
+
+def test_bfloat16_is_written_and_the_report_says_that_it_was_not_run(tmp_path):
+    report = tiny(torch.bfloat16, method="random").export_onnx(tmp_path / "m.onnx")
+    assert report.error is None
+    assert "bfloat16" in report.note
+    assert (tmp_path / "m.onnx").exists()
