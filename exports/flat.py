@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Symbol(nn.Module):
             f"{DOMAIN}::Reduction", inputs, {"number": self.number}, dtypes=[o.dtype for o in r.outputs],
             shapes=[list(o.shape) for o in r.outputs], version=DOMAIN_VERSION,
         )  # fmt: skip
-        named = dict(zip(r.node.outputs, results))
+        named = dict(zip(r.node.outputs, results, strict=True))
         return tuple(named.get(name) for name in OUTPUTS)
 
 
@@ -60,7 +60,7 @@ class Body(nn.Module):
         self.module, self.names = reduction.module, reduction.node.inputs
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(self.names, inputs))
+        given = dict(zip(self.names, inputs, strict=True))
         results = self.module(given["x"], given.get("size"), *(given[name] for name in self.module.names))
         return tuple(r.clone() for r in results if r is not None)  # a result may be an input or another result
 
@@ -92,7 +92,7 @@ def flatten(opt: OptimizedModel) -> Flat:
             reductions.append(describe(node, module))
             gm.add_module(node.target, Symbol(reductions[-1], len(reductions) - 1))
     inputs, names = [], []
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), opt.example_inputs):
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), opt.example_inputs, strict=True):
         if isinstance(value, Tensor):
             inputs.append(value)
             names.append(node.name)
@@ -135,11 +135,12 @@ def replace_constant(node: Node, value: Any) -> None:
 
 def describe(node: Node, module: ReductionModule) -> Reduction:
     """The reduction that a call_module node stands for."""
-    values = [v if name != "assign" or module.needs_assign else None for name, v in zip(OUTPUTS, node.meta["val"])]
-    given = {name: v for name, v in zip(OUTPUTS, values) if v is not None}
+    given = {name: v for name, v in zip(OUTPUTS, node.meta["val"], strict=True) if v is not None}
+    if not module.needs_assign:
+        given.pop("assign", None)
     contract = reduction_node(module, tuple(given))
-    x, size, *taps = [None if a is None else a.meta["val"] for a in [*node.args, None][: max(len(node.args), 2)]]
-    named: Mapping[str, Any] = {
-        "x": x, "size": torch.empty(x.shape[0], module.site.n) if size is None else size, **dict(zip(module.names, taps)),
-    }  # fmt: skip
+    x, size, *taps = [getattr(a, "meta", {}).get("val") for a in [*node.args, None][: max(len(node.args), 2)]]
+    assert x is not None
+    named: dict[str, Any] = dict(zip(module.names, taps, strict=True))
+    named |= {"x": x, "size": torch.empty(len(x), module.site.n) if size is None else size}
     return Reduction(module, contract, [named[name] for name in contract.inputs], list(given.values()))

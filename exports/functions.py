@@ -1,10 +1,10 @@
 """Model-local functions: the plain-op meaning of each reduction node.
 
 All reductions of a method share one function: their bodies are traced and compared, and where they differ only in
-constants (shapes, counts, kept positions) these become attributes c0, c1, ... of the node. Bodies that differ in their
-ops get op types `Tome_2`, `Tome_3`: the ONNX field `overload` would say it better, but TensorRT's parser looks functions
-up by name alone and would run the wrong body. A target that fuses all of them strips the functions and renames the nodes
-to `tokcompile.plugins.contract.op_type(method)`.
+constants (shapes, counts, kept positions) these become attributes c0, c1, ... of the node. Bodies that differ in
+their ops get op types `Tome_2`, `Tome_3`: the ONNX field `overload` would say it better, but TensorRT's parser looks
+functions up by name alone and would run the wrong body. A target that fuses all of them strips the functions and
+renames the nodes to `tokcompile.plugins.contract.op_type(method)`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class BodyGraph:
     """One traced body in a form that two bodies can be compared by.
 
     ops: (domain, op_type, inputs as numbers, attributes, count of outputs). constants: what is read at which slot.
-    outputs: numbers of the values that come out. Inputs of the body are 0, 1, ...; results follow; -1 is a constant and -2
-    an input left out.
+    outputs: numbers of the values that come out. Inputs of the body are 0, 1, ...; results follow; -1 is a constant
+    and -2 an input left out.
     """
 
     ops: list[tuple[Any, ...]] = field(default_factory=list)
@@ -50,7 +50,7 @@ def take_bodies(model: ir.Model, reductions: Sequence[Reduction]) -> list[BodyGr
     constants = {v: v.const_value.numpy() for v in graph.initializers.values() if v.const_value is not None}
     for node in graph:
         if node.op_type == "Constant" and node.domain == "":
-            constants[node.outputs[0]] = ir.convenience.get_const_tensor(node.outputs[0]).numpy()
+            constants[node.outputs[0]] = ir.convenience.get_const_tensor(node.outputs[0]).numpy()  # type: ignore[union-attr]
     bodies = []
     for r in reversed(reductions):
         inputs = [graph.inputs.pop() for _ in r.node.inputs][::-1]
@@ -108,16 +108,10 @@ def make_functions(
     """The functions of a model, and which reductions each one serves."""
     groups: dict[Any, Group] = {}
     taken: dict[str, int] = {}
-    for i, (reduction, graph) in enumerate(zip(reductions, graphs)):
+    for i, (reduction, graph) in enumerate(zip(reductions, graphs, strict=True)):
         name = reduction.node.op_type
-        key = (
-            name,
-            reduction.node.inputs,
-            reduction.node.outputs,
-            sorted(reduction.node.attributes),
-            graph.structure(),
-        )
-        key = repr(key)
+        node = reduction.node
+        key = repr((name, node.inputs, node.outputs, sorted(node.attributes), graph.structure()))
         if key not in groups:
             taken[name] = taken.get(name, 0) + 1
             groups[key] = Group(name if taken[name] == 1 else f"{name}_{taken[name]}", [])
@@ -149,7 +143,7 @@ def make_function(group: Group, members: Sequence[BodyGraph], reduction: Reducti
         args = [read(number, (i, j)) for j, number in enumerate(numbers)]
         nodes.append(ir.Node(domain, op_type, args, first.attributes[i], num_outputs=count))
         values += nodes[-1].outputs
-    outputs = [read(number, (len(first.ops), i)) for i, number in enumerate(first.outputs)]
+    outputs = [v for i, number in enumerate(first.outputs) if (v := read(number, (len(first.ops), i))) is not None]
     for i, value in enumerate(v for node in nodes for v in node.outputs):
         value.name = f"v{i}"
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=first.opsets, name=group.op_type)

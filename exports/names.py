@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
 def output_names(opt: OptimizedModel) -> list[str]:
     """The keys of a model output that has them, else the names that torch.onnx gives the original's outputs."""
     exported = opt.output_names[: len(opt.output_names) - len(opt.extra_outputs)]
-    spec = opt._out_spec
-    keys = named_leaves(spec)
-    return [key or name or f"output_{i}" for i, (key, name) in enumerate(zip(keys, exported))]
+    pairs = zip_longest(named_leaves(opt._out_spec), exported)  # torch.compile knows no names
+    return [key or name or f"output_{i}" for i, (key, name) in enumerate(pairs)]
 
 
 def named_leaves(spec: pytree.TreeSpec, name: str = "") -> list[str]:
@@ -66,7 +66,7 @@ def rename_outputs(model: Any, names: Sequence[str]) -> None:
             value.name = free(f"{name}_inner", taken)
     for i, value in enumerate(graph.outputs):  # in two steps: the names may be permuted
         value.name = free(f"tokcompile_output_{i}", taken)
-    for value, name in zip(graph.outputs, names):
+    for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
 
 

@@ -1,4 +1,4 @@
-"""ONNX: one node per reduction with its meaning in plain ops beside it, checked in onnxruntime before it gets its name."""
+"""ONNX: one node per reduction, its meaning in plain ops beside it; checked in onnxruntime before it gets its name."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def finish(
         if verify:
             with torch.no_grad():
                 values = opt.graph_module(*opt.example_inputs)
-            expected = dict(zip(flat.output_names, (values[i] for i in flat.kept_outputs)))
+            expected = {name: values[i] for name, i in zip(flat.output_names, flat.kept_outputs, strict=True)}
             check = compare(file, flat.input_names, flat.inputs, expected, tolerance)
             report.errors, report.tolerance, report.note = check.errors, check.tolerance, check.note
         report.bytes = os.path.getsize(file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokcompile.errors import ExportError
 from tokcompile.primitives.forms import FORMS, Forms
@@ -33,20 +33,16 @@ class Target:
 
 
 SCATTERS = frozenset(f"{op}:{how}" for op in ("ScatterElements", "ScatterND") for how in ("add", "mul", "max", "min"))
-TENSORRT = dict(forms=FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=3840)
+TENSORRT = Target("tensorrt", FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=3840)
 
 TARGETS = {
     t.name: t
     for t in (
-        Target(
-            "onnxruntime",
-            FORMS["onnxruntime"],
-            rules=("split_qkv", "mean_first", "lp_norm", "reshape_once"),
-        ),
-        Target("tensorrt", **TENSORRT),
-        Target("tensorrt_rtx", **TENSORRT),
+        Target("onnxruntime", FORMS["onnxruntime"], rules=("split_qkv", "mean_first", "lp_norm", "reshape_once")),
+        TENSORRT,
+        replace(TENSORRT, name="tensorrt_rtx"),
         # TensorRT 10.3 prefers the function over a plugin, so its plain file has neither
-        Target("jetpack6", **TENSORRT, functions=False),
+        replace(TENSORRT, name="jetpack6", functions=False),
     )
 }
 

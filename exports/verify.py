@@ -84,7 +84,7 @@ def run(path: str, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tenso
     options.intra_op_num_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     taken = {i.name for i in session.get_inputs()}
-    feeds = {name: to_ort(value) for name, value in zip(names, inputs) if name in taken}
+    feeds = {name: to_ort(value) for name, value in zip(names, inputs, strict=True) if name in taken}
     binding = session.io_binding()
     for name, value in feeds.items():
         binding.bind_ortvalue_input(name, value)
@@ -122,17 +122,17 @@ def compare(
             check.note = f"not run: onnxruntime on the CPU lacks a bfloat16 kernel ({first_line(error)})"
             return check
         raise ExportError(f"onnxruntime does not run the exported model: {first_line(error)}") from error
-    for (name, want), value in zip(expected.items(), got):
+    for (name, want), value in zip(expected.items(), got, strict=True):
         if tuple(value.shape) != tuple(want.shape) or value.dtype != want.dtype:
             raise ExportError(
                 f"verification failed: output {name!r} is {tuple(value.shape)} {value.dtype}, and "
                 f"{tuple(want.shape)} {want.dtype} in torch"
             )
         check.errors[name] = relative_error(value, want)
-    for name, error in check.errors.items():
-        if not error <= check.tolerance:
+    for name, off in check.errors.items():
+        if not off <= check.tolerance:
             raise ExportError(
-                f"verification failed: output {name!r} is off by {error:.2e} of its largest value, more than the "
+                f"verification failed: output {name!r} is off by {off:.2e} of its largest value, more than the "
                 f"tolerance {check.tolerance:.0e}\n  what to do: near ties between tokens fall either way under other "
                 "rounding, so try other example inputs; pass tolerance=... to accept it, or verify=False to look at it"
             )

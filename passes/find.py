@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
-from tokcompile.passes.graph import bind, packet, shape, to_int, user_dependent
+from tokcompile.passes.graph import bind, get_attr, packet, shape, to_int, user_dependent
 
 SDPA = "aten.scaled_dot_product_attention"
 SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax"}
@@ -97,13 +97,15 @@ class Structure:
         return [b for b in self.blocks if b.why_not is None]
 
 
-def find(graph: Graph) -> Structure:
+def find(gm: GraphModule) -> Structure:
     """Reads the structure of a canonical graph with fake values."""
+    graph = gm.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
     dependent = user_dependent(graph)
     structure = Structure(order=order)
     by_mid: dict[Node, Block] = {}
     for attention in attentions(graph, dependent):
+        attention.causal = attention.causal or hides_the_future(gm, attention)
         found = residual(attention, order, dependent)
         name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
         if isinstance(found, str):
@@ -132,6 +134,21 @@ def attentions(graph: Graph, dependent: set[Node]) -> Iterator[Attention]:
             value = next((v for u in node.users if (v := walk(u, dependent, back=False, source=node))), None)
             if scores is not None and value is not None:
                 yield unfused(node, scores, value, dependent)
+
+
+def hides_the_future(gm: GraphModule, attention: Attention) -> bool:
+    """Whether a constant mask lets no query see a later key, as in a language model."""
+    mask = attention.mask
+    if not attention.fused:
+        added = [n for n in attention.node.args[0].all_input_nodes if n.op == "get_attr"] if attention.node.args else []
+        mask = added[0] if added else None
+    if mask is None or mask.op != "get_attr" or len(shape(mask)) < 2 or shape(mask)[-1] != shape(mask)[-2] or shape(mask)[-1] < 2:
+        return False
+    value = get_attr(gm, mask.target)
+    if value.is_meta:
+        return False
+    visible = value if value.dtype is torch.bool else value > -1e4
+    return not bool(visible.reshape(-1, *visible.shape[-2:])[0].triu(1).any())
 
 
 def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = None, depth: int = 16) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import floor
@@ -15,6 +16,8 @@ from tokcompile.passes.graph import shape
 from tokcompile.recipe import Recipe
 
 VERSION = 1
+OUTPUTS = ("keep", "reduced")
+RECOVER = ("end", "anywhere", "never")
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,14 @@ def choose_slots(
                                refused[0].mid)
     chosen = [b for b in chosen if not b.why_not]
     needs_attention = any(t not in ("x", "normed") for t in recipe.taps)
-    if recipe.place == "block" and needs_attention:
+    if recipe.place == "block" and needs_attention and where is not None:
+        early = [b for b in chosen if not before(b, blocks)]
+        if early:
+            raise UnsupportedGraph(
+                f"{recipe.name!r} reads the attention of the block before, and none over the same tokens comes before block "
+                f"{early[0].index}", early[0].mid, "place it later: where=[1] or higher",
+            )
+    elif recipe.place == "block" and needs_attention:
         chosen = [b for b in chosen if before(b, blocks)] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][:1]
         if not chosen:
             raise UnsupportedGraph(f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
@@ -229,9 +239,10 @@ def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
     return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
 
 
-def kind(block: Block) -> tuple[int, int]:
-    """(tokens, batch) of a block's residual stream."""
-    return block.stage.length, shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
+def kind(block: Block) -> tuple[int, int, str]:
+    """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
+    batch = shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
+    return block.stage.length, batch, re.sub(r"\d+", "#", block.path)
 
 
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
@@ -315,8 +326,18 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     """A plan passed back by the user, checked against the model. Raises: PlanError."""
     current: dict[tuple[int, int], int] = {}
     out = []
+    for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
+        if getattr(plan, name) not in allowed:
+            raise PlanError(f"the plan's {name}={getattr(plan, name)!r} is none of {', '.join(map(repr, allowed))}")
+    if [r.block for r in plan.reductions] != sorted(r.block for r in plan.reductions):
+        raise PlanError("the plan's reductions are not in the order of their blocks")
     for r in plan.reductions:
         block = one_block(structure.blocks, r.block)
+        if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or r.prefix % r.unit or block.stage.length % r.unit:
+            raise PlanError(
+                f"block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its {block.stage.length} "
+                "tokens"
+            )
         key = (block.stage.length, r.prefix)
         n = current.get(key, (block.stage.length - r.prefix - r.suffix) // r.unit)
         if not 1 <= r.k <= n:

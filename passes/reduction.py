@@ -4,8 +4,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokcompile.errors import MethodError
 from tokcompile.primitives.combine import apply, assignment
-from tokcompile.recipe import Keep, Recipe, Site, Tokens
+from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, Tokens
 
 
 class ReductionModule(nn.Module):
@@ -15,11 +16,14 @@ class ReductionModule(nn.Module):
     assign: (B, n) or None). With `unit` u the n tokens are groups of u rows, kept or dropped together.
     """
 
-    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = (), start: int | None = None):
+    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = (), start: int | None = None,
+                 tap_start: int | None = None):
         super().__init__()
         self.recipe, self.site, self.unit, self.names = recipe, site, unit, names
         self.start = site.prefix * unit if start is None else start
-        self.needs_assign = True
+        # where other segments of the same block were reduced first, the taps still are as long as before
+        self.tap_start = self.start if tap_start is None else tap_start
+        self.needs_assign = False
         self.ordered: bool | None = None  # known once the plan has run on fake tensors
 
     def forward(self, x: Tensor, size: Tensor | None = None, *taps: Tensor) -> tuple[Tensor | None, ...]:
@@ -32,6 +36,7 @@ class ReductionModule(nn.Module):
             size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
         summary = rows if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
         plan = self.recipe.plan(Tokens(x=summary, size=size, **given), site)
+        check_plan(plan, self.recipe, site, x.shape[0])
         if self.ordered is None:
             self.ordered = isinstance(plan, Keep) and plan.ordered
         new, new_size = apply(plan, rows, size)
@@ -44,8 +49,19 @@ class ReductionModule(nn.Module):
         """A tap over the whole sequence as one over the reducible tokens."""
         site, u = self.site, self.unit
         axis = 1 if name == "normed" else 2
-        tap = tap.narrow(axis, self.start, site.n * u)
+        tap = tap.narrow(axis, self.tap_start, site.n * u)
         return tap if u == 1 else tap.unflatten(axis, (site.n, u)).mean(axis + 1)
 
     def extra_repr(self) -> str:
         return f"{self.recipe.name}, {self.site.n} -> {self.site.k}"
+
+
+def check_plan(plan: object, recipe: Recipe, site: Site, batch: int) -> None:
+    """Raises: MethodError where a method's plan is not what it was asked for."""
+    if not isinstance(plan, (Keep, Merge, Mix)):
+        raise MethodError(f"the plan of method {recipe.name!r} returned {type(plan).__name__}, not Keep, Merge or Mix")
+    if tuple(plan.index.shape) != (batch, site.k):
+        raise MethodError(
+            f"method {recipe.name!r} was asked for {site.k} of {site.n} tokens and gave indices of shape "
+            f"{tuple(plan.index.shape)}; its plan must return exactly (batch, site.k)"
+        )

@@ -80,7 +80,6 @@ class Rewriter:
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
-        self.modules: list[tuple[Node, ReductionModule]] = []
         self.overhead_flops = 0
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:
@@ -97,8 +96,6 @@ class Rewriter:
                 self.step(node)
                 for splice in self.splices.get(node, ()):
                     self.splice(splice)
-        for node, module in self.modules:
-            module.needs_assign = any(u.args[1] == 3 for u in node.users)
         graph = self.builder.graph
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
         gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
@@ -161,30 +158,37 @@ class Rewriter:
         x, label = self.env[s.at], self.labels.get(s.at)
         self.before.setdefault(s.at, (x, label))
         parent, before, after = self.body(s, label)
-        taps = read_taps(self, s)
         name = f"reduction_{len(self.spaces)}_{s.recipe.name}"
         start = make_seq(before).new * s.unit
-        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read(), start)
+        tap_start = make_seq(self.body(s, self.before[s.at][1])[1]).new * s.unit
+        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read(), start, tap_start)
         self.builder.root.add_module(name, module)
         size = parent.size if parent else None
         standard = self.standard(x, s.block)
         with FlopCounterMode(display=False) as counter:
+            taps = read_taps(self, s)
             node = self.builder.emit(name, standard, size, *taps)
         self.overhead_flops += counter.get_total_flops()
-        self.modules.append((node, module))
         results = node.meta["val"]
-        self.check_plan(s, results)
         new = self.builder.emit(operator.getitem, node, 0)
         index = self.builder.emit(operator.getitem, node, 1)
         space = Space(f"s{len(self.spaces)}", s.site.n, s.k, parent, index)
         space.size = self.builder.emit(operator.getitem, node, 2) if results[2] is not None else None
-        space.assign = once(lambda: self.builder.emit(operator.getitem, node, 3))
+        space.assign = once(lambda: self.assignment_of(node, module, space.n))
         space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
         space.ordered = bool(module.ordered)
         self.spaces.append(space)
         self.env[s.at] = self.native(new, s.block)
         self.labels[s.at] = self.label_after(s, make_seq([*before, space, *after]))
         self.full.pop(s.at, None)
+
+    def assignment_of(self, node: Node, module: ReductionModule, n: int) -> Node:
+        """The fourth result of a reduction, which only dense outputs need: (B, n)."""
+        module.needs_assign = True
+        with self.builder.mode:
+            assign = torch.empty(node.meta["val"][1].shape[0], n, dtype=torch.int64, device=node.meta["val"][1].device)
+        node.meta["val"] = (*node.meta["val"][:3], assign)
+        return self.builder.emit(operator.getitem, node, 3)
 
     def body(self, s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:
         """(the space to be reduced further or None, the parts before it, the parts after it), in groups of `unit`."""
@@ -195,6 +199,11 @@ class Rewriter:
         for i, part in enumerate(parts):
             width = part if isinstance(part, int) else part.root_n
             if isinstance(part, Space) and at == start:
+                if part.k != s.site.n:
+                    raise UnsupportedGraph(
+                        f"the plan expects {s.site.n} tokens here, but this stream still has {part.k}: it does not come from "
+                        "the block that was reduced before", s.at, "reduce within one stack of blocks: where=[...]",
+                    )
                 return part, parts[:i], parts[i + 1 :]
             if isinstance(part, int) and at <= start and start + s.site.n <= at + width:
                 rest = at + width - start - s.site.n
@@ -220,14 +229,6 @@ class Rewriter:
         if block.batch_axis is None:
             return self.builder.emit(aten.squeeze.dims, x, [0])
         return x if block.token_axis == 1 else self.builder.emit(aten.transpose.int, x, 0, 1)
-
-    def check_plan(self, s: Splice, results: Sequence[Any]) -> None:
-        want = (results[0].shape[0], s.k)
-        if tuple(results[1].shape) != want:
-            raise UnsupportedGraph(
-                f"method {s.recipe.name!r} was asked for {s.k} tokens and gave indices of shape {tuple(results[1].shape)}",
-                s.at, "its plan must return exactly site.k tokens",
-            )
 
 
 def batch_of(splices: Sequence[Splice]) -> int:

@@ -87,7 +87,7 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
 
 def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:
     """A tensor over the full sequence (an attention that tokens were given back for) at the tokens that are left."""
-    seq = next(a for a in rw.labels[s.at][s.block.token_axis] if isinstance(a, Seq))
+    seq = next(a for a in (rw.before[s.at][1] or ())[s.block.token_axis] if isinstance(a, Seq))
     have = plain(shape(value))
     want = [*have[:dim], (seq,), *have[dim + 1 :]]
     if rw.gather.batch > 1:
@@ -96,7 +96,7 @@ def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:
 
 
 def token_length(rw: Rewriter, s: Splice) -> int:
-    return shape(rw.env[s.at])[s.block.token_axis]
+    return shape(rw.before[s.at][0])[s.block.token_axis]
 
 
 def keys_last(attention: Attention) -> bool:
@@ -209,7 +209,7 @@ def received_attention(rw: Rewriter, s: Splice) -> Node:
 
 def normed(rw: Rewriter, s: Splice) -> Node:
     """(B, L, D): the residual stream after the model's final norm; as it is where no such norm is found."""
-    x = rw.standard(rw.env[s.at], s.block)
+    x = rw.standard(rw.before[s.at][0], s.block)
     last = [b for b in rw.structure.blocks if b.stage is s.block.stage][-1]
     for user in (last.end or last.mid).users:
         norm = packet(user) in ("aten.layer_norm", "aten.rms_norm")

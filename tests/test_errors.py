@@ -77,10 +77,10 @@ def optimized():
 
 
 @pytest.mark.parametrize(("method", "message"), [
-    ("tme", r"unknown method 'tme'; did you mean tome\?"),
-    ("pitom", r"unknown method 'pitom'; did you mean pitome, tome\?"),
+    ("tme", r"unknown method 'tme'; did you mean tome, pitome\?"),
+    ("topkk", r"unknown method 'topkk'; did you mean topk\?"),
     ("xyz", r"unknown method 'xyz'; there are dart, divprune, evit, grid, pitome, random, tome, topk"),
-], ids=["near", "two", "far"])  # fmt: skip
+], ids=["two", "one", "far"])  # fmt: skip
 def test_an_unknown_method_is_answered_with_the_nearest(method, message):
     with pytest.raises(MethodError, match=message):
         optimize(tiny(), method=method)
@@ -269,7 +269,7 @@ def test_a_later_call_must_be_like_the_first(args, message, optimized):
 
 
 def test_a_later_call_with_an_unknown_keyword(optimized):
-    with pytest.raises(InputError, match=r"called with other arguments[\s\S]*given .*'y'[\s\S]*expected"):
+    with pytest.raises(InputError, match=r"called with other arguments[\s\S]*given[\s\S]*'y'[\s\S]*expected"):
         optimized(optimized.example_inputs[0], y=1)
 
 
@@ -336,10 +336,9 @@ def test_a_rule_with_a_wrong_label_is_caught_at_its_node(monkeypatch):
     (lambda x: x.flip(1), "aten.flip"),
     (lambda x: x.roll(1, 1), "aten.roll"),
     (lambda x: x.sort(1).values, "aten.sort"),
-    (lambda x: x.view(1, 3, 4, WIDTH).mean(2, keepdim=True).expand(1, 3, 4, WIDTH).reshape(1, 12, WIDTH), "aten.view"),
     (lambda x: x + x.var(1, keepdim=True), "aten.var"),
     (lambda x: nn.functional.conv1d(x.transpose(1, 2), torch.ones(WIDTH, WIDTH, 3), padding=1).transpose(1, 2), "aten.conv1d"),
-], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
+], ids=lambda v: v[5:] if isinstance(v, str) else "op")  # fmt: skip
 def test_ops_that_need_all_tokens_inside_the_blocks(between, op):
     """Refused with the way out, which then works."""
     with pytest.raises(UnsupportedGraph) as refusal:
@@ -351,7 +350,7 @@ def test_ops_that_need_all_tokens_inside_the_blocks(between, op):
         optimize(tiny(between), where=0, recover="never")
     recovered = optimize(tiny(between), where=0, recover="anywhere")
     assert [(r["inside"], r["op"]) for r in recovered.report.recoveries] == [(True, op)]
-    assert optimize(tiny(between), where=1).report.recoveries == []
+    assert optimize(tiny(between), where=2).report.recoveries == []
 
 
 def test_never_recovering_refuses_even_the_end():
@@ -404,6 +403,7 @@ def test_autocast_inside_is_refused():
 def test_a_method_that_reads_attention_before_the_first_block():
     with pytest.raises(TokcompileError, match=r"reads the attention"):
         optimize(tiny(), method="dart", where=0)
+    assert [r.block for r in optimize(tiny(), method="dart").plan.reductions] == [1]
 
 
 def test_blocks_of_two_stages_do_not_go_together():
@@ -445,7 +445,7 @@ def test_a_plan_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize(("reduction", "message"), [
     (Reduction(7, 12, 6), r"block 7 is not among the 3 blocks found"),
-    (Reduction(0, 49, 25), r"the plan says 49 tokens come into block 0; the model has 12"),
+    (Reduction(0, 49, 6), r"the plan says 49 tokens come into block 0; the model has 12"),
     (Reduction(0, 12, 13), r"the plan leaves 13 tokens at block 0, where 12 come in"),
     (Reduction(0, 12, 0), r"the plan leaves 0 tokens at block 0"),
     (Reduction(0, 12, 6, place="mlp"), r"the plan's place 'mlp' is neither 'attention' nor 'block'"),
@@ -455,11 +455,11 @@ def test_a_plan_that_cannot_be_read(tmp_path):
 ], ids=["block", "n", "more", "none", "place", "suffix", "unit", "prefix"])  # fmt: skip
 def test_a_plan_that_does_not_fit(reduction, message):
     with pytest.raises(PlanError, match=message):
-        optimize(tiny(), plan=Plan("random", (reduction,), options={"seed": 0}))
+        optimize(tiny(), plan=Plan("random", (reduction,)))
 
 
 def test_a_plan_with_blocks_out_of_order():
-    plan = Plan("random", (Reduction(1, 12, 8), Reduction(0, 8, 4)), options={"seed": 0})
+    plan = Plan("random", (Reduction(1, 12, 8), Reduction(0, 8, 4)))
     with pytest.raises(PlanError, match="the plan"):
         optimize(tiny(), plan=plan)
 
@@ -473,7 +473,7 @@ def test_a_plan_of_an_unknown_method():
     ({"outputs": "short"}, "outputs='short' is none of"), ({"recover": "always"}, "recover='always' is none of"),
 ], ids=["outputs", "recover"])  # fmt: skip
 def test_a_plan_with_a_wrong_choice(changes, message):
-    plan = Plan("random", (Reduction(0, 12, 6),), options={"seed": 0}).replace(**changes)
+    plan = Plan("random", (Reduction(0, 12, 6),)).replace(**changes)
     with pytest.raises(TokcompileError, match=message):
         optimize(tiny(), plan=plan)
 

@@ -1,5 +1,6 @@
 """tokcompile: static token reduction, compiled into any vision transformer."""
 
+import tokcompile.methods  # noqa: F401  (before the function of that name, which then stands for it)
 from tokcompile import primitives, steps
 from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens

@@ -15,7 +15,7 @@ from tokcompile.compiler import Analysis, Compiled, analyse, compile_plan, setti
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms
-from tokcompile.passes.plan import Plan
+from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.trace import flat_caller
 from tokcompile.recipe import Recipe
 from tokcompile.report import Report, make_report
@@ -131,7 +131,7 @@ def optimize(
         >>> fast(torch.randn(1, 50, 32)).shape
         torch.Size([1, 50, 32])
     """
-    for name, value, allowed in (("outputs", outputs, ("keep", "reduced")), ("recover", recover, ("end", "anywhere", "never"))):
+    for name, value, allowed in (("outputs", outputs, OUTPUTS), ("recover", recover, RECOVER)):
         if value not in allowed:
             raise InputError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
     if isinstance(plan, (str, os.PathLike)):
@@ -164,11 +164,19 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
             f"{os.fspath(path)} is an exported program, but not one that OptimizedModel.save wrote: "
             "pass it to tokcompile.optimize instead"
         )
-    data: Mapping[str, Any] = json.loads(extra["tokcompile.json"])
-    if data.get("format") != FORMAT:
-        raise ExportError(f"{os.fspath(path)} has format {data.get('format')!r}; this release reads format {FORMAT}")
-    plan = Plan.from_json(json.dumps(data["plan"]))
+    data, plan = read_spec(os.fspath(path), extra["tokcompile.json"])
     try:
         return optimize(program, plan=plan, method=plan.method, size_weighted_mean=data["size_weighted_mean"])
     except MethodError as error:
         raise MethodError(f"{os.fspath(path)} uses the method {plan.method!r}: {error}; register it before loading") from error
+
+
+def read_spec(path: str, text: str) -> tuple[Mapping[str, Any], Plan]:
+    """What `save` wrote beside the program. Raises: ExportError."""
+    try:
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ExportError(f"{path} has format {data['format']!r}; this release reads format {FORMAT}")
+        return {"size_weighted_mean": bool(data["size_weighted_mean"])}, Plan.from_json(json.dumps(data["plan"]))
+    except (json.JSONDecodeError, KeyError, TypeError, PlanError) as error:
+        raise ExportError(f"{path} was written by OptimizedModel.save, but its tokcompile.json is damaged: {error}") from error

@@ -71,11 +71,11 @@ def analyse(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | N
 
 def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) -> Analysis:
     """Finds the structure; token grids on two axes are flattened on the way."""
-    structure = timed(seconds, "find", lambda: find(graph.graph))
+    structure = timed(seconds, "find", lambda: find(graph))
     if flatten_grids(graph, structure):
         propagate_shapes(graph, traced.inputs)
         graph.recompile()
-        structure = timed(seconds, "find", lambda: find(graph.graph))
+        structure = timed(seconds, "find", lambda: find(graph))
     return Analysis(traced, graph, structure, seconds)
 
 

@@ -41,7 +41,7 @@ def test_families(family, method, batch, tmp_path):
     values = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     with torch.no_grad():
         want = [v for v in pytree.tree_leaves(opt(*args, **kwargs)) if isinstance(v, torch.Tensor)]
-    assert same(run(path, dict(zip(report.inputs, values))), want)
+    assert same(run(path, dict(zip(report.inputs, values, strict=True))), want)
 
 
 def check_nodes(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> None:
@@ -49,7 +49,7 @@ def check_nodes(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> Non
     nodes = reductions(written)
     assert len(nodes) == len(opt.plan.reductions) > 0
     functions = {f.name: f for f in written.functions}
-    for node, reduction in zip(nodes, opt.plan.reductions):
+    for node, reduction in zip(nodes, opt.plan.reductions, strict=True):
         given = attributes(node)
         assert node.op_type.split("_")[0] == op_type(opt.plan.method)
         assert {name: type(given[name]) for name in ATTRIBUTES} == dict(ATTRIBUTES)
@@ -113,7 +113,7 @@ def test_reduced_outputs_carry_the_kept_tokens(tmp_path):
     assert report.outputs[1:] == opt.extra_outputs
     with torch.no_grad():
         want = opt(*opt.example_inputs)
-    got = run(tmp_path / "m.onnx", dict(zip(report.inputs, opt.example_inputs)))
+    got = run(tmp_path / "m.onnx", dict(zip(report.inputs, opt.example_inputs, strict=True)))
     assert torch.equal(got[1], want.kept[report.outputs[1]])
 
 
@@ -148,7 +148,7 @@ def test_weights_beside_the_model(tmp_path):
         os.rename(tmp_path / name, tmp_path / "moved" / name)
     with torch.no_grad():
         want = [opt(*opt.example_inputs)]
-    assert same(run(tmp_path / "moved" / "m.onnx", dict(zip(report.inputs, opt.example_inputs))), want)
+    assert same(run(tmp_path / "moved" / "m.onnx", dict(zip(report.inputs, opt.example_inputs, strict=True))), want)
 
 
 def test_without_reductions(tmp_path):

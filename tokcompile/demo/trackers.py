@@ -52,17 +52,21 @@ def follow(model: OptimizedModel, *inputs: torch.Tensor) -> list[Stage]:
     stages: list[Stage] = []
     for reduction, (method, index, assign) in zip(reductions, records, strict=True):
         owner = stages[-1].owner if stages else np.arange(reduction.n)
-        stages.append(Stage(reduction.block, method, reduction.k, assign is not None, moved(owner, index, assign)))
+        to = assign if assign is not None else places(index, reduction.n)
+        stages.append(Stage(reduction.block, method, reduction.k, assign is not None, moved(owner, to)))
     return stages
 
 
-def moved(owner: Array, index: Array, assign: Array | None) -> Array:
-    """The owners after one more reduction. assign: (n,) where merged tokens go; index: (k,) which tokens are kept."""
-    if assign is None:
-        assign = np.full(int(owner.max()) + 1, -1)
-        kept = index < len(assign)  # a token behind the last owner holds dropped patches only
-        assign[index[kept]] = np.arange(len(index))[kept]
-    return np.where(owner >= 0, assign[owner], -1)
+def places(index: Array, n: int) -> Array:
+    """(n,): where each of n tokens stands among the kept ones `index`: (k,), or -1 where it was dropped."""
+    to = np.full(n, -1)
+    to[index] = np.arange(len(index))
+    return to
+
+
+def moved(owner: Array, to: Array) -> Array:
+    """The owners after one more reduction, which puts token i into token to[i]."""
+    return np.where(owner >= 0, to[owner], -1)
 
 
 def after(stages: Sequence[Stage], block: int, patches: int) -> Stage:
