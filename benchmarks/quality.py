@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tokcompile.errors import BudgetError
 from tokcompile.recipe import get_method
 
 Array = np.ndarray[Any, Any]
+Batch = tuple[list[Path], Tensor]
+Values = list[dict[str, list[float]]]
 
 BUDGETS = (0.85, 0.7, 0.5)
 METHODS = ("tome", "pitome", "topk", "evit", "divprune", "dart", "grid", "random")
@@ -39,6 +42,7 @@ TWINS = ("tome", "dart")  # random selection is measured at their blocks and cou
 GRID = weights.SIZE // weights.PATCH
 METRICS = ("cls", "tokens", "saliency", "agree", "correct")
 SHOWN = {"cls": "CLS cosine", "tokens": "token cosine", "saliency": "saliency error", "agree": "agreement"}
+COMPARED = ("cls", "saliency", "agree")
 RIDGES = tuple(10.0**e for e in range(-2, 5))
 
 
@@ -92,7 +96,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--budgets", type=numbers, default=BUDGETS, help="comma-separated shares of the FLOPs")
     parser.add_argument("--methods", type=names, default=METHODS)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="measure no new batch after so long")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after the batch in hand after so long"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -105,15 +112,17 @@ def run(args: argparse.Namespace, listing: Path) -> None:
     print(f"linear head: {head.text}; {time.perf_counter() - start:.0f} s", flush=True)
     cases, errors = build(model, args)
     print(f"{len(cases)} programs; {time.perf_counter() - start:.0f} s", flush=True)
-    done, wanted = 0, query[: args.n]
-    for paths, labels in batches(wanted, args.batch):
-        if time.perf_counter() - start > 60 * args.minutes:
-            break
-        measure(model, head, cases, paths, labels, args.batch)
-        done += len(paths)
+    done, wanted, text = 0, query[: args.n], ""
+    for measured in measure_all(Job(model, head, cases, args.batch), list(batches(wanted, args.batch)), args.workers):
+        for case, values in zip(cases, measured, strict=True):
+            for name, one in values.items():
+                case.values[name] += one
+        done = len(cases[0].values["cls"])
         data, text = results(cases, errors, head, done)
         save(args.out, "quality", {**data, "environment": environment()}, text)
         print(f"{done} of {len(wanted)} images; {time.perf_counter() - start:.0f} s", flush=True)
+        if time.perf_counter() - start > 60 * args.minutes:
+            break
     print(text)
 
 
@@ -129,9 +138,9 @@ def part(listing: Path, name: str) -> list[tuple[Path, int]]:
     return [item for item in dealt if item is not None]
 
 
-def batches(items: Sequence[tuple[Path, int]], size: int) -> Iterator[tuple[list[Path], Tensor]]:
+def batches(items: Sequence[tuple[Path, int]], size: int) -> Iterator[Batch]:
     for first in range(0, len(items), size):
-        paths, labels = zip(*items[first : first + size])
+        paths, labels = zip(*items[first : first + size], strict=True)
         yield list(paths), torch.tensor(labels)
 
 
@@ -173,7 +182,7 @@ def linear_head(model: weights.SaliencyViT, gallery: Sequence[tuple[Path, int]],
     """Ridge regression on one-hot labels, in closed form; the ridge with the best leave-one-out accuracy."""
     backbone = Backbone(model)
     parts = [(backbone(load(p, weights.SIZE, len(p)))[:, 0], y) for p, y in batches(gallery, batch)]
-    features, labels = (torch.cat(column) for column in zip(*parts))
+    features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
     x, y = ((features - mean) / scale).double(), one_hot(labels).double()
     bias = y.mean(0)
@@ -259,15 +268,39 @@ def flops(model: weights.SaliencyViT, grid: int, batch: int) -> int:
     return batch * tokcompile.optimize(Backbone(model).eval(), (example,), budget=1.0).report.original_flops
 
 
-def measure(
-    model: weights.SaliencyViT, head: Head, cases: Sequence[Case], paths: list[Path], labels: Tensor, batch: int
-) -> None:
-    """Adds one value per image to every metric of every case."""
-    count = len(paths)
-    inputs = {grid: load(paths, grid * weights.PATCH, batch) for grid in {case.grid for case in cases}}
+@dataclass
+class Job:
+    """What every batch of images is measured with."""
+
+    model: weights.SaliencyViT
+    head: Head
+    cases: Sequence[Case]
+    batch: int
+
+
+_job: list[Job] = []  # forked workers find the job, with its programs, here
+
+
+def measure_all(job: Job, parts: Sequence[Batch], workers: int) -> Iterator[Values]:
+    """The values of every batch, in order. More than one worker needs fork (Linux): programs cannot be pickled."""
+    _job[:] = [job]
+    if workers == 1:
+        yield from map(measure, parts)
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(measure, parts)
+
+
+@torch.no_grad()
+def measure(part: Batch) -> Values:
+    """For each case and metric one value per image."""
+    (job,), (paths, labels) = _job, part
+    model, head, count = job.model, job.head, len(paths)
+    inputs = {grid: load(paths, grid * weights.PATCH, job.batch) for grid in {case.grid for case in job.cases}}
     full = Backbone(model)(inputs[GRID])[:count]
     full_saliency, full_class = saliency(model, full), head(full[:, 0])
-    for case in cases:
+    measured = []
+    for case in job.cases:
         features = case.program(inputs[case.grid])[:count]
         predicted = head(features[:, 0])
         found = {
@@ -277,8 +310,8 @@ def measure(
             "agree": predicted == full_class,
             "correct": predicted == labels,
         }
-        for name, values in found.items():
-            case.values[name] += values.double().tolist()
+        measured.append({name: values.double().tolist() for name, values in found.items()})
+    return measured
 
 
 def as_grid(features: Tensor) -> Tensor:
@@ -304,40 +337,28 @@ def results(cases: Sequence[Case], errors: Sequence[str], head: Head, n: int) ->
     """The data for JSON and the markdown text."""
     rows, differences = [], []
     for case in cases:
-        shown = [spread(case.values[name], 3 if name != "saliency" else 4) for name in SHOWN]
-        rows.append(
-            [f"{case.budget:.2f}", case.name, f"{case.flops:.3f}", last(case.left), *shown, rate(case, "correct")]
-        )
+        shown = [spread(case.values[name], 4 if name == "saliency" else 3) for name in (*SHOWN, "correct")]
+        left = case.left[-1] if case.left else GRID**2
+        rows.append([f"{case.budget:.2f}", case.name, f"{case.flops:.3f}", left, *shown])
         if case.method not in ("r = 0", "smaller input", "random"):
             differences.append(compared(case, cases))
     differences += [compared(case, cases) for case in cases if case.method == "random"]
     differences.sort(key=lambda row: -float(row[0]))
-    titles = ["budget", "method", "FLOPs", "left", *SHOWN.values(), "accuracy"]
-    text = table(titles, rows)
-    signs = "CLS cosine", "saliency error", "agreement"
-    text += "\n\n" + table(
-        ["budget", "method", *[f"{s} - random" for s in signs], *[f"{s} - smaller input" for s in signs]], differences
-    )
+    text = table(["budget", "method", "FLOPs", "left", *SHOWN.values(), "accuracy"], rows)
+    others = [f"{SHOWN[name]} - {other}" for other in ("random", "smaller input") for name in COMPARED]
+    titles = ["budget", "method", *others]
+    text += "\n\n" + table(titles, differences)
     notes = [f"{c.method} at {c.budget}: {c.note}" for c in cases if c.note] + list(errors)
     text += "".join(f"\n\n{line}" for line in [f"n = {n} images; {head.text}.", *notes])
     data = {"n": n, "head": head.text, "notes": notes, "rows": [record(case) for case in cases]}
-    data["differences"] = [dict(zip(("budget", "method", *titled(signs)), row)) for row in differences]
+    data["differences"] = [dict(zip(titles, row, strict=True)) for row in differences]
     return data, text
-
-
-def titled(signs: Sequence[str]) -> list[str]:
-    return [f"{s} - {other}" for other in ("random", "smaller input") for s in signs]
-
-
-def last(left: Sequence[int]) -> str:
-    return str(left[-1]) if left else str(GRID**2)
 
 
 def record(case: Case) -> dict[str, Any]:
     found = {name: {"mean": float(np.mean(v)), "se": error_of(np.array(v))} for name, v in case.values.items()}
-    return {
-        "method": case.name, "budget": case.budget, "flops": case.flops, "blocks": case.blocks, "left": case.left, **found
-    }  # fmt: skip
+    own = {name: getattr(case, name) for name in ("budget", "flops", "blocks", "left")}
+    return {"method": case.name, **own, **found}
 
 
 def error_of(values: Array) -> float:
@@ -350,19 +371,15 @@ def spread(values: Sequence[float] | Array, digits: int) -> str:
     return f"{array.mean():.{digits}f} ± {error_of(array):.{digits}f}"
 
 
-def rate(case: Case, name: str) -> str:
-    return spread(case.values[name], 3)
-
-
 def compared(case: Case, cases: Sequence[Case]) -> list[str]:
     """The paired differences to random selection at the same budget and to a smaller input of the same FLOPs."""
-    rivals = [next((c for c in cases if c.method == "random" and c.budget == case.budget), None), None]
+    drawn = next((c for c in cases if c.method == "random" and c.budget == case.budget), case)
+    smaller = {name: smaller_at(case.flops, cases, name) for name in COMPARED}
     cells = []
-    for rival in rivals:
-        for name in ("cls", "saliency", "agree"):
-            other = smaller_at(case.flops, cases, name) if rival is None else np.array(rival.values[name])
-            same = rival is case or other is None
-            cells.append("" if same else signed(np.array(case.values[name]) - other, 4 if name == "saliency" else 3))
+    for rival in ({} if drawn is case else drawn.values, smaller):
+        for name in COMPARED:
+            other, digits = rival.get(name), 4 if name == "saliency" else 3
+            cells.append("" if other is None else signed(np.array(case.values[name]) - np.array(other), digits))
     return [f"{case.budget:.2f}", case.name, *cells]
 
 
@@ -373,7 +390,7 @@ def signed(values: Array, digits: int) -> str:
 def smaller_at(flops: float, cases: Sequence[Case], name: str) -> Array | None:
     """The values of a smaller input at these FLOPs, interpolated image by image between the two nearest sizes."""
     sizes = sorted((c for c in cases if c.method in ("smaller input", "r = 0")), key=lambda c: c.flops)
-    for low, high in zip(sizes, sizes[1:]):
+    for low, high in pairwise(sizes):
         if low.flops <= flops <= high.flops:
             share = (flops - low.flops) / (high.flops - low.flops)
             return (1 - share) * np.array(low.values[name]) + share * np.array(high.values[name])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from tokcompile.errors import ExportError
 from tokcompile.primitives.forms import FORMS, Forms
 
-OLDEST_OPSET, NEWEST_OPSET = 18, 23  # what torch.onnx writes, and what onnxruntime >= 1.18 was seen to read
+# torch.onnx writes 18 and up; from 23 on it writes Attention, which takes no broadcast mask (log sizes) in onnxruntime
+OLDEST_OPSET, NEWEST_OPSET = 18, 22
 
 # their result's shape, or the work itself, depends on values: nothing about such a graph is static
 DYNAMIC = frozenset({"If", "Loop", "Scan", "NonZero", "Unique", "Compress"})

@@ -115,7 +115,7 @@ class Slot:
         return sum(stop - start for start, stop in self.spans)
 
 
-SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], int]
+SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], list[int]]
 
 
 def make_plan(
@@ -143,8 +143,7 @@ def make_plan(
         counts = rates(budget.rate, recipe, slots)
     elif isinstance(budget, Flops):
         assert solve_flops is not None
-        final = solve_flops(slots, lambda k: list(recipe.steps.counts(n, k, len(slots))), budget.ratio)
-        counts = list(recipe.steps.counts(n, final, len(slots)))
+        counts = solve_flops(slots, lambda k: clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), budget.ratio)
     else:
         final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
         if final > n:
@@ -286,6 +285,15 @@ def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping
     return counts
 
 
+def clipped(counts: Sequence[int], recipe: Recipe, slot: Slot, options: Mapping[str, Any] | None) -> list[int]:
+    """A schedule in which no step removes more than the method can (ToMe: half of the tokens)."""
+    out, n = [], slot.n
+    for k in counts:
+        n = min(n, max(k, least(recipe, n, slot, options or {})))
+        out.append(n)
+    return out
+
+
 def rates(rate: float, recipe: Recipe, slots: list[Slot]) -> list[int]:
     n, counts = slots[0].n, []
     for i, slot in enumerate(slots):
@@ -335,7 +343,7 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
         block = one_block(structure.blocks, r.block)
         if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or r.prefix % r.unit or block.stage.length % r.unit:
             raise PlanError(
-                f"block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its {block.stage.length} "
+                f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its {block.stage.length} "
                 "tokens"
             )
         key = (block.stage.length, r.prefix)

@@ -184,10 +184,13 @@ class Rewriter:
 
     def assignment_of(self, node: Node, module: ReductionModule, n: int) -> Node:
         """The fourth result of a reduction, which only dense outputs need: (B, n)."""
+        x, index = node.args[0].meta["val"], node.meta["val"][1]
         module.needs_assign = True
         with self.builder.mode:
-            assign = torch.empty(node.meta["val"][1].shape[0], n, dtype=torch.int64, device=node.meta["val"][1].device)
+            assign = torch.empty(index.shape[0], n, dtype=torch.int64, device=index.device)
         node.meta["val"] = (*node.meta["val"][:3], assign)
+        if not module.recipe.track_size:  # dropped tokens are compared with the kept ones
+            self.overhead_flops += 2 * index.shape[0] * n * index.shape[1] * x.shape[-1]
         return self.builder.emit(operator.getitem, node, 3)
 
     def body(self, s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:

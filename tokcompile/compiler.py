@@ -182,8 +182,8 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
 
 def solve_flops(
     analysis: Analysis, settings: Settings, layout: Layout, slots: list[Slot], counts: Callable[[int], list[int]], ratio: float
-) -> int:
-    """The largest final token count whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
+) -> list[int]:
+    """The counts of the largest budget whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
 
     One rewrite with a stand-in method types every axis; other counts are then only other sizes of the same products.
     """
@@ -210,13 +210,13 @@ def solve_flops(
     low, high = many, n
     if share(low) > ratio:
         raise BudgetError(
-            f"Flops({ratio}) cannot be met: even with {low} token left after the last reduction {share(low):.3f} of the FLOPs "
-            f"remain (reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
+            f"Flops({ratio}) cannot be met: even with {counts(low)[-1]} token left {share(low):.3f} of the FLOPs remain "
+            f"(reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
         )
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if share(middle) <= ratio else (low, middle - 1)
-    return low
+    return counts(low)
 
 
 def first_tokens(tokens: Tokens, site: Site) -> Keep:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, old, rule
+from tokcompile.passes.graph import shape
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, rule
 
 
 @rule("aten.matmul", "aten.bmm", "aten.mm")
@@ -20,9 +21,8 @@ def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
     """What two operands must be coerced to, and what their product is."""
     batch = call.join([la[:-2], lb[:-2]]) if len(la) > 2 or len(lb) > 2 else ()
     inner = call.join_axis([la[-1], lb[-2]])
-    left = (*batch, la[-2], inner)[-len(la):]
-    right = (*batch, inner, lb[-1])[-len(lb):]
-    return left, right, (*batch, la[-2], lb[-1])
+    # of full rank: an operand without a batch gains one when it is gathered
+    return (*batch, la[-2], inner), (*batch, inner, lb[-1]), (*batch, la[-2], lb[-1])
 
 
 def vector(call: Call, a: str, b: str) -> Any:
@@ -53,13 +53,17 @@ def einsum(call: Call) -> Any:
     for term, label in zip(terms, labels):
         for letter, axis in zip(term, label):
             axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
-    operands = [
-        call.coerce_node(value, label, tuple(axes[c] for c in term))
-        for term, label, value in zip(terms, labels, call["tensors"])
-    ]
     if "->" not in equation:
         output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
-    return call.emit(tuple(axes[c] for c in output), tensors=operands)
+    batch = next((c for c, axis in axes.items() if has_batch(axis)), "")
+    operands = []
+    for i, (term, label, value) in enumerate(zip(terms, labels, call["tensors"])):
+        lead = (axes[batch],) if batch and batch not in term else ()
+        gathered = call.coerce_node(value, label, (*lead, *(axes[c] for c in term)))
+        if len(shape(gathered)) > len(term):  # a table that had no batch has gained one
+            terms[i] = batch + term
+        operands.append(gathered)
+    return call.emit(tuple(axes[c] for c in output), equation=f"{','.join(terms)}->{output}", tensors=operands)
 
 
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose2d", "aten.conv_transpose1d")

@@ -1,5 +1,7 @@
 """Where patches go: counted against the plan, against the sizes that the model itself carries, and by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_merging_accounts_for_every_patch(merged, image):
 
 def test_merged_patches_stay_together(merged, image):
     stages = follow(merged, image)
-    for before, now in zip(stages, stages[1:], strict=False):
+    for before, now in pairwise(stages):
         for token in range(before.count):
             assert len(set(now.owner[before.owner == token])) == 1
 

@@ -14,7 +14,6 @@ from tests.models import FAMILIES, shake
 from tokcompile.plugins.contract import ATTRIBUTES, INPUTS, OUTPUTS, op_type
 
 CASES = [
-    ("timm/vit", "tome", 1),
     ("timm/vit", "tome", 2),
     ("hf/vit", "evit", 2),
     ("hf/dinov2", "pitome", 1),
@@ -98,9 +97,10 @@ def test_inline_writes_plain_ops(target, inline, tmp_path):
     assert [o.domain for o in written.opset_import] == [""]
 
 
-@pytest.mark.parametrize("method", ["tome", "evit"])
-def test_tensorrt_ops(method, tmp_path):
-    report = tiny(method=method).export_onnx(tmp_path / "m.onnx", target="tensorrt")
+@pytest.mark.parametrize(("method", "opset"), [("tome", 18), ("dart", 22)])
+def test_tensorrt_ops(method, opset, tmp_path):
+    report = tiny(method=method).export_onnx(tmp_path / "m.onnx", target="tensorrt", opset=opset)
+    assert report.opset == opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version
     scatters = [n for n in all_nodes(onnx.load(tmp_path / "m.onnx")) if n.op_type.startswith("Scatter")]
     assert report.error <= 1e-4
     assert all(attributes(n).get("reduction", "none") == "none" for n in scatters)

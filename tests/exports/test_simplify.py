@@ -78,9 +78,7 @@ def test_only_the_last_of_two_reshapes_is_left():
     assert graph[0].inputs[0] is x
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_leave_other_graphs_alone(rule):
-    model = to_onnx(
-        torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),)).module(check_guards=False), [torch.randn(2, 4)], 20
-    )
-    assert RULES[rule](model.graph) == 0
+def test_rules_leave_other_graphs_alone():
+    x = torch.randn(2, 4)
+    model = to_onnx(torch.export.export(nn.Linear(4, 4), (x,)).module(check_guards=False), [x], 20)
+    assert {name: rule(model.graph) for name, rule in RULES.items()} == dict.fromkeys(RULES, 0)

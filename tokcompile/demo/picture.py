@@ -75,8 +75,8 @@ def paint(canvas: Array, stage: Stage, grid: int) -> Array:
     dropped = enlarge((owner < 0).reshape(grid, grid), cell)
     painted[dropped] = (canvas @ GREY)[dropped][:, None] * DARK
     kept = owner >= 0
-    means = np.stack([np.bincount(owner[kept], patches[kept, c], stage.count) for c in range(3)], 1)
-    means /= np.maximum(stage.sizes, 1)[:, None]
+    sums = np.stack([np.bincount(owner[kept], patches[kept, c], stage.count) for c in range(3)], 1)
+    means = sums / np.maximum(stage.sizes, 1)[:, None]
     merged = enlarge(in_group(stage).reshape(grid, grid), cell)
     painted[merged] = enlarge(means[np.maximum(owner, 0)].reshape(grid, grid, 3), cell)[merged]
     return painted
@@ -90,10 +90,9 @@ def in_group(stage: Stage) -> Array:
 def borders(stage: Stage, grid: int) -> list[list[tuple[int, int]]]:
     """Line segments, in patches, around merged regions and between kept and dropped patches."""
     owner = stage.owner.reshape(grid, grid)
-    group = in_group(stage).reshape(grid, grid)
-    differs = lambda a, b, x, y: (a != b) & (x | y | (a < 0) | (b < 0))  # noqa: E731
-    right = differs(owner[:, :-1], owner[:, 1:], group[:, :-1], group[:, 1:])
-    below = differs(owner[:-1], owner[1:], group[:-1], group[1:])
+    special = in_group(stage).reshape(grid, grid) | (owner < 0)
+    right = (owner[:, :-1] != owner[:, 1:]) & (special[:, :-1] | special[:, 1:])
+    below = (owner[:-1] != owner[1:]) & (special[:-1] | special[1:])
     lines = [[(int(c) + 1, int(r)), (int(c) + 1, int(r) + 1)] for r, c in np.argwhere(right)]
     return lines + [[(int(c), int(r) + 1), (int(c) + 1, int(r) + 1)] for r, c in np.argwhere(below)]
 

@@ -1,0 +1,450 @@
+"""Every rule: an op on reduced tokens gives what it gives on the kept tokens alone, sample by sample.
+
+A case is a function that works for any number of tokens: (x: (B, L, D), extras) -> batch-first output. It is compiled for
+all tokens, reduced at its input, and compared with the function itself on the kept rows of x and of the extras.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.passes.graphs import canonical, fixed, merging, reduced, rewriter, run, subset
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.rules import RULES, Call, NeedsFull, register_rule
+from tokcompile.passes.rules.core import rank_of, refines
+from tokcompile.passes.tokens import Batch, Seq, Space, describe
+
+D, KEPT = 16, 6
+S, BODY = "Seq(1 + s0)", "Seq(s0)"
+
+
+def extra(shape: str, batch: int, length: int, seed: int) -> Tensor:
+    """Random values for a shape in words: "B L 16", "L L", "16"."""
+    sizes = [{"B": batch, "L": length}.get(s) or int(s) for s in shape.split()]
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def restrict(value: Tensor, shape: str, sample: int, index: Tensor) -> Tensor:
+    """One sample's share of an extra, its token axes indexed."""
+    for axis, name in enumerate(shape.split()):
+        value = value.narrow(axis, sample, 1) if name == "B" else value.index_select(axis, index) if name == "L" else value
+    return value
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def attend(x, bias=None, **options):
+    q = x.unflatten(2, (2, 8)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q * 0.5, q + 1, attn_mask=bias, **options).transpose(1, 2).flatten(2)
+
+
+def attend_by_hand(x, bias):
+    q = x.reshape(x.shape[0], x.shape[1], 2, 8).permute(0, 2, 1, 3)
+    return ((q @ q.mT * 0.3 + bias).softmax(-1) @ q).permute(0, 2, 1, 3).reshape(x.shape)
+
+
+def grouped(x):
+    q = x.unflatten(2, (4, 4)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:], enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+def folded(x):
+    """Heads folded into the batch, as torch's own multi-head attention does."""
+    b, n, _ = x.shape
+    q = x.transpose(0, 1).reshape(n, b * 2, 8).transpose(0, 1)
+    y = torch.bmm(torch.softmax(torch.bmm(q, q.transpose(1, 2)), -1), q)
+    return y.transpose(0, 1).reshape(n, b, 16).transpose(0, 1)
+
+
+CASES = {
+    # pointwise and rows
+    "gelu": (lambda x: F.gelu(x), "", f"B, {S}, 16"),
+    "clamp": (lambda x: x.clamp(-1, 1), "", f"B, {S}, 16"),
+    "cast": (lambda x: x.float(), "", f"B, {S}, 16"),
+    "scalar": (lambda x: (x * 2 + 1) / 3, "", f"B, {S}, 16"),
+    "add-table": (lambda x, t: x + t, "L 16", f"B, {S}, 16"),
+    "add-table-of-rank-3": (lambda x, t: t - x, "1 L 16", f"B, {S}, 16"),
+    "add-column": (lambda x, t: x * t, "L 1", f"B, {S}, 16"),
+    "add-row": (lambda x, t: x * t, "16", f"B, {S}, 16"),
+    "add-per-sample": (lambda x, t: x + t, "B 1 16", f"B, {S}, 16"),
+    "add-per-token": (lambda x, t: x + t, "B L 1", f"B, {S}, 16"),
+    "where": (lambda x, t: torch.where(t > 0, x, x.new_zeros(())), "L 1", f"B, {S}, 16"),
+    "masked-fill": (lambda x, t: x.masked_fill(t > 0, 0), "B L 1", f"B, {S}, 16"),
+    "addcmul": (lambda x, t, u: torch.addcmul(t, x, u, value=2.0), "L 16, 16", f"B, {S}, 16"),
+    "lerp": (lambda x, t: torch.lerp(x, t, 0.3), "L 16", f"B, {S}, 16"),
+    "rope": (rotate, "L 16, L 16", f"B, {S}, 16"),
+    "pairs": (lambda x: x.unsqueeze(2) - x.unsqueeze(1), "", f"B, {S}, {S}, 16"),
+    "layer-norm": (lambda x, w: F.layer_norm(x, (16,), w), "16", f"B, {S}, 16"),
+    "rms-norm": (lambda x, w: F.rms_norm(x, (16,), w), "16", f"B, {S}, 16"),
+    "batch-norm": (lambda x, m: F.batch_norm(x.mT, m, m.exp()).mT, "16", f"B, {S}, 16"),
+    "linear": (lambda x, w, b: F.linear(x, w, b), "5 16, 5", f"B, {S}, 5"),
+    "glu": (lambda x: F.glu(x), "", f"B, {S}, 8"),
+    "softmax-of-channels": (lambda x: x.softmax(-1), "", f"B, {S}, 16"),
+    "zeros-like": (lambda x: x + torch.zeros_like(x), "", f"B, {S}, 16"),
+    # views
+    "heads": (lambda x: x.view(*x.shape[:2], 2, 8).transpose(1, 2), "", f"B, 2, {S}, 8"),
+    "heads-and-back": (lambda x: x.view(*x.shape[:2], 2, 8).transpose(1, 2).transpose(1, 2).reshape(x.shape), "", f"B, {S}, 16"),
+    "qkv": (lambda x, w: (x @ w).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)[1], "16 48", f"B, 2, {S}, 8"),
+    "rows": (lambda x: (x.flatten(0, 1) * 2).view(x.shape), "", f"B, {S}, 16"),
+    "flat-tokens": (lambda x: x.flatten(1), "", f"B, {S}*16"),
+    "channels-first": (lambda x: x.permute(0, 2, 1), "", f"B, 16, {S}"),
+    "movedim": (lambda x: x.movedim(1, -1), "", f"B, 16, {S}"),
+    "mT": (lambda x: x.mT, "", f"B, 16, {S}"),
+    "unsqueeze-squeeze": (lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(1), "", f"B, {S}, 16, 1"),
+    "unflatten": (lambda x: x.unflatten(-1, (4, 4)), "", f"B, {S}, 4, 4"),
+    "reshape-as": (lambda x: x.flatten(1).reshape_as(x), "", f"B, {S}, 16"),
+    "expand": (lambda x: x[:, None].expand(-1, 4, -1, -1), "", f"B, 4, {S}, 16"),
+    "expand-channels": (lambda x: x[..., :1].expand(-1, -1, 5), "", f"B, {S}, 5"),
+    "repeat-channels": (lambda x: x.repeat(1, 1, 2), "", f"B, {S}, 32"),
+    "repeat-interleave": (lambda x: x.repeat_interleave(2, 2), "", f"B, {S}, 32"),
+    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (8, 2))) * 1j).flatten(2), "", f"B, {S}, 16"),
+    "roll-channels": (lambda x: x.roll(3, -1), "", f"B, {S}, 16"),
+    "flip-channels": (lambda x: x.flip(-1), "", f"B, {S}, 16"),
+    "pad-channels": (lambda x: F.pad(x, (1, 2)), "", f"B, {S}, 19"),
+    # joining and cutting
+    "cat-class-token": (lambda x, c: torch.cat([c.expand(x.shape[0], -1, -1), x], 1), "1 1 16", "B, Seq(2 + s0), 16"),
+    "cat-suffix": (lambda x, c: torch.cat([x, c], 1), "B 2 16", "B, Seq(1 + s0 + 2), 16"),
+    "cat-channels": (lambda x, t: torch.cat([x, t.expand(x.shape[0], -1, -1)], -1), "L 4", f"B, {S}, 20"),
+    "cat-with-itself": (lambda x: torch.cat([x, x[:, 1:]], 1), "", "B, Seq(1 + s0 + s0), 16"),
+    "stack": (lambda x, t: torch.stack([x, x + t], 1), "L 16", f"B, 2, {S}, 16"),
+    "stack-table": (lambda x, t: torch.stack([x, t.expand_as(x)], -1), "L 16", f"B, {S}, 16, 2"),
+    "body": (lambda x: x[:, 1:], "", f"B, {BODY}, 16"),
+    "body-and-back": (lambda x: torch.cat([x[:, :1] * 2, x[:, 1:]], 1), "", f"B, {S}, 16"),
+    "class-token": (lambda x: x[:, 0], "", ""),
+    "class-token-kept": (lambda x: x[:, :1], "", ""),
+    "narrow": (lambda x: x.narrow(1, 1, x.shape[1] - 1), "", f"B, {BODY}, 16"),
+    "split": (lambda x: x.split([1, x.shape[1] - 1], 1)[1], "", f"B, {BODY}, 16"),
+    "every-other-channel": (lambda x: x[..., ::2], "", f"B, {S}, 8"),
+    "chunk": (lambda x: x.chunk(3, -1)[2], "", f"B, {S}, 4"),
+    "unbind": (lambda x: x.unbind(-1)[3], "", f"B, {S}"),
+    "select": (lambda x: x.select(-1, 3), "", f"B, {S}"),
+    "slice-scatter": (lambda x, t: torch.slice_scatter(x, x[..., :4] * t, 2, 2, 6), "L 4", f"B, {S}, 16"),
+    # indexing
+    "embedding": (lambda x, t: F.embedding(x.argmax(-1), t), "16 5", f"B, {S}, 5"),
+    "index-select": (lambda x: x.index_select(-1, torch.tensor([3, 1, 3])), "", f"B, {S}, 3"),
+    "index": (lambda x: x[..., torch.tensor([3, 1])], "", f"B, {S}, 2"),
+    "look-up": (lambda x, t: t[x.argmax(-1)], "16 5", f"B, {S}, 5"),
+    "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
+    # over other axes than the tokens
+    "mean-of-channels": (lambda x: x.mean(-1), "", f"B, {S}"),
+    "sum-kept": (lambda x: x.sum(-1, keepdim=True), "", f"B, {S}, 1"),
+    "amax": (lambda x: x.amax(-1), "", f"B, {S}"),
+    "var": (lambda x: x.var(-1), "", f"B, {S}"),
+    "norm": (lambda x: x / x.norm(dim=-1, keepdim=True), "", f"B, {S}, 16"),
+    "max": (lambda x: x.max(-1).values, "", f"B, {S}"),
+    "topk": (lambda x: x.topk(3).values, "", f"B, {S}, 3"),
+    "sort": (lambda x: x.sort(-1).values, "", f"B, {S}, 16"),
+    "argmax": (lambda x: x.argmax(-1), "", f"B, {S}"),
+    "cumsum": (lambda x: x.cumsum(-1), "", f"B, {S}, 16"),
+    # over the tokens
+    "mean-of-tokens": (lambda x: x[:, 1:].mean(1), "", ""),
+    "sum-of-tokens": (lambda x: x.sum((1, 2)), "", ""),
+    "max-of-tokens": (lambda x: x.amax(1), "", ""),
+    "softmax-of-tokens": (lambda x: x.softmax(1), "", f"B, {S}, 16"),
+    # products
+    "matmul": (lambda x, w: x @ w, "16 5", f"B, {S}, 5"),
+    "scores": (lambda x: x @ x.mT, "", f"B, {S}, {S}"),
+    "weights-by-tokens": (lambda x, w: w @ x, "4 L", "B, 4, 16"),
+    "einsum": (lambda x: torch.einsum("bnd,bmd->bnm", x, x), "", f"B, {S}, {S}"),
+    "einsum-table": (lambda x, t: torch.einsum("bnd,nmd->bnm", x, t), "L 5 16", f"B, {S}, 5"),
+    "einsum-implicit": (lambda x, w: torch.einsum("bnd,de", x, w), "16 5", f"B, 5, {S}"),
+    "conv-of-width-1": (lambda x, w: F.conv1d(x.mT, w), "5 16 1", f"B, 5, {S}"),
+    "baddbmm": (lambda x, t: torch.baddbmm(t.expand(x.shape[0], -1, -1), x, x.mT, beta=0.5), "L L", f"B, {S}, {S}"),
+    # attention
+    "sdpa": (attend, "", f"B, {S}, 16"),
+    "sdpa-scale": (lambda x: attend(x, scale=0.7), "", f"B, {S}, 16"),
+    "sdpa-bias": (attend, "2 L L", f"B, {S}, 16"),
+    "sdpa-bias-per-sample": (attend, "B 1 L L", f"B, {S}, 16"),
+    "sdpa-row-mask": (lambda x, t: attend(x, t > -1.5), "B 1 1 L", f"B, {S}, 16"),
+    "sdpa-boolean-mask": (lambda x, t: attend(x, (t > 0) | (t == t.mT)), "L L", f"B, {S}, 16"),
+    "sdpa-grouped-queries": (grouped, "", f"B, {S}, 16"),
+    "by-hand-with-bias": (attend_by_hand, "2 L L", f"B, {S}, 16"),
+    "heads-in-the-batch": (folded, "", f"B, {S}, 16"),
+}
+LAYOUTS = {
+    "batch3-sorted": dict(batch=3, length=11, sort=True),
+    "batch1-as-long-as-wide": dict(batch=1, length=16, sort=False),
+    "batch3-as-long-as-wide": dict(batch=3, length=16, sort=False),
+}
+
+
+def shorthand(label, batch: int) -> str:
+    """The label as a case writes it: batches as B, spaces by name."""
+    if label is None:
+        return ""
+    sizes = {f"B{batch}": "B", str(batch): "B"}
+    words = [describe((axis,)).strip("[]") for axis in label]
+    words = [sizes.get(word, word) if i == 0 else word for i, word in enumerate(words)]
+    return ", ".join(words).replace("s0:10->6", "s0").replace("s0:15->6", "s0")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_gives_what_the_kept_tokens_give(name, layout):
+    fn, shapes, want_label = CASES[name]
+    batch, length, sort = LAYOUTS[layout].values()
+    shapes = [s.strip() for s in shapes.split(",") if s]
+    x = extra("B L 16", batch, length, 1)
+    extras = [extra(s, batch, length, 2 + i) for i, s in enumerate(shapes)]
+    index = subset(batch, length - 1, KEPT, sort)
+    out = reduced(fn, (x, *extras), index, length - 1, prefix=1)
+    assert out.recoveries == []
+    if want_label.count("s0"):
+        assert shorthand(out.output_labels[0], batch) == want_label
+    got = run(out.gm, x, *extras)[0]
+    for b in range(batch):
+        rows = torch.cat([torch.zeros(1, dtype=torch.int64), index[b] + 1])
+        want = fn(restrict(x, "B L 16", b, rows), *(restrict(v, s, b, rows) for v, s in zip(extras, shapes)))
+        torch.testing.assert_close(got[b : b + 1], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_causal_attention_goes_by_original_positions(batch, order):
+    x = extra("B L 16", batch, 11, 1)
+    index = subset(batch, 11, KEPT, order == "sorted")
+    out = reduced(lambda x: attend(x, is_causal=True), (x,), index, 11)
+    fused = next(n for n in out.gm.graph.nodes if "scaled_dot" in str(n.target))
+    assert bool(fused.kwargs.get("is_causal") or fused.args[5:6] == (True,)) == (order == "sorted")
+    got = run(out.gm, x)[0]
+    for b in range(batch):
+        mask = index[b][:, None] >= index[b][None]
+        torch.testing.assert_close(got[b : b + 1], attend(x[b : b + 1, index[b]], mask), rtol=0, atol=1e-12)
+
+
+NEED_ALL = {
+    "cumsum": (lambda x: x.cumsum(1), "it gives positions of tokens"),
+    "sort": (lambda x: x.sort(1).values, "it gives positions of tokens"),
+    "argmax": (lambda x: x.argmax(1), "it gives positions of tokens"),
+    "max-with-indices": (lambda x: x.max(1), "it gives positions of tokens"),
+    "flip": (lambda x: x.flip(1), "it moves values along the token axis"),
+    "roll": (lambda x: x.roll(2, 1), "it moves values along the token axis"),
+    "roll-flat": (lambda x: x.roll(2), "it moves values along the token axis"),
+    "pad": (lambda x: F.pad(x, (0, 0, 1, 1)), "it moves values along the token axis"),
+    "every-other-token": (lambda x: x[:, ::2], "it takes every other token"),
+    "one-token": (lambda x: x[:, 4], "it picks one of the reduced tokens|it cuts through"),
+    "first-half": (lambda x: x[:, :6], "it cuts through the reduced tokens"),
+    "unbind": (lambda x: x.unbind(1)[0], "it handles each token or sample by itself"),
+    "grid": (lambda x: x.view(x.shape[0], 3, 4, 16).mean(2), "it views the tokens as a grid"),
+    "index-select": (lambda x: x.index_select(1, torch.tensor([5, 3])), "it reorders tokens by position"),
+    "index": (lambda x: x[:, torch.tensor([5, 3])], "it picks tokens by position"),
+    "gather": (lambda x: x.gather(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64)), "it picks tokens by position"),
+    "var": (lambda x: x.var(1), "its statistics run over all tokens"),
+    "layer-norm": (lambda x: F.layer_norm(x, (12, 16)), "it normalises over tokens"),
+    "group-norm": (lambda x: F.group_norm(x.mT, 4), "its statistics run over all tokens"),
+    "glu": (lambda x: F.glu(x, 1), "it pairs tokens with each other"),
+    "token-mlp": (lambda x: F.linear(x.mT, torch.ones(5, 12, dtype=x.dtype)), "it mixes tokens by a weight per position"),
+    "conv": (lambda x: F.conv1d(x.mT, torch.ones(5, 16, 3, dtype=x.dtype)), "it convolves over the token grid"),
+    "pool": (lambda x: F.avg_pool1d(x.mT, 2), "it works on the token grid"),
+    "einsum-ellipsis": (lambda x: torch.einsum("...d,de->...e", x, torch.ones(16, 5, dtype=x.dtype)), "ellipsis"),
+    "scatter": (lambda x: x.scatter(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64), 0.0), "it writes at positions"),
+    "unknown-op": (lambda x: torch.cdist(x, x), "there is no rule for it"),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NEED_ALL)
+def test_an_op_that_needs_all_tokens_gets_them_or_is_refused(name, batch):
+    """With recovery and nothing dropped it gives exactly what the original gives, in the original order."""
+    fn, reason = NEED_ALL[name]
+    x = extra("B L 16", batch, 12, 1)
+    graph = canonical(fn, x)
+    shuffled = subset(batch, 11, 11, sort=False)
+    with pytest.raises(UnsupportedGraph, match=f"cannot be rewritten: .*({reason})"):
+        rewriter(graph, fixed(shuffled), 11, 11, prefix=1, recover="never").run()
+    out = rewriter(graph, fixed(shuffled), 11, 11, prefix=1).run()
+    assert len(out.recoveries) == 1
+    assert not out.recoveries[0].inside
+    for got, want in zip(run(out.gm, x), run(graph, x)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_dropped_tokens_are_given_the_row_of_the_nearest_kept_one():
+    """Pruned tokens have no slot of their own: cosine similarity decides, and kept ones get exactly their own row."""
+    x = extra("B L 16", 2, 11, 1)
+    index = subset(2, 11, KEPT)
+    got = run(reduced(lambda x: x.flip(1), (x,), index, 11).gm, x)[0].flip(1)
+    for b in range(2):
+        assert torch.equal(got[b, index[b]], x[b, index[b]])
+        unit = F.normalize(x[b], dim=-1)
+        nearest = (unit @ unit[index[b]].T).argmax(-1)
+        assert torch.equal(got[b], x[b, index[b]][nearest])
+
+
+# -- other layouts of the residual stream ------------------------------------------------------------------------------
+
+
+def test_tokens_on_the_first_axis():
+    x = extra("B L 16", 11, 3, 1)  # (L, B, D)
+    index = subset(3, 11, KEPT, sort=False)
+    table = extra("L 16", 1, 11, 2)
+    out = reduced(lambda x, t: F.gelu(x + t[:, None]), (x, table), index, 11, axis=0, batch_axis=1)
+    assert describe(out.output_labels[0]) == "[Seq(s0:11->6), B3, 16]"
+    got = run(out.gm, x, table)[0]
+    for b in range(3):
+        torch.testing.assert_close(got[:, b], F.gelu(x[index[b], b] + table[index[b]]), rtol=0, atol=1e-12)
+
+
+def test_tokens_without_a_batch():
+    x, table = extra("L 16", 1, 11, 1), extra("L 16", 1, 11, 2)
+    index = subset(1, 11, KEPT, sort=False)
+    out = reduced(lambda x, t: (x + t).view(11, 2, 8).transpose(0, 1), (x, table), index, 11, axis=0, batch_axis=None)
+    assert describe(out.output_labels[0]) == "[2, Seq(s0:11->6), 8]"
+    want = (x + table)[index[0]].view(KEPT, 2, 8).transpose(0, 1)
+    torch.testing.assert_close(run(out.gm, x, table)[0], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_groups_stay_together(batch):
+    """Units of 4 rows: a merger that joins 4 neighbours still finds its groups; tables are gathered by whole groups."""
+    x, table = extra("B L 16", batch, 20, 1), extra("L 16", 1, 20, 2)
+    index = subset(batch, 5, 3)
+    fn = lambda x, t: (x + t).reshape(x.shape[0], -1, 64)  # noqa: E731
+    out = reduced(fn, (x, table), index, 5, unit=4)
+    assert describe(out.output_labels[0]) == f"[{f'B{batch}' if batch > 1 else 1}, Seq(s0:5->3), 64]"
+    got = run(out.gm, x, table)[0]
+    for b in range(batch):
+        torch.testing.assert_close(got[b : b + 1], fn(x, table)[b : b + 1, index[b]], rtol=0, atol=1e-12)
+
+
+# -- merged tokens -----------------------------------------------------------------------------------------------------
+
+SIZES = torch.tensor([[1.0, 3.0, 2.0, 1.0], [2.0, 2.0, 2.0, 1.0]], dtype=torch.float64)
+MERGE = dict(
+    index=torch.tensor([[0, 2, 3, 6], [1, 2, 4, 5]]),
+    sources=torch.tensor([[1, 4, 5], [0, 3, 6]]),
+    slots=torch.tensor([[1, 1, 2], [0, 1, 2]]),
+)
+
+
+def merged_rows(x):
+    """The size-weighted means of MERGE, written out."""
+    out = []
+    for b in range(2):
+        members = [[i] for i in MERGE["index"][b].tolist()]
+        for source, slot in zip(MERGE["sources"][b].tolist(), MERGE["slots"][b].tolist()):
+            members[slot].append(source)
+        out.append(torch.stack([x[b, m].mean(0) for m in members]))
+    return torch.stack(out)
+
+
+def merge(fn, x, proportional=True, **options):
+    gm = canonical(fn, x)
+    return run(rewriter(gm, merging(**MERGE, proportional=proportional), 7, 4, **options).run().gm, x)[0]
+
+
+def test_merging_is_the_mean_of_the_members():
+    x = extra("B L 16", 2, 7, 1)
+    torch.testing.assert_close(merge(lambda x: x * 2, x), merged_rows(x) * 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("form", ["sdpa", "by-hand", "heads-in-the-batch"])
+def test_keys_weigh_as_many_tokens_as_they_hold(form, proportional):
+    fn = {"sdpa": attend, "by-hand": lambda x: attend_by_hand(x, 0.0), "heads-in-the-batch": folded}[form]
+    scale = {"sdpa": 8**-0.5 * 0.5, "by-hand": 0.3, "heads-in-the-batch": 1.0}[form]
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    q = rows.unflatten(2, (2, 8)).transpose(1, 2)
+    scores = q @ q.mT * scale + (SIZES.log()[:, None, None] if proportional else 0)
+    value = q + 1 if form == "sdpa" else q
+    want = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merge(fn, x, proportional), want, rtol=0, atol=1e-6)
+
+
+def test_masked_attention_with_sizes_keeps_its_mask():
+    x = extra("B L 16", 2, 7, 1)
+    rows, index = merged_rows(x), MERGE["index"]
+    q = rows.unflatten(2, (2, 8)).transpose(1, 2)
+    hidden = torch.stack([(i[:, None] < i[None]) for i in index])[:, None]
+    scores = (q @ q.mT * 8**-0.5 * 0.5 + SIZES.log()[:, None, None]).masked_fill(hidden, float("-inf"))
+    want = (scores.softmax(-1) @ (q + 1)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merge(lambda x: attend(x, is_causal=True), x), want, rtol=0, atol=1e-6)
+    boolean = lambda x: attend(x, torch.ones(7, 7, dtype=torch.bool).tril())  # noqa: E731
+    torch.testing.assert_close(merge(boolean, x), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_means_and_sums_weigh_by_size(weighted, keepdim):
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    weights = SIZES[:, :, None] if weighted else torch.ones(2, 4, 1, dtype=torch.float64)
+    mean = (rows * weights).sum(1, keepdim) / weights.sum(1, keepdim)
+    got = merge(lambda x: x.mean(1, keepdim), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(got, mean, rtol=0, atol=1e-6)
+    total = merge(lambda x: x.sum(1, keepdim), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(total, (rows * weights).sum(1, keepdim), rtol=0, atol=1e-6)
+    both = merge(lambda x: x.mean((1, 2)), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(both, ((rows * weights).sum(1) / weights.sum(1)).mean(-1), rtol=0, atol=1e-6)
+    first = merge(lambda x: x.mT.mean(2), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(first, (rows * weights).sum(1) / weights.sum(1), rtol=0, atol=1e-6)
+
+
+def test_merged_tokens_are_given_back_to_their_members():
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    got = merge(lambda x: x.flip(1), x).flip(1)
+    for b in range(2):
+        for slot, i in enumerate(MERGE["index"][b].tolist()):
+            torch.testing.assert_close(got[b, i], rows[b, slot], rtol=0, atol=1e-6)
+        for source, slot in zip(MERGE["sources"][b].tolist(), MERGE["slots"][b].tolist()):
+            torch.testing.assert_close(got[b, source], rows[b, slot], rtol=0, atol=1e-6)
+
+
+# -- the registry and what rules see -----------------------------------------------------------------------------------
+
+
+def test_rules_are_registered_by_packet(monkeypatch):
+    monkeypatch.setattr("tokcompile.passes.rules.core.RULES", rules := {})
+    rule = lambda call: call.emit(call.label("self"))  # noqa: E731
+    assert register_rule("lib::op", rule) is rule
+    assert register_rule("lib.other", rule) is rule
+    assert set(rules) == {"lib.op", "lib.other"}
+    assert all(name.startswith("aten.") for name in RULES)
+
+
+def test_a_call_shows_arguments_by_name_with_defaults():
+    x = extra("B L 16", 2, 11, 1)
+    gm = canonical(lambda x: x.softmax(1), x)
+    rw = rewriter(gm, fixed(subset(2, 11, 6)), 11, 6)
+    seen = []
+    rules = {**RULES, "aten.softmax": lambda call: seen.append(call) or RULES["aten.softmax"](call)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokcompile.passes.rewrite.RULES", rules)
+        rw.run()
+    (call,) = seen
+    assert isinstance(call, Call)
+    assert (call["dim"], call["dtype"], call.batch, call.old_shape) == (1, None, 2, (2, 11, 16))
+    assert call.tensors() == ["self"]
+    assert call.labelled("self")
+    assert describe(call.label("self")) == "[B2, Seq(s0:11->6), 16]"
+
+
+def test_a_rule_may_ask_for_all_tokens():
+    def rule(call):
+        raise NeedsFull("it is shy")
+
+    x = extra("B L 16", 2, 11, 1)
+    rw = rewriter(canonical(lambda x: x.relu(), x), fixed(subset(2, 11, 11, sort=False)), 11, 11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokcompile.passes.rewrite.RULES", {**RULES, "aten.relu": rule})
+        out = rw.run()
+    assert [r.reason for r in out.recoveries] == ["it is shy"]
+    assert torch.equal(run(out.gm, x)[0], x.relu())
+
+
+def test_the_most_refined_axis_wins():
+    first = Space("a", 10, 6)
+    second = Space("b", 6, 3, first)
+    plain, batch = (10,), (Batch(10),)
+    once, twice = (Seq((first,)),), (Seq((second,)),)
+    order = [(), plain, batch, once, twice]
+    for weak, strong in zip(order, order[1:]):
+        assert refines(strong, weak)
+        assert not (weak and refines(weak, strong))
+    assert rank_of(twice) > rank_of(once) > rank_of(plain)
