@@ -2,10 +2,10 @@
 
     python -m benchmarks scaling --tokens 196,576,1024,2304,4096,16384
 
-One `ReductionModule` on random tokens with a class token, batch 1, single thread: in eager torch and as the ops that the
-ONNX file holds, in onnxruntime. What a method reads is given: the class attention row of topk and evit, for one, is
-computed by the model's part of the graph (n x D more multiply-adds) and not counted here. A transformer block of the same
-width stands beside it for scale.
+One `ReductionModule` on random tokens with a class token, batch 1, single thread: in eager torch and as the ops that
+the ONNX file holds, in onnxruntime. What a method reads is given: the class attention row of topk and evit, for one, is
+computed by the model's part of the graph (about n x D more multiply-adds) and not counted here. One transformer block
+of the same width stands beside it for scale.
 """
 
 from __future__ import annotations

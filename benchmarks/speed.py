@@ -2,8 +2,8 @@
 
     python -m benchmarks speed --models dinov2-s,deit-s,vit-b --batches 1,8 --runtimes onnxruntime --pairs 25
 
-Original and reduced model are exported by the same code in the same form. A/A is the original against itself: the noise.
-Random weights: what is timed does not depend on them.
+Original and reduced model are exported by the same code in the same form. A/A is the original against itself, the
+noise. Random weights: what is timed does not depend on them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def time_model(name: str, batch: int, args: argparse.Namespace, errors: list[str
 
 
 def make_cases(source: Any, example: Any, args: argparse.Namespace, result: bench.Bench) -> Iterator[Any]:
-    """(method, budget, model, random selection at its blocks and counts): ToMe as published, then all at the budgets."""
+    """(method, budget, model, random selection at its places): ToMe as published, then all at the budgets."""
 
     def build(methods: Sequence[str], budgets: Sequence[Any]) -> Iterator[Any]:
         recipes = [get_method(method) for method in methods]

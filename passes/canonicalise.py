@@ -139,6 +139,9 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         return False
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
+    if any(order.get(u, 0) > order[node] for v in gm.graph.nodes if packet(v) in VIEWS and base_of(v) is base and v is not node
+           and order.get(v, 0) < order[node] for u in v.users):
+        return False  # an older view of the same memory is read after the write
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
             value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
@@ -155,8 +158,6 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         value.meta = {k: v for k, v in node.meta.items() if k != "val"}
     for user in [u for u in base.users if order.get(u, 0) > order[node]]:
         user.replace_input_with(base, value)
-    if chain and any(order.get(u, 0) > order[node] for c in chain for u in c.users):
-        return False
     node.replace_all_uses_with(value)
     gm.graph.erase_node(node)
     return True
@@ -247,6 +248,11 @@ def fold_constants(gm: GraphModule) -> None:
     dependent = user_dependent(gm.graph)
     constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
     frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
+    for base, views in written_through(gm, dependent).items():
+        # what the inputs write into stays one tensor with its views; `functionalise` turns the writes into scatters
+        frontier -= views
+        if foldable(base) and base not in dependent and base.op != "get_attr":
+            frontier.add(base)
     needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
     if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
         return
@@ -270,6 +276,25 @@ def fold_constants(gm: GraphModule) -> None:
     for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def written_through(gm: GraphModule, dependent: set[Node]) -> dict[Node, set[Node]]:
+    """Tensors that something depending on the inputs writes into, each with all views of it."""
+    out: dict[Node, set[Node]] = {}
+    for node in gm.graph.nodes:
+        if node in dependent and mutates(node) and isinstance(node.args[0], Node):
+            out.setdefault(base_of(node.args[0]), set())
+    for node in gm.graph.nodes:
+        if packet(node) in VIEWS and node.args and isinstance(node.args[0], Node) and base_of(node) in out:
+            out[base_of(node)].add(node)
+    return out
+
+
+def base_of(node: Node) -> Node:
+    """The tensor that a chain of views looks at."""
+    while packet(node) in VIEWS and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def ancestors_of(nodes: set[Node]) -> set[Node]:

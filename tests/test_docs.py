@@ -1,4 +1,4 @@
-"""The documentation is run: Python blocks in order, shown outputs compared, commands parsed, links followed, doctests."""
+"""The documentation runs: Python blocks in order, shown output, commands, links and doctests."""
 
 import ast
 import contextlib

@@ -17,8 +17,8 @@ from tokcompile.passes.trace import export, from_program
 # Tokens are given back inside the blocks (windows, strided or grouped stages): only on request, since it costs the gain.
 ANYWHERE = """
     timm/davit timm/gcvit timm/levit timm/maxvit timm/nest timm/pit timm/pvt_v2 timm/samvit timm/swin timm/swinv2
-    timm/twins_pcpvt timm/twins_svt timm/volo timm/xcit hf/groupvit_vision hf/internvl hf/paligemma hf/pvt hf/sam_vision
-    hf/segformer hf/swin hf/timesformer hf/vitdet torchvision/swin
+    timm/twins_pcpvt timm/twins_svt timm/volo timm/xcit hf/groupvit_vision hf/internvl hf/llava hf/paligemma hf/pvt
+    hf/sam_vision hf/segformer hf/swin hf/timesformer hf/vitdet torchvision/swin
 """.split()
 
 # No reduction is possible; each says why.
@@ -43,8 +43,30 @@ DECODERS = """
 # Differences from the eager model: a mask that hides nothing is dropped, so that another attention kernel runs.
 ROUNDING = {"hf/clipseg": 1e-3, "hf/depth_anything": 1e-4}
 
+# Where a prompt holds its image tokens, and blocks of the language model.
+PROMPTS = {
+    "hf/llava": ((5, 54), [3, 6]),
+    "hf/llava_onevision": ((5, 110), [4, 7]),
+    "hf/internvl": ((5, 21), [4, 7]),
+    "hf/paligemma": ((5, 54), [4, 7]),
+}
+
 SUPPORTED = [name for name in FAMILIES if name not in REFUSED and name not in NOT_YET]
-AT_BATCH_3 = [name for i, name in enumerate(SUPPORTED) if i % 2 or name in ANYWHERE or "vision" in name]
+
+# At batch 3 one block of a third of the families, and of those where samples are hard to tell apart.
+HARD = """
+    timm/naflexvit_masked timm/samvit timm/xcit hf/eomt hf/llama_padded hf/pixtral_vision hf/qwen2_5_vl_vision
+    hf/siglip2_vision hf/timesformer hf/vit_mae
+""".split()
+AT_BATCH_3 = [name for i, name in enumerate(SUPPORTED) if i % 3 == 0 or name in HARD]
+FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
+
+WHY = {
+    "it views the tokens as a grid": "windows or a grid inside the blocks",
+    "it writes at positions": "image features are written into the prompt",
+    "it joins groups of tokens": "time and space take turns",
+    "it gives positions of tokens": "tokens are grouped by argmax",
+}
 
 
 @functools.cache
@@ -53,9 +75,10 @@ def trace(name: str, batch: int):
     return export(*build(name, batch))
 
 
-def note(check: tokcompile.Check) -> str:
-    """The first sentence that says what recovery inside the blocks was for."""
-    return next((r.note.partition(": ")[2] for r in check.results if "recover='anywhere'" in r.note), "")
+def price(check: tokcompile.Check) -> str:
+    """What tokens have to be given back for inside the blocks."""
+    notes = " ".join(r.note for r in check.results if "recover='anywhere'" in r.note)
+    return ", ".join(text for words, text in WHY.items() if words in notes)
 
 
 def record(record_property, name: str, batch: int, verdict: str, text: str = "") -> None:
@@ -66,17 +89,25 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
 @pytest.mark.parametrize(("name", "batch"), [(n, 1) for n in SUPPORTED] + [(n, 3) for n in AT_BATCH_3],
                          ids=lambda v: f"batch{v}" if isinstance(v, int) else v)  # fmt: skip
 def test_the_oracles_agree(name, batch, record_property):
-    """At batch 3 one block is enough, except where the blocks differ."""
     program, _ = trace(name, batch)
-    blocks = None if batch == 1 or name in ANYWHERE else [1]
+    blocks = None if batch == 1 else [FIRST_SITE.get(name, 0)]
     check = tokcompile.check(program, spans=[(5, 30)] if name in DECODERS else None, blocks=blocks)
     recovers = any("recover='anywhere'" in r.note for r in check.results)
     verdict = "no" if not check.ok else "recover='anywhere'" if recovers else "yes"
-    record(record_property, name, batch, verdict, note(check))
+    record(record_property, name, batch, verdict, price(check) if check.ok else check.errors[0].splitlines()[0])
     assert check.ok, str(check)
     assert {r.oracle for r in check.results} == {"permutation", "masked keys"}
     assert all(r.error is not None for r in check.results if r.oracle == "permutation")
-    assert verdict == ("recover='anywhere'" if name in ANYWHERE else "yes"), str(check)
+    assert recovers == (name in ANYWHERE) or (batch == 3 and not recovers), str(check)
+    assert bool(price(check)) == recovers
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_image_tokens_are_reduced_in_the_language_model(name):
+    span, blocks = PROMPTS[name]
+    check = tokcompile.check(trace(name, 1)[0], spans=[span], blocks=blocks)
+    assert check.ok, str(check)
+    assert all("language_model" in r.path and not r.note for r in check.results), str(check)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

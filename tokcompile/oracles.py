@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, understand, with_layout
-from tokcompile.errors import InputError, TokcompileError
+from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.graph import copy_graph, get_attr
-from tokcompile.passes.plan import Reduction, make_slot, visual_blocks
+from tokcompile.passes.plan import Reduction, make_slot, one_block, visual_blocks
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.trace import trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens
@@ -95,6 +95,11 @@ def check(
     if not all(bool(torch.isfinite(o).all()) for o in floats(outputs)):
         raise InputError("with shaken parameters the model gives NaN or Inf on these inputs: nothing can be compared")
     tolerance = noise_floor(graph, traced.inputs, outputs, seed)
+    drift = worst(outputs, run(traced.gm, traced.inputs))
+    if drift > tolerance:
+        raise TokcompileError(
+            f"the canonical form of this graph differs from the traced one by {drift:.1e}: a bug in tokcompile.passes.canonicalise"
+        )
     structure = analysis.structure
     report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), traced.guards)
     report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
@@ -104,11 +109,13 @@ def check(
         sites, report.unrecognised = [], [*report.unrecognised, str(error)]
     if not sites:
         report.ok = False
-    chosen = [structure.blocks[b] for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
+    chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
     for block in chosen:
         for oracle in (permutation, masked_keys):
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
             try:
+                if block.why_not:
+                    raise UnsupportedGraph(block.why_not, block.mid)
                 compare(result, oracle, analysis, block, spans, outputs, seed, tolerance)
             except TokcompileError as error:
                 result.note = str(error)

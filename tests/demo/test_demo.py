@@ -145,9 +145,7 @@ def test_the_smaller_input_is_the_one_nearest_in_flops():
 def test_methods_move_to_earlier_blocks_only_with_a_note():
     job = build.Job("topk", 0.5)
     assert build.moved_note(job, [3, 6, 9], [3, 6, 9], []) == ""
-    note = build.moved_note(
-        job, list(range(12)), list(range(6)), ["Flops(0.5) cannot be met (reductions at blocks [])"]
-    )
+    note = build.moved_note(job, list(range(12)), list(range(6)), ["Flops(0.5) cannot be met: even with one token"])
     assert note == "topk at 0.5 reduces at blocks 0-5 instead of its own 0-11: Flops(0.5) cannot be met"
 
 

@@ -147,7 +147,7 @@ def moved_note(job: Job, own: list[int], where: list[int], reasons: list[str]) -
     if not reasons:
         return ""
     moved = f"{job.method} at {job.budget:g} reduces at blocks {listed(where)} instead of its own {listed(own)}"
-    return f"{moved}: {reasons[0].partition(' (reductions at')[0]}"
+    return f"{moved}: {reasons[0].partition(':')[0]}"
 
 
 def listed(blocks: list[int]) -> str:

@@ -118,7 +118,7 @@ def draw(picture: Picture, path: Path) -> None:
         axis.set_axis_off()
     figure.text(0.15 / width, 1 - 0.18 / height, picture.title, fontsize=15, weight="bold", va="top")
     figure.text(0.15 / width, 1 - 0.5 / height, LEGEND, fontsize=9.5, va="top", color="0.25")
-    worst = max(0.1, *(float(difference(picture, row.saliency).max()) for row in picture.rows))
+    worst = max(0.1, *(float(np.abs(row.saliency - picture.saliency)[picture.box].max()) for row in picture.rows))
     draw_head(figure, axes[0], picture)
     for row, line in zip(picture.rows, axes[1:], strict=True):
         draw_row(line, picture, row, worst)
@@ -130,16 +130,20 @@ def draw(picture: Picture, path: Path) -> None:
 LEGEND = "Merged patches: one outlined region in its mean colour.  Dropped patches: dark grey.  Photograph: untouched."
 
 
-def difference(picture: Picture, saliency: Array) -> Array:
-    """The absolute error inside the photograph."""
-    return np.abs(saliency - picture.saliency)[picture.box]
+def inside(picture: Picture, values: Array) -> Array:
+    """The values inside the photograph; the bars beside it, where they mean nothing, are left blank."""
+    blank = np.full_like(values, np.nan)
+    blank[picture.box] = values[picture.box]
+    return blank
 
 
 def draw_head(figure: Any, axes: Sequence[Any], picture: Picture) -> None:
     """The original's row."""
     label(axes[0], "original", [f"{picture.grid**2} patches", "in every block"])
     draw_whole(axes, picture, weights.SIZE, picture.saliency)
-    show_saliency(axes[3], picture.saliency, "saliency of the original", dict(cmap="gray", vmin=0, vmax=1))
+    show_saliency(
+        axes[3], inside(picture, picture.saliency), "saliency of the original", dict(cmap="gray", vmin=0, vmax=1)
+    )
 
 
 def draw_row(axes: Sequence[Any], picture: Picture, row: Row, worst: float) -> None:
@@ -152,9 +156,8 @@ def draw_row(axes: Sequence[Any], picture: Picture, row: Row, worst: float) -> N
         outline(axis, borders(stage, picture.grid), 0.7)
     if not row.stages:
         draw_whole(axes, picture, row.size, row.saliency)
-    show_saliency(axes[3], row.saliency, "saliency", dict(cmap="gray", vmin=0, vmax=1))
-    error = np.full_like(picture.saliency, np.nan)
-    error[picture.box] = difference(picture, row.saliency)
+    show_saliency(axes[3], inside(picture, row.saliency), "saliency", dict(cmap="gray", vmin=0, vmax=1))
+    error = inside(picture, np.abs(row.saliency - picture.saliency))
     title = f"error: {np.nanmean(error):.3f} on average"
     show_saliency(axes[4], error, title, dict(cmap="inferno", vmin=0, vmax=worst))
 
