@@ -1,4 +1,5 @@
 """Canonicalise: one functional form of the graph, without what carries no meaning at inference."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,8 +16,15 @@ ASSERTS = {
     "aten.sym_constrain_range_for_size", "aten._functional_assert_scalar", "aten._functional_assert_async",
 }  # fmt: skip
 IDENTITIES = {"aten.alias", "aten.detach", "aten.detach_", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
-DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
-            "aten.native_dropout", "aten.dropout_", "aten.feature_dropout_"}
+DROPOUTS = {
+    "aten.dropout",
+    "aten.feature_dropout",
+    "aten.alpha_dropout",
+    "aten.feature_alpha_dropout",
+    "aten.native_dropout",
+    "aten.dropout_",
+    "aten.feature_dropout_",
+}
 CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
 VIEWS = {
     "aten.view", "aten.reshape", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
@@ -54,12 +62,13 @@ def inline_regions(gm: GraphModule) -> None:
         at = next(i for i, a in enumerate(node.args) if isinstance(a, Node))
         if name == "wrap_with_autocast" and node.args[2]:
             raise UnsupportedGraph(
-                "the model turns autocast on inside its forward", node,
+                "the model turns autocast on inside its forward",
+                node,
                 "convert the model's weights and inputs to the wanted dtype before optimizing",
             )
         inner = get_attr(gm, node.args[at].target)
         env: dict[Node, Any] = {}
-        arguments = iter(node.args[at + 1:])
+        arguments = iter(node.args[at + 1 :])
         with gm.graph.inserting_before(node):
             for n in inner.graph.nodes:
                 if n.op == "placeholder":
@@ -82,10 +91,14 @@ def refuse_random(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
-            if packet(node) == "aten.scaled_dot_product_attention" or (packet(node) in DROPOUTS and not bind(node)["train"]):
+            if packet(node) == "aten.scaled_dot_product_attention" or (
+                packet(node) in DROPOUTS and not bind(node)["train"]
+            ):
                 continue
             raise UnsupportedGraph(
-                "the model draws random numbers at inference", node, "optimize the part of the model after the random step"
+                "the model draws random numbers at inference",
+                node,
+                "optimize the part of the model after the random step",
             )
 
 
@@ -94,7 +107,12 @@ def functionalise(gm: GraphModule) -> None:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable or packet(node) in ASSERTS | IDENTITIES | DROPOUTS:
+        if (
+            node.op != "call_function"
+            or schema is None
+            or not schema.is_mutable
+            or packet(node) in ASSERTS | IDENTITIES | DROPOUTS
+        ):
             continue
         changed = node.args[0]
         functional = functional_overload(node)
@@ -103,7 +121,8 @@ def functionalise(gm: GraphModule) -> None:
             if rewritten:
                 continue
             raise UnsupportedGraph(
-                "an in-place op changes memory that other values share", node,
+                "an in-place op changes memory that other values share",
+                node,
                 "write it out of place, or pass ep.run_decompositions({}) of your exported program",
             )
         node.target = functional
@@ -124,8 +143,11 @@ def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
     """Whether memory changed in place is seen through another node afterwards, or belongs to an input or a weight."""
     if changed.op in ("placeholder", "get_attr") or packet(changed) in VIEWS:
         return True
-    return any(packet(u) in VIEWS and any(order.get(v, 0) > order[by] for v in u.users)
-               for u in changed.users if order.get(u, 0) < order[by])
+    return any(
+        packet(u) in VIEWS and any(order.get(v, 0) > order[by] for v in u.users)
+        for u in changed.users
+        if order.get(u, 0) < order[by]
+    )
 
 
 def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
@@ -139,8 +161,12 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         return False
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
-    if any(order.get(u, 0) > order[node] for v in gm.graph.nodes if packet(v) in VIEWS and base_of(v) is base and v is not node
-           and order.get(v, 0) < order[node] for u in v.users):
+    if any(
+        order.get(u, 0) > order[node]
+        for v in gm.graph.nodes
+        if packet(v) in VIEWS and base_of(v) is base and v is not node and order.get(v, 0) < order[node]
+        for u in v.users
+    ):
         return False  # an older view of the same memory is read after the write
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
@@ -191,7 +217,11 @@ def drop_asserts(gm: GraphModule) -> None:
     """Run-time checks of what is fixed here, and numbers that tracing has fixed or that were computed only for checks."""
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, torch.SymFloat)) and not value.node.expr.free_symbols and node.op == "call_function":
+        if (
+            isinstance(value, (torch.SymInt, torch.SymFloat))
+            and not value.node.expr.free_symbols
+            and node.op == "call_function"
+        ):
             node.replace_all_uses_with(int(value) if isinstance(value, torch.SymInt) else float(value))
         name = getattr(node.target, "__name__", "")
         if packet(node) in ASSERTS or name in ("_assert_scalar", "_check") or node.target == "_guards_fn":
@@ -207,9 +237,7 @@ def drop_no_ops(gm: GraphModule) -> None:
         if node.op != "call_function":
             continue
         name = packet(node)
-        if name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)):
-            forward(gm, node, node.args[0])
-        elif whole(node) or (name in CASTS and same_type(node)):
+        if name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)) or whole(node) or (name in CASTS and same_type(node)):
             forward(gm, node, node.args[0])
         elif name == "aten.cat":
             drop_empty_operands(gm, node)
@@ -247,12 +275,13 @@ def fold_constants(gm: GraphModule) -> None:
     """
     dependent = user_dependent(gm.graph)
     constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
-    frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
-    for base, views in written_through(gm, dependent).items():
-        # what the inputs write into stays one tensor with its views; `functionalise` turns the writes into scatters
-        frontier -= views
-        if foldable(base) and base not in dependent and base.op != "get_attr":
-            frontier.add(base)
+    frontier = {
+        n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)
+    }
+    # what the inputs write into is folded as it is before the write; all that is computed from it stays in the graph
+    written = written_to(gm, dependent)
+    frontier -= reachable_from(written)
+    frontier |= {n for n in written if n in set(constant) and n.op != "get_attr" and foldable(n)}
     needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
     if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
         return
@@ -278,15 +307,19 @@ def fold_constants(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def written_through(gm: GraphModule, dependent: set[Node]) -> dict[Node, set[Node]]:
-    """Tensors that something depending on the inputs writes into, each with all views of it."""
-    out: dict[Node, set[Node]] = {}
-    for node in gm.graph.nodes:
-        if node in dependent and mutates(node) and isinstance(node.args[0], Node):
-            out.setdefault(base_of(node.args[0]), set())
-    for node in gm.graph.nodes:
-        if packet(node) in VIEWS and node.args and isinstance(node.args[0], Node) and base_of(node) in out:
-            out[base_of(node)].add(node)
+def written_to(gm: GraphModule, dependent: set[Node]) -> set[Node]:
+    """The tensors that something depending on the inputs writes into, itself or through views."""
+    return {base_of(n.args[0]) for n in gm.graph.nodes if n in dependent and mutates(n) and isinstance(n.args[0], Node)}
+
+
+def reachable_from(nodes: set[Node]) -> set[Node]:
+    out: set[Node] = set()
+    todo = [u for n in nodes for u in n.users]
+    while todo:
+        node = todo.pop()
+        if node not in out:
+            out.add(node)
+            todo.extend(node.users)
     return out
 
 
@@ -339,8 +372,11 @@ def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
         with torch.no_grad():
             return fn(*args, **kwargs)
     except Exception as error:
-        raise UnsupportedGraph(f"a constant of the graph cannot be computed: {error}", node,
-                               "torch.export wrote a graph that does not run by itself; export the parts that do") from error
+        raise UnsupportedGraph(
+            f"a constant of the graph cannot be computed: {error}",
+            node,
+            "torch.export wrote a graph that does not run by itself; export the parts that do",
+        ) from error
 
 
 def drop_true_masks(gm: GraphModule) -> None:

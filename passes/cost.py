@@ -1,4 +1,5 @@
 """Cost: FLOPs of a graph as products of axis sizes, so that other token counts cost no second rewrite."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,14 @@ from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rules.core import rank_of
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, is_labelled, plain
 
-CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.convolution"}
+CONVOLUTIONS = {
+    "aten.conv1d",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.conv_transpose1d",
+    "aten.conv_transpose2d",
+    "aten.convolution",
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,10 @@ def linear(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Made:
 
 
 def product(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Made:
-    left, right = [n for n in node.all_input_nodes if len(shape(n)) >= 1][-2:] if len(node.all_input_nodes) > 1 else (
-        node.all_input_nodes * 2
+    left, right = (
+        [n for n in node.all_input_nodes if len(shape(n)) >= 1][-2:]
+        if len(node.all_input_nodes) > 1
+        else (node.all_input_nodes * 2)
     )
     left, right = label(left), label(right)
     inner = richer(left[-1], right[-2] if len(right) > 1 else right[-1])

@@ -1,4 +1,5 @@
 """Find: attention blocks, the residual stream, prefix and suffix tokens and the patch grid, read off the graph alone."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -142,7 +143,13 @@ def hides_the_future(gm: GraphModule, attention: Attention) -> bool:
     if not attention.fused:
         added = [n for n in attention.node.args[0].all_input_nodes if n.op == "get_attr"] if attention.node.args else []
         mask = added[0] if added else None
-    if mask is None or mask.op != "get_attr" or len(shape(mask)) < 2 or shape(mask)[-1] != shape(mask)[-2] or shape(mask)[-1] < 2:
+    if (
+        mask is None
+        or mask.op != "get_attr"
+        or len(shape(mask)) < 2
+        or shape(mask)[-1] != shape(mask)[-2]
+        or shape(mask)[-1] < 2
+    ):
         return False
     value = get_attr(gm, mask.target)
     if value.is_meta:
@@ -235,7 +242,9 @@ def make_block(attention: Attention, entry: Node, mid: Node, structure: Structur
     if stage not in structure.stages:
         structure.stages.append(stage)
     path = common_path(entry, attention.node, mid)
-    return Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not)
+    return Block(
+        len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not
+    )
 
 
 def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
@@ -260,7 +269,7 @@ def follows(block: Block, entry: Node, dependent: set[Node], order: dict[Node, i
 def set_ends(structure: Structure) -> None:
     """Block end: the next add that has `mid` as an operand, before the next attention."""
     for block in structure.blocks:
-        later = [a.node for b in structure.blocks[block.index + 1:] for a in b.attentions]
+        later = [a.node for b in structure.blocks[block.index + 1 :] for a in b.attentions]
         limit = min((structure.order[n] for n in later), default=1 << 60)
         ends = [u for u in block.mid.users if packet(u) in ADD and structure.order[u] < limit]
         block.end = min(ends, key=structure.order.__getitem__, default=None)
@@ -324,7 +333,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             body = max(user, key=lambda t: shape(t)[axis])
             at = tensors.index(body)
             prefix += sum(shape(t)[axis] for t in tensors[:at])
-            suffix += sum(shape(t)[axis] for t in tensors[at + 1:])
+            suffix += sum(shape(t)[axis] for t in tensors[at + 1 :])
             node = body
         elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
             size = shape(a["self"])[axis]
@@ -342,8 +351,14 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             axis, node = before[0], source
         else:
             size = shape(node)[axis] if rank else None
-            follow = [n for n in node.all_input_nodes if n in dependent and isinstance(n.meta["val"], torch.Tensor)
-                      and len(shape(n)) == rank and shape(n)[axis] == size]
+            follow = [
+                n
+                for n in node.all_input_nodes
+                if n in dependent
+                and isinstance(n.meta["val"], torch.Tensor)
+                and len(shape(n)) == rank
+                and shape(n)[axis] == size
+            ]
             if not follow:
                 break
             node = follow[0]

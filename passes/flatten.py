@@ -3,6 +3,7 @@
 Window attention (SAM, Swin, ViTDet) keeps tokens on two axes. A reduction needs one: the stream, its norms and its MLPs
 are rewritten to run over one token axis, and the grid is restored where an op looks at it. Values stay the same.
 """
+
 from __future__ import annotations
 
 from math import prod
@@ -70,10 +71,13 @@ class _Flatten:
 
     def fits(self, node: Node) -> bool:
         sizes = shape(node)
-        return len(sizes) <= 1 or (len(sizes) == len(self.grid) + 1 and all(s in (1, g) for s, g in zip(sizes, self.grid)))
+        return len(sizes) <= 1 or (
+            len(sizes) == len(self.grid) + 1 and all(s in (1, g) for s, g in zip(sizes, self.grid))
+        )
 
     def twin(self, node: Node) -> None:
         """The same op on flattened operands."""
+
         def operand(a: Any) -> Any:
             return self.flattened(a) if isinstance(a, Node) and len(shape(a)) == len(self.grid) + 1 else a
 
@@ -90,7 +94,9 @@ class _Flatten:
             body = prod(sizes[1:]) if all(s == g for s, g in zip(sizes[1:], self.grid[1:])) else 1
             if body == 1 and any(s > 1 for s in sizes[1:]):  # broadcast along one side of the grid only
                 with self.gm.graph.inserting_after(node):
-                    wide = self.gm.graph.call_function(aten.expand.default, (node, [sizes[0], *self.grid[1:], shape(node)[-1]]))
+                    wide = self.gm.graph.call_function(
+                        aten.expand.default, (node, [sizes[0], *self.grid[1:], shape(node)[-1]])
+                    )
                 wide.meta = {k: v for k, v in node.meta.items() if k != "val"}
                 source, body = wide, self.lead[1]
             else:

@@ -1,4 +1,5 @@
 """Gathering along token axes: restricting a full tensor to kept tokens, and giving a reduced one its dropped tokens back."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -10,7 +11,17 @@ from torch.fx import Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import Builder, aten, shape
 from tokcompile.passes.tokens import (
-    Atom, Axis, Batch, Label, Seq, Space, has_batch, has_tokens, make_seq, new, old,
+    Atom,
+    Axis,
+    Batch,
+    Label,
+    Seq,
+    Space,
+    has_batch,
+    has_tokens,
+    make_seq,
+    new,
+    old,
 )  # fmt: skip
 
 
@@ -109,7 +120,9 @@ class Gatherer:
     def reshape(self, x: Node, sizes: list[int]) -> Node:
         return x if shape(x) == tuple(sizes) else self.b.emit(aten.reshape.default, x, sizes)
 
-    def pick(self, x: Node, atoms: list[Atom], at: int, index: Node, count: int, origin: Node | None) -> tuple[Node, list[Atom]]:
+    def pick(
+        self, x: Node, atoms: list[Atom], at: int, index: Node, count: int, origin: Node | None
+    ) -> tuple[Node, list[Atom]]:
         """x[..., index, ...] along atom `at`, per sample; x has one dimension per atom."""
         sizes = [new((a,)) for a in atoms]
         if self.batch == 1 or shape(index)[0] == 1:
@@ -122,7 +135,9 @@ class Gatherer:
         batched = sizes[where] != 1
         front = self.b.emit(aten.permute.default, x, [where, at, *rest])
         flat = self.b.emit(aten.reshape.default, front, [sizes[where] * sizes[at], prod(sizes[i] for i in rest)])
-        rows = self.b.emit(aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count])
+        rows = self.b.emit(
+            aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count]
+        )
         taken = self.b.emit(aten.index_select.default, flat, 0, rows)
         wide = self.b.emit(aten.reshape.default, taken, [self.batch, count, *(sizes[i] for i in rest)])
         order = [where, at, *rest]
@@ -190,7 +205,9 @@ def atomised(have: Label, want: Label, jobs: list[int]) -> tuple[list[Atom], lis
         else:
             mine = list(have[d])
         if d in jobs:
-            spots += [(len(atoms) + i, t) for i, (own, t) in enumerate(zip(mine, axis)) if isinstance(t, Seq) and own != t]
+            spots += [
+                (len(atoms) + i, t) for i, (own, t) in enumerate(zip(mine, axis)) if isinstance(t, Seq) and own != t
+            ]
         atoms += mine
         groups.append(len(mine))
     return atoms, groups, spots

@@ -1,4 +1,5 @@
 """Building an FX graph whose every node is run once on fake tensors, so that shapes are known and checked as it grows."""
+
 from __future__ import annotations
 
 import operator
@@ -64,7 +65,8 @@ class _Fake(torch.fx.Interpreter):
         except Exception as error:
             lines = str(error).splitlines() or [""]
             raise UnsupportedGraph(
-                f"the shape of this op's result is not known before it runs ({type(error).__name__}: {lines[0][:160]})", n,
+                f"the shape of this op's result is not known before it runs ({type(error).__name__}: {lines[0][:160]})",
+                n,
                 "make it static for these inputs, or optimize the part of the model after it",
             ) from error
         n.meta["val"] = result
@@ -77,7 +79,9 @@ class Builder:
     def __init__(self, root: torch.nn.Module, mode: FakeTensorMode):
         self.root, self.mode = root, mode
         self.graph = Graph()
-        self.origin: Node | None = None  # the old node that new ones are written for: they inherit its place in the model
+        self.origin: Node | None = (
+            None  # the old node that new ones are written for: they inherit its place in the model
+        )
         self._constants: dict[Any, Node] = {}
 
     def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:

@@ -1,4 +1,5 @@
 """Plan: a method and a budget become a tuple of `Reduction`s: pure data that can be printed, saved, edited and passed back."""
+
 from __future__ import annotations
 
 import json
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import floor
 from typing import Any
 
-from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget, to_data
+from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget
 from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Stage, Structure
 from tokcompile.passes.graph import shape
@@ -68,7 +69,9 @@ class Plan:
             if not isinstance(data, dict) or "reductions" not in data or "method" not in data:
                 raise PlanError("this is not a tokcompile plan: it has no 'method' and 'reductions'")
             if data.get("version") != VERSION:
-                raise PlanError(f"plan version {data.get('version')!r} is not the version {VERSION} that this release reads")
+                raise PlanError(
+                    f"plan version {data.get('version')!r} is not the version {VERSION} that this release reads"
+                )
             data["reductions"] = tuple(Reduction(**r) for r in data["reductions"])
             return cls(**data)
         except (json.JSONDecodeError, TypeError) as error:
@@ -126,7 +129,7 @@ def make_plan(
     where: Sequence[int | str] | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
     options: Mapping[str, Any] | None = None,
-    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    layout: Layout = Layout(),
     solve_flops: SolveFlops | None = None,
 ) -> tuple[Reduction, ...]:
     """Decides at which blocks to reduce, and to how many tokens. Raises: BudgetError, MethodError, UnsupportedGraph."""
@@ -143,7 +146,9 @@ def make_plan(
         counts = rates(budget.rate, recipe, slots)
     elif isinstance(budget, Flops):
         assert solve_flops is not None
-        counts = solve_flops(slots, lambda k: clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), budget.ratio)
+        counts = solve_flops(
+            slots, lambda k: clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), budget.ratio
+        )
     else:
         final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
         if final > n:
@@ -153,15 +158,21 @@ def make_plan(
 
 
 def choose_slots(
-    structure: Structure, recipe: Recipe, budget: Any, where: Sequence[int] | None,
-    spans: Sequence[tuple[int, int]] | None, layout: Layout,
+    structure: Structure,
+    recipe: Recipe,
+    budget: Any,
+    where: Sequence[int] | None,
+    spans: Sequence[tuple[int, int]] | None,
+    layout: Layout,
 ) -> list[Slot]:
     """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
     blocks = structure.blocks
     if not blocks:
         found = "; ".join(structure.unrecognised) or "no softmax between two matrix products, no fused attention"
-        raise UnsupportedGraph(f"no residual attention block was found in this model ({found})",
-                               hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model")
+        raise UnsupportedGraph(
+            f"no residual attention block was found in this model ({found})",
+            hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model",
+        )
     if isinstance(budget, Schedule):
         where = sorted(budget.counts)
     if where is not None:
@@ -171,8 +182,10 @@ def choose_slots(
         chosen = [candidates[i] for i in recipe.steps.blocks(len(candidates))]
     refused = [b for b in chosen if b.why_not]
     if refused and (where is not None or len(refused) == len(chosen)):
-        raise UnsupportedGraph(f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
-                               refused[0].mid)
+        raise UnsupportedGraph(
+            f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
+            refused[0].mid,
+        )
     chosen = [b for b in chosen if not b.why_not]
     needs_attention = any(t not in ("x", "normed") for t in recipe.taps)
     if recipe.place == "block" and needs_attention and where is not None:
@@ -180,13 +193,20 @@ def choose_slots(
         if early:
             raise UnsupportedGraph(
                 f"{recipe.name!r} reads the attention of the block before, and none over the same tokens comes before block "
-                f"{early[0].index}", early[0].mid, "place it later: where=[1] or higher",
+                f"{early[0].index}",
+                early[0].mid,
+                "place it later: where=[1] or higher",
             )
     elif recipe.place == "block" and needs_attention:
-        chosen = [b for b in chosen if before(b, blocks)] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][:1]
+        chosen = [b for b in chosen if before(b, blocks)] or [
+            b for b in visual_blocks(structure, spans) if before(b, blocks)
+        ][:1]
         if not chosen:
-            raise UnsupportedGraph(f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
-                                   blocks[0].mid, "choose a method that does not read attention")
+            raise UnsupportedGraph(
+                f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
+                blocks[0].mid,
+                "choose a method that does not read attention",
+            )
     lengths = {b.stage.length for b in chosen}
     if len(lengths) > 1:
         raise UnsupportedGraph(
@@ -229,9 +249,12 @@ def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
         if not visual or causal:
             raise UnsupportedGraph(
                 "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)",
-                (causal or blocks)[0].mid, "name them: spans=[(start, stop)]",
+                (causal or blocks)[0].mid,
+                "name them: spans=[(start, stop)]",
             )
         blocks = visual
+    else:  # spans name positions of a text stream, where the graph has one
+        blocks = [b for b in blocks if b.stage.text] or blocks
     kinds = [kind(b) for b in blocks if not b.why_not]
     # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
     most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)
@@ -255,7 +278,9 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
                 "or spans overlap or are out of order"
             )
         if start % unit or stop % unit or stage.length % unit:
-            raise UnsupportedGraph(f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid)
+            raise UnsupportedGraph(
+                f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid
+            )
         at = stop
     pieces: list[tuple[int, int]] = []
     for start, stop in spans:

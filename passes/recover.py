@@ -1,4 +1,5 @@
 """Recover: where an op or an output wants the full token axis, every original token gets the row that stands for it."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ def recover_operands(rw: Rewriter, node: Node, reason: str, known: bool) -> None
     """Copies `node` with all its operands at full length. Raises: UnsupportedGraph where the policy forbids it."""
     inside = not rw.after_last(node)
     if rw.recover == "never" or (inside and rw.recover != "anywhere"):
-        labels = ", ".join(f"{n.name}: {describe(rw.labels[n])}" for n in node.all_input_nodes
-                           if n in rw.labels and not isinstance(rw.labels[n], list))
+        labels = ", ".join(
+            f"{n.name}: {describe(rw.labels[n])}"
+            for n in node.all_input_nodes
+            if n in rw.labels and not isinstance(rw.labels[n], list)
+        )
         way_out = (
             "reduce only after it (where=[later blocks]), or pass recover='anywhere' to gather the tokens back here and lose "
             "part of the gain"
@@ -63,7 +67,9 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     values, labels = [], []
     seqs: list[Seq] = []
     for old in node.args[0]:
-        value, label = rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
+        value, label = (
+            rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
+        )
         if rw.outputs == "keep" and is_labelled(label):
             value, label = rw.gather.recover(value, label, node), None
         for axis in label or ():
@@ -90,4 +96,3 @@ def kept_tokens(rw: Rewriter, space: Space) -> tuple[list[Node], list[str]]:
         values.append(space.size)
         names.append(f"{space.name}_size")
     return values, names
-

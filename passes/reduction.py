@@ -1,4 +1,5 @@
 """The module that stands for one reduction in the rewritten graph: one node in FX, one node in ONNX, one plugin layer."""
+
 from __future__ import annotations
 
 import torch
@@ -16,8 +17,15 @@ class ReductionModule(nn.Module):
     assign: (B, n) or None). With `unit` u the n tokens are groups of u rows, kept or dropped together.
     """
 
-    def __init__(self, recipe: Recipe, site: Site, unit: int = 1, names: tuple[str, ...] = (), start: int | None = None,
-                 tap_start: int | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        site: Site,
+        unit: int = 1,
+        names: tuple[str, ...] = (),
+        start: int | None = None,
+        tap_start: int | None = None,
+    ):
         super().__init__()
         self.recipe, self.site, self.unit, self.names = recipe, site, unit, names
         self.start = site.prefix * unit if start is None else start

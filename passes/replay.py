@@ -4,6 +4,7 @@ One eager run records, in order, what `.item()`, `.tolist()`, `bool()`, `nonzero
 the same calls return the recorded VALUES. What was fixed that way is reported as a guard: the traced graph is right for
 inputs that give the same values.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -15,11 +16,23 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _SCALARS = {
-    torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
-    torch.Tensor.__index__, torch.equal, torch.Tensor.equal,
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+    torch.equal,
+    torch.Tensor.equal,
 }
-_POSITIONS = {torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere, torch.unique_consecutive,
-              torch.unique, torch.Tensor.unique}
+_POSITIONS = {
+    torch.nonzero,
+    torch.Tensor.nonzero,
+    torch.argwhere,
+    torch.Tensor.argwhere,
+    torch.unique_consecutive,
+    torch.unique,
+    torch.Tensor.unique,
+}
 
 _REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 

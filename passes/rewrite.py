@@ -1,5 +1,6 @@
 """Rewrite: one walk over the graph; reductions are spliced in, rules carry their effect downstream, operands that meet a
 reduced axis are gathered on demand."""
+
 from __future__ import annotations
 
 import operator
@@ -99,8 +100,17 @@ class Rewriter:
         graph = self.builder.graph
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
         gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
-        return Rewritten(gm, self.spaces, self.labels, self.recoveries, self.recovered, output_labels, extra,
-                         self.gather.batch, self.overhead_flops)
+        return Rewritten(
+            gm,
+            self.spaces,
+            self.labels,
+            self.recoveries,
+            self.recovered,
+            output_labels,
+            extra,
+            self.gather.batch,
+            self.overhead_flops,
+        )
 
     # -- one node --------------------------------------------------------------------------------------------------
 
@@ -205,7 +215,9 @@ class Rewriter:
                 if part.k != s.site.n:
                     raise UnsupportedGraph(
                         f"the plan expects {s.site.n} tokens here, but this stream still has {part.k}: it does not come from "
-                        "the block that was reduced before", s.at, "reduce within one stack of blocks: where=[...]",
+                        "the block that was reduced before",
+                        s.at,
+                        "reduce within one stack of blocks: where=[...]",
                     )
                 return part, parts[:i], parts[i + 1 :]
             if isinstance(part, int) and at <= start and start + s.site.n <= at + width:
@@ -238,8 +250,11 @@ def batch_of(splices: Sequence[Splice]) -> int:
     """The batch size of the residual stream where tokens are reduced; all places must agree."""
     sizes = {shape(s.at)[s.block.batch_axis] if s.block.batch_axis is not None else 1 for s in splices}
     if len(sizes) > 1:
-        raise UnsupportedGraph(f"the blocks to reduce in run over different batches: {sorted(sizes)}", splices[0].at,
-                               "reduce in blocks of one kind: where=[...]")
+        raise UnsupportedGraph(
+            f"the blocks to reduce in run over different batches: {sorted(sizes)}",
+            splices[0].at,
+            "reduce in blocks of one kind: where=[...]",
+        )
     return sizes.pop()
 
 

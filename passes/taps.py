@@ -1,4 +1,5 @@
 """Taps: the tensors a method reads, taken from the graph beside the fused kernels."""
+
 from __future__ import annotations
 
 from math import prod
@@ -16,8 +17,16 @@ if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter, Splice
 
 
-PROJECTIONS = {"aten.linear", "aten.addmm", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.conv2d", "aten.conv3d",
-               "aten.einsum"}
+PROJECTIONS = {
+    "aten.linear",
+    "aten.addmm",
+    "aten.matmul",
+    "aten.layer_norm",
+    "aten.rms_norm",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.einsum",
+}
 
 
 def read_taps(rw: Rewriter, s: Splice) -> list[Node]:
@@ -29,7 +38,8 @@ def attentions_of(s: Splice) -> list[Attention]:
     """The attentions a method reads: those of the block before its place, or of the block it stands in."""
     if s.tap_block is None:
         raise UnsupportedGraph(
-            f"method {s.recipe.name!r} reads the attention before its place, but no block over these tokens comes before", s.at,
+            f"method {s.recipe.name!r} reads the attention before its place, but no block over these tokens comes before",
+            s.at,
             "place it later: where=[1] or higher",
         )
     return s.tap_block.attentions
@@ -52,8 +62,11 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
         return parts[0]
     dim = 1 if all(shape(p)[2] == token_length(rw, s) for p in parts) else 2
     if dim == 2 and sum(shape(p)[2] for p in parts) != token_length(rw, s):
-        raise UnsupportedGraph(f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens", s.at,
-                               "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'")
+        raise UnsupportedGraph(
+            f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens",
+            s.at,
+            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+        )
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
@@ -72,7 +85,8 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
     if sizes[token] != wanted:
         raise UnsupportedGraph(
             f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
-            "residual stream (windows, or attention over channels)", node,
+            "residual stream (windows, or attention over channels)",
+            node,
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
     channel = next(d for d in (rank - 1, rank - 2, rank - 3) if d != token)
@@ -172,8 +186,11 @@ def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
     value = rw.env[attention.node]
     sizes, length = shape(value), token_length(rw, s)
     if sizes[-2:] != (length, length) and len(attentions_of(s)) == 1:
-        raise UnsupportedGraph("the attention is not over the tokens of the residual stream", attention.node,
-                               "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'")
+        raise UnsupportedGraph(
+            "the attention is not over the tokens of the residual stream",
+            attention.node,
+            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+        )
     b = rw.gather.batch if s.block.batch_axis is not None else 1
     return rw.gather.reshape(value, [b, prod(sizes[:-2]) // b, *sizes[-2:]])
 
@@ -187,7 +204,9 @@ def masked(rw: Rewriter, attention: Attention, scores: Node, first: bool) -> Nod
     emit = rw.builder.emit
     if len(shape(mask)) == 3:  # (B * H or 1, L, L)
         b, h = shape(scores)[:2]
-        mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
+        mask = emit(
+            aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)]
+        )
     if first and len(shape(mask)) > 1 and shape(mask)[-2] > 1:
         mask = emit(aten.slice.Tensor, mask, -2, 0, 1)
     if mask.meta["val"].dtype is torch.bool:
@@ -199,12 +218,16 @@ def cls_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): how the class token attends; without one, the attention received."""
     if s.block.stage.prefix < 1:
         return received_attention(rw, s)
-    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)])
+    return side_by_side(
+        rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)]
+    )
 
 
 def received_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): attention received, the mean over all queries (the one score that costs an N x N map)."""
-    return side_by_side(rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)])
+    return side_by_side(
+        rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)]
+    )
 
 
 def normed(rw: Rewriter, s: Splice) -> Node:

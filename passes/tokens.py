@@ -4,6 +4,7 @@ An axis is an ordered PRODUCT of atoms (`int`, `Batch`, `Seq`); a `Seq` is an or
 counts and reduced `Space`s). Sizes before the reduction are "old", sizes after it "new". A tensor without a label has its
 original value; a labelled one has the original value restricted to the kept tokens, or combined over them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -60,7 +61,7 @@ class Batch:
 class Seq:
     """A token axis: plain tokens (class token, registers, text) around reduced spaces, in order."""
 
-    parts: tuple[Union[int, Space], ...]
+    parts: tuple[int | Space, ...]
 
     @property
     def old(self) -> int:
@@ -157,7 +158,7 @@ def regroup(label: Label, shape: Iterable[int]) -> Label:
 
     Plain factors may be split and joined; a token axis may be joined with its neighbours but never split.
     """
-    atoms: list[Atom] = [a for axis in label for a in axis]
+    atoms: list[Atom] = list(normal(a for axis in label for a in axis))
     out: list[Axis] = []
     for want in shape:
         got: list[Atom] = []

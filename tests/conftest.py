@@ -82,8 +82,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if hasattr(session.config, "workerinput") or reporter is None:
         return
-    rows = [value for reports in reporter.stats.values() for report in reports
-            for key, value in getattr(report, "user_properties", ()) if key == "support" and report.when == "call"]
+    rows = [
+        value
+        for reports in reporter.stats.values()
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == "support" and report.when == "call"
+    ]
     if not rows:
         return
     known = json.loads(SUPPORT.read_text()) if SUPPORT.exists() else {}

@@ -172,9 +172,13 @@ def test_where_out_of_range(options, message):
         optimize(tiny(), **options)
 
 
-@pytest.mark.parametrize("spans", [[(5, 13)], [(-1, 5)], [(6, 6)], [(6, 3)], [(0, 6), (4, 8)], [(6, 9), (0, 3)]], ids=str)
+@pytest.mark.parametrize(
+    "spans", [[(5, 13)], [(-1, 5)], [(6, 6)], [(6, 3)], [(0, 6), (4, 8)], [(6, 9), (0, 3)]], ids=str
+)
 def test_spans_out_of_range(spans):
-    with pytest.raises(BudgetError, match=r"span \(.*\) does not lie within the 12 tokens of block \d, or spans overlap or"):
+    with pytest.raises(
+        BudgetError, match=r"span \(.*\) does not lie within the 12 tokens of block \d, or spans overlap or"
+    ):
         optimize(tiny(), spans=spans)
 
 
@@ -248,7 +252,9 @@ class Untraceable(nn.Module):
 
 
 def test_what_cannot_be_traced_says_so():
-    with pytest.raises(TraceError, match=r"torch.export cannot trace this model[\s\S]*read back into Python[\s\S]*what to do"):
+    with pytest.raises(
+        TraceError, match=r"torch.export cannot trace this model[\s\S]*read back into Python[\s\S]*what to do"
+    ):
         tokcompile.optimize(Untraceable().eval(), (torch.randn(4, 4),))
 
 
@@ -327,7 +333,9 @@ def test_a_rule_must_be_callable():
 def test_a_rule_with_a_wrong_label_is_caught_at_its_node(monkeypatch):
     rules = {**tokcompile.passes.rules.RULES, "tokcompile_tests.swirl": lambda call: call.emit(((1,), (5,), (16,)))}
     monkeypatch.setattr("tokcompile.passes.rewrite.RULES", rules)
-    with pytest.raises(UnsupportedGraph, match=r"the rule for this op gives \(1, 6, 16\), its label says \(1, 5, 16\)[\s\S]*swirl"):
+    with pytest.raises(
+        UnsupportedGraph, match=r"the rule for this op gives \(1, 6, 16\), its label says \(1, 5, 16\)[\s\S]*swirl"
+    ):
         optimize(tiny(swirl), where=0)
 
 
@@ -344,7 +352,13 @@ def test_ops_that_need_all_tokens_inside_the_blocks(between, op):
     with pytest.raises(UnsupportedGraph) as refusal:
         optimize(tiny(between), where=0)
     message = str(refusal.value)
-    for part in (f"= {op}.", "module: blocks.1", "source: ", "pass recover='anywhere'", "reduce only after it (where=[later blocks])"):
+    for part in (
+        f"= {op}.",
+        "module: blocks.1",
+        "source: ",
+        "pass recover='anywhere'",
+        "reduce only after it (where=[later blocks])",
+    ):
         assert part in message
     with pytest.raises(UnsupportedGraph, match="cannot be rewritten"):
         optimize(tiny(between), where=0, recover="never")
@@ -396,7 +410,9 @@ def autocast(x):
 
 
 def test_autocast_inside_is_refused():
-    with pytest.raises(UnsupportedGraph, match=r"turns autocast on inside its forward[\s\S]*convert the model's weights and inputs"):
+    with pytest.raises(
+        UnsupportedGraph, match=r"turns autocast on inside its forward[\s\S]*convert the model's weights and inputs"
+    ):
         optimize(tiny(autocast))
 
 
@@ -408,7 +424,10 @@ def test_a_method_that_reads_attention_before_the_first_block():
 
 def test_blocks_of_two_stages_do_not_go_together():
     model, args, _ = FAMILIES["timm/pit"].build(1)
-    with pytest.raises(UnsupportedGraph, match=r"hold \[\d+, \d+\] tokens: one method works within one stage[\s\S]*choose one stage: where="):
+    with pytest.raises(
+        UnsupportedGraph,
+        match=r"hold \[\d+, \d+\] tokens: one method works within one stage[\s\S]*choose one stage: where=",
+    ):
         tokcompile.optimize(model, args, method="random", where=[0, 2])
 
 
@@ -544,7 +563,9 @@ def test_a_file_that_is_no_program(write, message, tmp_path):
 def test_load_of_a_plain_program(tmp_path):
     model, args = tiny()
     torch.export.save(torch.export.export(model, args), tmp_path / "plain.pt2")
-    with pytest.raises(ExportError, match=r"not one that OptimizedModel.save wrote: pass it to tokcompile.optimize instead"):
+    with pytest.raises(
+        ExportError, match=r"not one that OptimizedModel.save wrote: pass it to tokcompile.optimize instead"
+    ):
         tokcompile.load(tmp_path / "plain.pt2")
 
 

@@ -4,8 +4,6 @@ import tokcompile.methods  # noqa: F401  (before the function of that name, whic
 from tokcompile import primitives, steps
 from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
-
-from tokcompile.oracles import Check, check
 from tokcompile.errors import (
     BudgetError,
     ExportError,
@@ -16,6 +14,7 @@ from tokcompile.errors import (
     TraceError,
     UnsupportedGraph,
 )
+from tokcompile.oracles import Check, check
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.rules import Call, NeedsFull, register_rule
 from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, methods, register_method
@@ -26,7 +25,6 @@ __all__ = [
     "BudgetError",
     "Call",
     "Check",
-
     "ExportError",
     "Flops",
     "InputError",
@@ -50,7 +48,6 @@ __all__ = [
     "Tokens",
     "TraceError",
     "UnsupportedGraph",
-
     "check",
     "load",
     "methods",

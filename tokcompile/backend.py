@@ -1,4 +1,5 @@
 """`torch.compile(model, backend="tokcompile", options={...})`: the same passes on Dynamo's graph, then another backend."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ from tokcompile.passes.trace import Traced
 OWN = ("method", "budget", "where", "spans", "recover", "plan", "size_weighted_mean", "inner", "inner_options")
 
 
-def backend(gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+def backend(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
     """A Dynamo backend; use it with fullgraph=True, dynamic=False.
 
     options: method, budget, where, spans, recover, plan and the method's own options as in `tokcompile.optimize`; inner:
@@ -51,8 +54,11 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
     if plan is not None and "method" in own:
         raise MethodError("options has both a plan and a method; a plan names its own method")
     settings = settings_for(
-        plan.method if plan else own.get("method", "tome"), {**(plan.options if plan else {}), **given},
-        recover=own.get("recover", "end"), spans=own.get("spans"), size_weighted_mean=own.get("size_weighted_mean", True),
+        plan.method if plan else own.get("method", "tome"),
+        {**(plan.options if plan else {}), **given},
+        recover=own.get("recover", "end"),
+        spans=own.get("spans"),
+        size_weighted_mean=own.get("size_weighted_mean", True),
     )
     traced, user = to_aten(gm, example_inputs)
     analysis = understand(traced, canonicalise(traced.gm, traced.inputs), {})

@@ -1,4 +1,5 @@
 """How many tokens to keep, said in one of several ways; all are fixed at compile time."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """The pipeline: the passes in order, in one place."""
+
 from __future__ import annotations
 
 import time
@@ -86,17 +87,29 @@ def timed(seconds: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
     return result
 
 
-def compile_plan(analysis: Analysis, settings: Settings, budget: Any, where: Sequence[int | str] | None, plan: Plan | None) -> Compiled:
+def compile_plan(
+    analysis: Analysis, settings: Settings, budget: Any, where: Sequence[int | str] | None, plan: Plan | None
+) -> Compiled:
     """Passes 4 to 7: plan, rewrite with recovery, cost."""
 
     def attempt(layout: Layout) -> Compiled:
         if plan is not None:
             chosen = fit_plan(plan, analysis.structure)
         else:
-            chosen = timed(analysis.seconds, "plan", lambda: make_plan(
-                analysis.structure, settings.recipe, budget, where=where, spans=settings.spans, options=settings.options,
-                layout=layout, solve_flops=lambda *a: solve_flops(analysis, settings, layout, *a),
-            ))
+            chosen = timed(
+                analysis.seconds,
+                "plan",
+                lambda: make_plan(
+                    analysis.structure,
+                    settings.recipe,
+                    budget,
+                    where=where,
+                    spans=settings.spans,
+                    options=settings.options,
+                    layout=layout,
+                    solve_flops=lambda *a: solve_flops(analysis, settings, layout, *a),
+                ),
+            )
         data = plan.budget if plan is not None else to_data(as_budget(budget))
         made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
         if not chosen:
@@ -133,8 +146,12 @@ def with_layout(attempt: Callable[[Layout], Any]) -> Any:
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
     """One rewrite of the analysed graph. Raises: UnsupportedGraph, NeedsLayout."""
     rewriter = Rewriter(
-        analysis.graph, analysis.structure, splices(analysis, settings, chosen), outputs=settings.outputs,
-        recover=settings.recover, size_weighted_mean=settings.size_weighted_mean,
+        analysis.graph,
+        analysis.structure,
+        splices(analysis, settings, chosen),
+        outputs=settings.outputs,
+        recover=settings.recover,
+        size_weighted_mean=settings.size_weighted_mean,
     )
     try:
         result = rewriter.run()
@@ -171,7 +188,15 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
         block = blocks[r.block]
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
         site = Site(
-            r.n, r.k, r.prefix // r.unit, r.suffix // r.unit, order.index(r.block), len(order), r.block, len(blocks), grid,
+            r.n,
+            r.k,
+            r.prefix // r.unit,
+            r.suffix // r.unit,
+            order.index(r.block),
+            len(order),
+            r.block,
+            len(blocks),
+            grid,
             settings.options,
         )
         at = block.out if r.place == "attention" else block.entry
@@ -181,7 +206,12 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
 
 
 def solve_flops(
-    analysis: Analysis, settings: Settings, layout: Layout, slots: list[Slot], counts: Callable[[int], list[int]], ratio: float
+    analysis: Analysis,
+    settings: Settings,
+    layout: Layout,
+    slots: list[Slot],
+    counts: Callable[[int], list[int]],
+    ratio: float,
 ) -> list[int]:
     """The counts of the largest budget whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
 

@@ -1,4 +1,5 @@
 """The one exception family: what went wrong, where, why, and what to do about it."""
+
 from __future__ import annotations
 
 from typing import Any

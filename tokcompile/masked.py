@@ -1,4 +1,5 @@
 """The second oracle's other side: the ORIGINAL graph, in which nobody may attend to the dropped tokens."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -53,10 +54,16 @@ class MaskedRun(Interpreter):
         if name in SOFTMAX and self.tokens(args["self"], args["dim"]):
             hidden = ~self.visible(args["self"], args["dim"])
             return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
-        if name in REDUCTIONS and args.get("dim") is not None and any(self.tokens(args["self"], d) for d in as_list(args["dim"])):
+        if (
+            name in REDUCTIONS
+            and args.get("dim") is not None
+            and any(self.tokens(args["self"], d) for d in as_list(args["dim"]))
+        ):
             return self.reduction(n, name, args, value)
         if name in PRODUCTS:
-            left = next(k for k, v in args.items() if isinstance(v, Node) and k not in ("self",) or name != "aten.baddbmm")
+            left = next(
+                k for k, v in args.items() if (isinstance(v, Node) and k not in ("self",)) or name != "aten.baddbmm"
+            )
             left = "batch1" if name == "aten.baddbmm" else left
             if self.tokens(args[left], -1):
                 return self.call(n, args, value, **{left: value[left] * self.visible(args[left], -1)})
@@ -93,7 +100,10 @@ class MaskedRun(Interpreter):
     def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], /, **changed: Any) -> Any:
         args = {**{k: value.get(k, v) for k, v in args.items()}, **changed}
         schema = n.target._schema.arguments
-        return n.target(*(args[a.name] for a in schema if not a.kwarg_only), **{a.name: args[a.name] for a in schema if a.kwarg_only})
+        return n.target(
+            *(args[a.name] for a in schema if not a.kwarg_only),
+            **{a.name: args[a.name] for a in schema if a.kwarg_only},
+        )
 
     def tokens(self, node: Any, dim: int) -> bool:
         label = self.labels.get(node)

@@ -4,6 +4,7 @@ Permutation: all tokens are kept, in random order; every output must be what it 
 dropped; the kept ones must be what the original graph gives when nobody may attend to the dropped ones. Parameters are
 shaken first, because zero-initialised tables and tiny layer scales would hide a missing step.
 """
+
 from __future__ import annotations
 
 import json
@@ -61,20 +62,28 @@ class Check:
         lines = [f"{'oracle':<14}{'block':>6}  {'error':>9}  result"]
         for r in self.results:
             error = "-" if r.error is None else f"{r.error:.1e}"
-            lines.append(f"{r.oracle:<14}{r.block:>6}  {error:>9}  {'ok' if r.ok else 'FAILED'}{'  ' + r.note if r.note else ''}")
+            lines.append(
+                f"{r.oracle:<14}{r.block:>6}  {error:>9}  {'ok' if r.ok else 'FAILED'}{'  ' + r.note if r.note else ''}"
+            )
         lines.append(f"sites: {len(self.sites)}" + (f" ({self.sites[0]} .. {self.sites[-1]})" if self.sites else ""))
         lines += [f"not recognised: {text}" for text in self.unrecognised]
         lines += [f"fixed while tracing: {text}" for text in self.guards]
         inside = any("recover='anywhere'" in r.note for r in self.results)
         understood = "the pass understands this model" + inside * (
-            ", but tokens have to be given back inside its blocks (recover='anywhere'), which costs most of the gain")
+            ", but tokens have to be given back inside its blocks (recover='anywhere'), which costs most of the gain"
+        )
         lines.append(understood if self.ok else "the pass does NOT understand this model")
         return "\n".join(lines)
 
 
 def check(
-    model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, *,
-    spans: Sequence[tuple[int, int]] | None = None, blocks: Sequence[int] | None = None, seed: int = 0,
+    model: Any,
+    args: tuple[Any, ...] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Check:
     """Runs both oracles at the first, a middle and the last block (or at `blocks`) on a copy with shaken parameters.
 
@@ -109,7 +118,11 @@ def check(
         sites, report.unrecognised = [], [*report.unrecognised, str(error)]
     if not sites:
         report.ok = False
-    chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
+    chosen = (
+        [one_block(structure.blocks, b) for b in blocks]
+        if blocks is not None
+        else [sites[i] for i in depths(len(sites))]
+    )
     for block in chosen:
         for oracle in (permutation, masked_keys):
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
@@ -162,8 +175,10 @@ def noise_floor(gm: GraphModule, inputs: Sequence[Any], outputs: Sequence[Any], 
 
     def moved(share: float) -> list[Any]:
         return [
-            v * (1 + share * torch.randn(v.shape, generator=generator).to(v)) if isinstance(v, Tensor) and v.is_floating_point()
-            else v for v in inputs
+            v * (1 + share * torch.randn(v.shape, generator=generator).to(v))
+            if isinstance(v, Tensor) and v.is_floating_point()
+            else v
+            for v in inputs
         ]
 
     if floats(inputs) and worst(run(gm, moved(0.5)), outputs) == 0:
@@ -197,18 +212,37 @@ def floats(values: Sequence[Any]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def compare(result: Result, oracle: Any, analysis: Analysis, block: Any, spans: Any, outputs: list[Any], seed: int,
-            tolerance: float) -> None:
+def compare(
+    result: Result,
+    oracle: Any,
+    analysis: Analysis,
+    block: Any,
+    spans: Any,
+    outputs: list[Any],
+    seed: int,
+    tolerance: float,
+) -> None:
     """Fills in one row. A model that keeps tokens in groups or in segments is compared on whole groups and segments."""
-    with_layout(lambda layout: oracle(result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed))
+    with_layout(
+        lambda layout: oracle(
+            result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed
+        )
+    )
     result.ok = result.error is None or result.error <= tolerance
 
 
 def reduced_to(slot: Any, unit: int, share: float) -> list[Reduction]:
     """One reduction per segment at that place, to `share` of its tokens."""
     return [
-        Reduction(slot.block.index, stop - start, max(1, int((stop - start) * share)), "attention", start * unit,
-                  slot.stage.length - stop * unit, unit)
+        Reduction(
+            slot.block.index,
+            stop - start,
+            max(1, int((stop - start) * share)),
+            "attention",
+            start * unit,
+            slot.stage.length - stop * unit,
+            unit,
+        )
         for start, stop in slot.spans
     ]
 
@@ -223,7 +257,7 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         settings.recover = "anywhere"
         out = rewrite(analysis, settings, reductions)
         inside = [r for r in out.recoveries if r.inside]
-        result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({str(error).splitlines()[0][:90]})"
+        result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({str(error).splitlines()[0].split(' (')[0]})"
         return out
 
 
@@ -248,7 +282,9 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, output
     compared = [(a, b) for a, b in pairs if a.is_floating_point()]
     result.error = worst([a for a, _ in compared], [b for _, b in compared]) if compared else None
     if not compared:
-        result.note = (result.note + "; " if result.note else "") + "every output comes after a recovery: nothing to compare"
+        result.note = (
+            result.note + "; " if result.note else ""
+        ) + "every output comes after a recovery: nothing to compare"
 
 
 def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
@@ -262,7 +298,9 @@ def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
             difference = difference[~(torch.isinf(a) & torch.isinf(b))]
             if difference.numel():
                 finite = b[torch.isfinite(b)].double()
-                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
+                value = (
+                    (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
+                )
                 out = max(out, value) if value == value else float("inf")
     return out
 
@@ -291,6 +329,3 @@ def shuffled(seed: int) -> Recipe:
 
 def subset(seed: int) -> Recipe:
     return constant_recipe("subset", seed, sort=True)
-
-
-

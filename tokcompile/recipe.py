@@ -1,10 +1,11 @@
 """What a token-reduction method is: a value that names no model."""
+
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class Mix:
     weights: Tensor
 
 
-Plan = Callable[[Tokens, Site], Union[Keep, Merge, Mix]]
+Plan = Callable[[Tokens, Site], Keep | Merge | Mix]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """What was found, what was done, and what it costs: printable and JSON."""
+
 from __future__ import annotations
 
 import json
@@ -42,12 +43,18 @@ class Report:
             now = tokens.get(b["length"], b["length"])
             after = left.get(b["index"], now)
             tokens[b["length"]] = after
-            lines.append(f"{b['index']:<8}{now:>8}{after:>8}  {b['path']}{'  not reducible: ' + b['why_not'] if b['why_not'] else ''}")
-        lines.append(f"FLOPs {self.flops / 1e9:.3f} G of {self.original_flops / 1e9:.3f} G ({self.flops_ratio:.3f}); "
-                     f"selection and merging {self.overhead_flops / 1e9:.4f} G")
+            lines.append(
+                f"{b['index']:<8}{now:>8}{after:>8}  {b['path']}{'  not reducible: ' + b['why_not'] if b['why_not'] else ''}"
+            )
+        lines.append(
+            f"FLOPs {self.flops / 1e9:.3f} G of {self.original_flops / 1e9:.3f} G ({self.flops_ratio:.3f}); "
+            f"selection and merging {self.overhead_flops / 1e9:.4f} G"
+        )
         for r in self.recoveries:
             cost = "; blocks follow, so part of the gain is lost" if r["inside"] else ""
-            lines.append(f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}")
+            lines.append(
+                f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}"
+            )
         lines += [f"not recognised: {text}" for text in self.unrecognised]
         lines += [f"fixed while tracing: {text}" for text in self.guards]
         return "\n".join(lines)
@@ -56,13 +63,26 @@ class Report:
 def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) -> Report:
     rewritten = compiled.rewritten
     blocks = [
-        {"index": b.index, "path": b.path, "length": b.stage.length, "prefix": b.stage.prefix, "suffix": b.stage.suffix,
-         "grid": b.stage.grid, "why_not": b.why_not, "parallel": b.parallel}
+        {
+            "index": b.index,
+            "path": b.path,
+            "length": b.stage.length,
+            "prefix": b.stage.prefix,
+            "suffix": b.stage.suffix,
+            "grid": b.stage.grid,
+            "why_not": b.why_not,
+            "parallel": b.parallel,
+        }
         for b in analysis.structure.blocks
     ]
     return Report(
-        blocks, [asdict(r) for r in compiled.plan.reductions], compiled.flops, total(original),
+        blocks,
+        [asdict(r) for r in compiled.plan.reductions],
+        compiled.flops,
+        total(original),
         rewritten.overhead_flops if rewritten else 0,
         [asdict(r) for r in rewritten.recoveries] if rewritten else [],
-        analysis.structure.unrecognised, analysis.traced.guards, dict(analysis.seconds),
+        analysis.structure.unrecognised,
+        analysis.traced.guards,
+        dict(analysis.seconds),
     )

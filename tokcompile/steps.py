@@ -1,4 +1,5 @@
 """At which blocks a method reduces, and how one budget spreads over them: compile-time integers only."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -4,6 +4,7 @@ timm and transformers import torchvision; the wheel on the package index is buil
 load on a CPU build of torch. Declaring the operators' schemas is enough for the import. `make venv` puts this file
 and a `.pth` that imports it into the project's own virtual environment; it is no part of the tokcompile package.
 """
+
 import importlib.abc
 import importlib.machinery
 import sys

@@ -1,4 +1,5 @@
 """Attention: masks are gathered on demand, and merged tokens weigh as many keys as they hold (proportional attention)."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,7 +35,7 @@ def ungrouped(call: Call, label: Label, query: Label) -> Label:
 
 
 def match_batch(own: Label, batch: Label) -> Label:
-    return tuple(b if old(a) == old(b) else a for a, b in zip(own, batch[len(batch) - len(own):]))
+    return tuple(b if old(a) == old(b) else a for a, b in zip(own, batch[len(batch) - len(own) :]))
 
 
 def mask(call: Call, scores: Label) -> Node | None:
@@ -106,7 +107,14 @@ def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> N
     return call.op(aten.reshape.default, value, sizes)
 
 
-@rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax", "aten.log_softmax", "aten._log_softmax")
+@rule(
+    "aten.softmax",
+    "aten._softmax",
+    "aten._safe_softmax",
+    "aten.special_softmax",
+    "aten.log_softmax",
+    "aten._log_softmax",
+)
 def softmax(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
@@ -125,4 +133,3 @@ def with_last(label: Label, dim: int) -> Label:
     out = list(label)
     out[dim], out[-1] = out[-1], out[dim]
     return tuple(out)
-

@@ -1,4 +1,5 @@
 """Matrix products: batch axes are broadcast, the contracted axis must hold the same tokens on both sides."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -71,7 +72,7 @@ def convolution(call: Call) -> Any:
     """Fine where tokens lie on the batch axis; a 1 x 1 kernel is a linear map and keeps them anywhere but on channels."""
     label = call.label("input")
     out = call.old_shape
-    if has_tokens(label[1]) or any(has_tokens(axis) for axis in label[2:]) and not is_one_by_one(call):
+    if has_tokens(label[1]) or (any(has_tokens(axis) for axis in label[2:]) and not is_one_by_one(call)):
         raise NeedsFull("it convolves over the token grid")
     channels = (out[1],) if out[1] != 1 else ()
     spatial = [axis if old(axis) == size else ((size,) if size != 1 else ()) for axis, size in zip(label[2:], out[2:])]
@@ -86,8 +87,20 @@ def is_one_by_one(call: Call) -> bool:
     return ones and zero and all(s == 1 for s in call.args.get("stride", [1]))
 
 
-@rule("aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool1d", "aten.avg_pool1d",
-      "aten.max_pool1d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
-      "aten.adaptive_max_pool2d", "aten.adaptive_max_pool1d", "aten.max_pool2d_with_indices", "aten.grid_sampler")
+@rule(
+    "aten.max_pool2d",
+    "aten.avg_pool2d",
+    "aten.adaptive_avg_pool2d",
+    "aten.adaptive_avg_pool1d",
+    "aten.avg_pool1d",
+    "aten.max_pool1d",
+    "aten.upsample_nearest2d",
+    "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d",
+    "aten.adaptive_max_pool2d",
+    "aten.adaptive_max_pool1d",
+    "aten.max_pool2d_with_indices",
+    "aten.grid_sampler",
+)
 def over_the_grid(call: Call) -> Any:
     raise NeedsFull("it works on the token grid")

@@ -1,4 +1,5 @@
 """The rule registry and `Call`, the view that a rule has of the op it rewrites."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,18 @@ from torch.fx import Node
 from tokcompile.errors import TokcompileError, UnsupportedGraph
 from tokcompile.passes.graph import bind, is_tensor, shape
 from tokcompile.passes.tokens import (
-    Axis, Batch, Label, Seq, has_batch, has_tokens, is_labelled, new_shape, normal, old, plain, tokens_of,
+    Axis,
+    Batch,
+    Label,
+    Seq,
+    has_batch,
+    has_tokens,
+    is_labelled,
+    new_shape,
+    normal,
+    old,
+    plain,
+    tokens_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -119,7 +131,8 @@ class Call:
             return [self.typed(v, one) for v, one in zip(self.rewriter.builder.unpack(value), label)]
         if shape(value) != new_shape(label):
             raise UnsupportedGraph(
-                f"the rule for this op gives {shape(value)}, its label says {new_shape(label)}: a bug in the rule", self.node
+                f"the rule for this op gives {shape(value)}, its label says {new_shape(label)}: a bug in the rule",
+                self.node,
             )
         return value, label
 

@@ -1,4 +1,5 @@
 """Table look-ups and indexing."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,7 +24,7 @@ def index_select(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]) or call.labelled("index"):
         raise NeedsFull("it reorders tokens by position")
-    label[dim] = plain(call.old_shape[dim:dim + 1])[0]
+    label[dim] = plain(call.old_shape[dim : dim + 1])[0]
     return call.emit(tuple(label))
 
 
@@ -38,8 +39,11 @@ def advanced_index(call: Call) -> Any:
     if dims != list(range(dims[0], dims[0] + len(dims))):
         raise NeedsFull("an index with gaps between its axes")
     joined = call.join(call.label_of(i) for _, i in given)
-    values = [call.coerce_node(call.rewriter.env[i], call.label_of(i), joined) if isinstance(i, Node) else None for i in indices]
-    out = (*label[: dims[0]], *joined, *label[dims[-1] + 1:])
+    values = [
+        call.coerce_node(call.rewriter.env[i], call.label_of(i), joined) if isinstance(i, Node) else None
+        for i in indices
+    ]
+    out = (*label[: dims[0]], *joined, *label[dims[-1] + 1 :])
     return call.emit(out, indices=values)
 
 
@@ -51,9 +55,9 @@ def gather(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]) or has_tokens(other[dim]):
         raise NeedsFull("it picks tokens by position")
-    rest = call.join([label[:dim] + ((),) + label[dim + 1:], other[:dim] + ((),) + other[dim + 1:]])
-    want = (*rest[:dim], other[dim], *rest[dim + 1:])
-    mine = (*rest[:dim], label[dim], *rest[dim + 1:])
+    rest = call.join([label[:dim] + ((),) + label[dim + 1 :], other[:dim] + ((),) + other[dim + 1 :]])
+    want = (*rest[:dim], other[dim], *rest[dim + 1 :])
+    mine = (*rest[:dim], label[dim], *rest[dim + 1 :])
     return call.emit(want, **{"self": call.coerce("self", mine), index: call.coerce(index, want)})
 
 

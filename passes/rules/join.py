@@ -1,4 +1,5 @@
 """Ops that put token axes together or take them apart: cat, stack, slice, select, split, unbind."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +16,7 @@ def cat(call: Call) -> Any:
     dim = call["dim"] % rank
     joined = call.join([with_axis(one, dim, ()) for one in labels])
     if not any(has_tokens(one[dim]) for one in labels):
-        out = with_axis(joined, dim, plain(call.old_shape[dim:dim + 1])[0])
+        out = with_axis(joined, dim, plain(call.old_shape[dim : dim + 1])[0])
     else:
         parts: list[Any] = []
         unit = next(grouped(one[dim])[1] for one in labels if has_tokens(one[dim]))
@@ -36,7 +37,7 @@ def widened(call: Call, value: Any, joined: Label, dim: int) -> Any:
 
 
 def with_axis(label: Label, dim: int, axis: Axis) -> Label:
-    return (*label[:dim], axis, *label[dim + 1:])
+    return (*label[:dim], axis, *label[dim + 1 :])
 
 
 @rule("aten.stack")
@@ -58,7 +59,7 @@ def slice_(call: Call) -> Any:
     else:
         start, stop, step = slice(call["start"], call["end"], call["step"]).indices(size)
     if not has_tokens(label[dim]):
-        return call.emit(with_axis(label, dim, plain(call.old_shape[dim:dim + 1])[0]))
+        return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
     if (start, stop, step) == (0, size, 1):
         return call["self"], label
     value, axis = cut(call, call["self"], label, dim, start, stop, step)
@@ -108,19 +109,28 @@ def select(call: Call) -> Any:
     dim = call["dim"] % len(label)
     index = call["index"] % old(label[dim])
     if not has_tokens(label[dim]) and old(label[dim]) != call.batch:
-        return call.emit(with_axis(label, dim, ())[:dim] + label[dim + 1:])
+        return call.emit(with_axis(label, dim, ())[:dim] + label[dim + 1 :])
     if not has_tokens(label[dim]):
         if any(not isinstance(a, int) for a in label[dim]):
             raise NeedsFull("it picks one sample out of the batch")
-        return call.emit(label[:dim] + label[dim + 1:])
+        return call.emit(label[:dim] + label[dim + 1 :])
     value, axis = cut(call, call["self"], label, dim, index, index + 1)
     if any(isinstance(a, Seq) for a in axis):
         raise NeedsFull("it picks one of the reduced tokens")
-    return call.typed(call.op(aten.select.int, value, dim, 0), label[:dim] + label[dim + 1:])
+    return call.typed(call.op(aten.select.int, value, dim, 0), label[:dim] + label[dim + 1 :])
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk", "aten.unsafe_split",
-      "aten.hsplit", "aten.vsplit", "aten.dsplit")
+@rule(
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.chunk",
+    "aten.tensor_split",
+    "aten.unsafe_chunk",
+    "aten.unsafe_split",
+    "aten.hsplit",
+    "aten.vsplit",
+    "aten.dsplit",
+)
 def split(call: Call) -> Any:
     label = call.label("self")
     dim = call.args.get("dim", 0) % len(label)
@@ -141,7 +151,7 @@ def unbind(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]) or any(not isinstance(a, int) for a in label[dim]):
         raise NeedsFull("it handles each token or sample by itself")
-    return call.emit([label[:dim] + label[dim + 1:]] * old(label[dim]))
+    return call.emit([label[:dim] + label[dim + 1 :]] * old(label[dim]))
 
 
 @rule("aten.slice_scatter")

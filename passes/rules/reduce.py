@@ -1,4 +1,5 @@
 """Reductions over axes: over tokens they run over the kept ones, each weighing as many as it holds."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -48,8 +49,17 @@ def mean_or_sum(call: Call) -> Any:
     return call.typed(total, out)
 
 
-@rule("aten.amax", "aten.amin", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.all", "aten.any", "aten.prod",
-      "aten.frobenius_norm")
+@rule(
+    "aten.amax",
+    "aten.amin",
+    "aten.logsumexp",
+    "aten.linalg_vector_norm",
+    "aten.norm",
+    "aten.all",
+    "aten.any",
+    "aten.prod",
+    "aten.frobenius_norm",
+)
 def other(call: Call) -> Any:
     """Over tokens: over those that are left."""
     name = call.tensors()[0]
@@ -83,7 +93,16 @@ def extremes(call: Call) -> Any:
     return call.emit([out, out])
 
 
-@rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.cumsum", "aten.cumprod", "aten.kthvalue")
+@rule(
+    "aten.argmax",
+    "aten.argmin",
+    "aten.topk",
+    "aten.sort",
+    "aten.argsort",
+    "aten.cumsum",
+    "aten.cumprod",
+    "aten.kthvalue",
+)
 def positions(call: Call) -> Any:
     """Along other axes only: over tokens, positions and running sums would mean something else."""
     label = call.label("self")
@@ -95,5 +114,9 @@ def positions(call: Call) -> Any:
         size = value[0].shape[dim % len(label)]
         out = tuple((size,) if d == dim % len(label) else axis for d, axis in enumerate(label))
         return call.emit([out, out])
-    keep = call.args.get("keepdim", True) if "arg" in str(call.node.target) and "sort" not in str(call.node.target) else None
+    keep = (
+        call.args.get("keepdim", True)
+        if "arg" in str(call.node.target) and "sort" not in str(call.node.target)
+        else None
+    )
     return call.emit(label if keep is None else reduced(label, [dim % len(label)], bool(keep)))

@@ -1,4 +1,5 @@
 """Ops that only rearrange axes: labels are regrouped, literal sizes are rewritten from the label."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,8 +30,19 @@ def view(call: Call) -> Any:
     return call.typed(call.op(aten.reshape.default, call[name], list(new_shape(label))), label)
 
 
-@rule("aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.numpy_T", "aten.mT",
-      "aten.adjoint", "aten.mH", "aten.permute_copy")
+@rule(
+    "aten.permute",
+    "aten.transpose",
+    "aten.t",
+    "aten.movedim",
+    "aten.swapaxes",
+    "aten.swapdims",
+    "aten.numpy_T",
+    "aten.mT",
+    "aten.adjoint",
+    "aten.mH",
+    "aten.permute_copy",
+)
 def permute(call: Call) -> Any:
     """Whatever the op is called, it is run on a tensor whose strides tell the axes apart."""
     label = call.label("self")
@@ -98,7 +110,15 @@ def repeat_interleave(call: Call) -> Any:
     return call.emit(tuple(label), output_size=size)
 
 
-@rule("aten.roll", "aten.flip", "aten.rot90", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.constant_pad_nd", "aten.pad")
+@rule(
+    "aten.roll",
+    "aten.flip",
+    "aten.rot90",
+    "aten.pixel_shuffle",
+    "aten.pixel_unshuffle",
+    "aten.constant_pad_nd",
+    "aten.pad",
+)
 def moves_positions(call: Call) -> Any:
     """Moves values along axes: fine where those axes hold no tokens."""
     label = call.label("self")
@@ -112,11 +132,12 @@ def moves_positions(call: Call) -> Any:
         touched = list(range(len(label)))
     if any(has_tokens(label[d]) or any(isinstance(a, Batch) for a in label[d]) for d in touched) or not touched:
         raise NeedsFull("it moves values along the token axis")
-    out = tuple(plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape)))
+    out = tuple(
+        plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape))
+    )
     return call.emit(out)
 
 
 @rule("aten.unfold", "aten.as_strided", "aten.im2col", "aten.col2im")
 def strided(call: Call) -> Any:
     raise NeedsFull("it reads tokens by their place on the grid")
-

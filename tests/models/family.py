@@ -1,4 +1,5 @@
 """What a family of test models is, and the helpers its builders share."""
+
 from __future__ import annotations
 
 import contextlib

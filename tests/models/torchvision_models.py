@@ -1,4 +1,5 @@
 """Small torchvision models, and plain PyTorch ones that belong to no library."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -95,10 +96,16 @@ _VIT = dict(image_size=56, patch_size=8, num_layers=4, num_heads=4, hidden_dim=4
 _SWIN = dict(patch_size=[4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=[7, 7], num_classes=10)
 
 TORCHVISION_FAMILIES: tuple[Family, ...] = (
-    Family("torchvision/vit", partial(_torchvision, "vision_transformer", "VisionTransformer", 56, _VIT),
-           "torchvision", 4, "nn.MultiheadAttention"),
-    Family("torchvision/swin", partial(_torchvision, "swin_transformer", "SwinTransformer", 56, _SWIN),
-           "torchvision", 4),
+    Family(
+        "torchvision/vit",
+        partial(_torchvision, "vision_transformer", "VisionTransformer", 56, _VIT),
+        "torchvision",
+        4,
+        "nn.MultiheadAttention",
+    ),
+    Family(
+        "torchvision/swin", partial(_torchvision, "swin_transformer", "SwinTransformer", 56, _SWIN), "torchvision", 4
+    ),
     _encoder("encoder_batch_first", batch_first=True, norm_first=True),
     _encoder("encoder_sequence_first", "tokens are axis 0", batch_first=False, norm_first=True),
     _encoder("encoder_post_norm", batch_first=True, norm_first=False),

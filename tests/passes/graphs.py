@@ -67,8 +67,17 @@ def subset(batch: int, n: int, k: int, sort: bool = True, seed: int = 0) -> Tens
 
 
 def rewriter(
-    gm: GraphModule, recipe: Recipe, n: int, k: int, *, prefix: int = 0, suffix: int = 0, unit: int = 1, axis: int = 1,
-    batch_axis: int | None = 0, **options: Any,
+    gm: GraphModule,
+    recipe: Recipe,
+    n: int,
+    k: int,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    unit: int = 1,
+    axis: int = 1,
+    batch_axis: int | None = 0,
+    **options: Any,
 ) -> Rewriter:
     """A Rewriter that reduces the first input of the graph; no block follows it."""
     x = next(iter(gm.graph.nodes))
@@ -100,7 +109,9 @@ def rows(value: Tensor, label: Label | None, kept: dict[Space, Tensor]) -> Tenso
             assert index.shape[0] == 1
             x = x.index_select(at, index[0])
         else:
-            x = torch.stack([x.select(where, b).index_select(at - (at > where), index[b]) for b in range(x.shape[where])], where)
+            x = torch.stack(
+                [x.select(where, b).index_select(at - (at > where), index[b]) for b in range(x.shape[where])], where
+            )
     sizes = [[a if isinstance(a, int) else a.size if isinstance(a, Batch) else a.new for a in axis] for axis in label]
     return x.reshape([torch.tensor(s, dtype=torch.int64).prod().item() if s else 1 for s in sizes])
 

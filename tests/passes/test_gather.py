@@ -43,7 +43,7 @@ class Bench:
 
 
 WANTS = {
-    "table": ("S 5", "N 5"),
+    "table": ("B S 5", "N 5"),
     "row-of-a-batch": ("B S 5", "1 N 5"),
     "per-sample": ("B S 5", "B N 5"),
     "mask": ("B 2 S S", "1 1 N N"),
@@ -84,7 +84,7 @@ def test_a_full_tensor_is_restricted_to_the_kept_tokens(want, space, batch, orde
     got = bench.run(node)
     full = value.expand(old_shape(label))  # what it stands for: the broadcast tensor, restricted
     assert torch.equal(got.expand(new_shape(label)), rows(full, label, bench.kept))
-    for have_size, got_size in zip(sizes, got.shape[-len(sizes):]):
+    for have_size, got_size in zip(sizes, got.shape[-len(sizes) :]):
         assert have_size != 1 or got_size in (1, batch)  # broadcast axes stay so, but for the batch
 
 
@@ -226,7 +226,9 @@ def test_axes_cut_in_other_places_do_not_meet():
 def test_a_lost_batch_is_an_error():
     bench = Bench(3)
     value = bench.placeholder(torch.zeros(4, 11))
-    with pytest.raises(UnsupportedGraph, match="each sample keeps other tokens, but here the batch is no longer to be seen"):
+    with pytest.raises(
+        UnsupportedGraph, match="each sample keeps other tokens, but here the batch is no longer to be seen"
+    ):
         bench.gather.coerce(value, plain((4, 11)), ((4,), (Seq((1, bench.s)),)), None)
 
 

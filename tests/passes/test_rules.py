@@ -28,7 +28,9 @@ def extra(shape: str, batch: int, length: int, seed: int) -> Tensor:
 def restrict(value: Tensor, shape: str, sample: int, index: Tensor) -> Tensor:
     """One sample's share of an extra, its token axes indexed."""
     for axis, name in enumerate(shape.split()):
-        value = value.narrow(axis, sample, 1) if name == "B" else value.index_select(axis, index) if name == "L" else value
+        value = (
+            value.narrow(axis, sample, 1) if name == "B" else value.index_select(axis, index) if name == "L" else value
+        )
     return value
 
 
@@ -87,7 +89,11 @@ CASES = {
     "zeros-like": (lambda x: x + torch.zeros_like(x), "", f"B, {S}, 16"),
     # views
     "heads": (lambda x: x.view(*x.shape[:2], 2, 8).transpose(1, 2), "", f"B, 2, {S}, 8"),
-    "heads-and-back": (lambda x: x.view(*x.shape[:2], 2, 8).transpose(1, 2).transpose(1, 2).reshape(x.shape), "", f"B, {S}, 16"),
+    "heads-and-back": (
+        lambda x: x.view(*x.shape[:2], 2, 8).transpose(1, 2).transpose(1, 2).reshape(x.shape),
+        "",
+        f"B, {S}, 16",
+    ),
     "qkv": (lambda x, w: (x @ w).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)[1], "16 48", f"B, 2, {S}, 8"),
     "rows": (lambda x: (x.flatten(0, 1) * 2).view(x.shape), "", f"B, {S}, 16"),
     "flat-tokens": (lambda x: x.flatten(1), "", f"B, {S}*16"),
@@ -101,7 +107,11 @@ CASES = {
     "expand-channels": (lambda x: x[..., :1].expand(-1, -1, 5), "", f"B, {S}, 5"),
     "repeat-channels": (lambda x: x.repeat(1, 1, 2), "", f"B, {S}, 32"),
     "repeat-interleave": (lambda x: x.repeat_interleave(2, 2), "", f"B, {S}, 32"),
-    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (8, 2))) * 1j).flatten(2), "", f"B, {S}, 16"),
+    "complex": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (8, 2))) * 1j).flatten(2),
+        "",
+        f"B, {S}, 16",
+    ),
     "roll-channels": (lambda x: x.roll(3, -1), "", f"B, {S}, 16"),
     "flip-channels": (lambda x: x.flip(-1), "", f"B, {S}, 16"),
     "pad-channels": (lambda x: F.pad(x, (1, 2)), "", f"B, {S}, 19"),
@@ -237,11 +247,17 @@ NEED_ALL = {
     "layer-norm": (lambda x: F.layer_norm(x, (12, 16)), "it normalises over tokens"),
     "group-norm": (lambda x: F.group_norm(x.mT, 4), "its statistics run over all tokens"),
     "glu": (lambda x: F.glu(x, 1), "it pairs tokens with each other"),
-    "token-mlp": (lambda x: F.linear(x.mT, torch.ones(5, 12, dtype=x.dtype)), "it mixes tokens by a weight per position"),
+    "token-mlp": (
+        lambda x: F.linear(x.mT, torch.ones(5, 12, dtype=x.dtype)),
+        "it mixes tokens by a weight per position",
+    ),
     "conv": (lambda x: F.conv1d(x.mT, torch.ones(5, 16, 3, dtype=x.dtype)), "it convolves over the token grid"),
     "pool": (lambda x: F.avg_pool1d(x.mT, 2), "it works on the token grid"),
     "einsum-ellipsis": (lambda x: torch.einsum("...d,de->...e", x, torch.ones(16, 5, dtype=x.dtype)), "ellipsis"),
-    "scatter": (lambda x: x.scatter(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64), 0.0), "it writes at positions"),
+    "scatter": (
+        lambda x: x.scatter(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64), 0.0),
+        "it writes at positions",
+    ),
     "unknown-op": (lambda x: torch.cdist(x, x), "there is no rule for it"),
 }
 
