@@ -253,9 +253,7 @@ def by_attention(name: str, file: Path, parts: tuple[str, str], given: dict[str,
             order = index.argsort(1)  # ours ascend, theirs descend by attention
             theirs = expected[:, 1 : 1 + kept].gather(1, order[..., None].expand(-1, -1, 48))
             theirs = torch.cat([theirs, expected[:, 1 + kept :]], 1)
-            differ += sum(
-                not torch.equal(*two) for two in zip(plan.index[:, :kept], index.gather(1, order), strict=True)
-            )
+            differ += sum(not torch.equal(*two) for two in zip(plan.index[:, :kept], index.gather(1, order), strict=True))
             error = max(error, float((ours - theirs).abs().max()))
         label = " ".join(f"{key}={value}" for key, value in given.items())
         yield Row(name, f"block, n=196 rate={rate} {label}".strip(), differ, 15, error)
@@ -273,9 +271,7 @@ def topk(repos: Path) -> Iterator[Row]:
     """The Block_TopK of TokenReduction; its Mlp is timm's."""
     from timm.layers import Mlp
 
-    yield from by_attention(
-        "topk", repos / "TokenReduction/models/topk.py", ("Attention_TopK", "Block_TopK"), {}, Mlp=Mlp
-    )
+    yield from by_attention("topk", repos / "TokenReduction/models/topk.py", ("Attention_TopK", "Block_TopK"), {}, Mlp=Mlp)
 
 
 def whole_model(repos: Path) -> Iterator[Row]:

@@ -97,9 +97,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=numbers, default=BUDGETS, help="comma-separated shares of the FLOPs")
     parser.add_argument("--methods", type=names, default=METHODS)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="stop after the batch in hand after so long"
-    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after the batch in hand after so long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -151,9 +149,7 @@ def pixels(path: Path, size: int) -> Tensor:
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), 3).crop((left, top, left + size, top + size))  # 3 is bicubic
-    values = (np.asarray(image, np.float32) / 255 - np.array(weights.MEAN, np.float32)) / np.array(
-        weights.STD, np.float32
-    )
+    values = (np.asarray(image, np.float32) / 255 - np.array(weights.MEAN, np.float32)) / np.array(weights.STD, np.float32)
     return torch.from_numpy(values).permute(2, 0, 1)
 
 
@@ -242,9 +238,7 @@ def reachable(source: Any, method: str, budget: float) -> Case:
 
 def case_of(made: tokcompile.OptimizedModel, method: str, budget: float, note: str = "") -> Case:
     steps = made.plan.reductions
-    return Case(
-        method, budget, made.report.flops_ratio, [r.k for r in steps], [r.block for r in steps], note, program=made
-    )
+    return Case(method, budget, made.report.flops_ratio, [r.k for r in steps], [r.block for r in steps], note, program=made)
 
 
 def random_twin(source: Any, case: Case) -> Case:

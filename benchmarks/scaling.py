@@ -185,9 +185,7 @@ def onnx_milliseconds(module: Reduction, inputs: tuple[Tensor, ...], seconds: fl
 def markdown(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     """Milliseconds in torch and in onnxruntime, FLOPs, and how the time grows from one count to the next."""
     counts = [f"{r['tokens']}" for r in rows]
-    lines = [
-        ["one block of the model", "eager ms", *[cell(r["block"]["eager"]) for r in rows], exponent(rows, "block")]
-    ]
+    lines = [["one block of the model", "eager ms", *[cell(r["block"]["eager"]) for r in rows], exponent(rows, "block")]]
     for method in args.methods:
         lines.append([method, "eager ms", *[cell(r[method]["eager"]) for r in rows], exponent(rows, method)])
         if not args.no_onnx:

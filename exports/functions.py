@@ -102,9 +102,7 @@ class Group:
     lifted: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def make_functions(
-    reductions: Sequence[Reduction], graphs: Sequence[BodyGraph]
-) -> tuple[list[Group], list[ir.Function]]:
+def make_functions(reductions: Sequence[Reduction], graphs: Sequence[BodyGraph]) -> tuple[list[Group], list[ir.Function]]:
     """The functions of a model, and which reductions each one serves."""
     groups: dict[Any, Group] = {}
     taken: dict[str, int] = {}

@@ -200,9 +200,7 @@ def finish(
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = size > LARGEST_FILE if external is None else external
     if size > LARGEST_FILE and not external:
-        raise ExportError(
-            f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True"
-        )
+        raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True")
     with ExitStack() as stack:
         file = write(model, temporary, report, stack if external else None)
         try:

@@ -94,13 +94,7 @@ def match_packed(transpose: ir.Node) -> Packed | None:
     if matmul is None or len(parts) < len(users) or packed.is_graph_output():
         return None
     x, weight, shape = matmul.inputs[0], constant(matmul.inputs[1]), reshape.outputs[0].shape
-    if (
-        x is None
-        or weight is None
-        or weight.ndim != 2
-        or shape is None
-        or not only_user(reshape.outputs[0], "Transpose")
-    ):
+    if x is None or weight is None or weight.ndim != 2 or shape is None or not only_user(reshape.outputs[0], "Transpose"):
         return None
     if bias is not None and bias.shape != weight.shape[1:]:
         return None
@@ -185,13 +179,7 @@ def lp_norm(graph: ir.Graph) -> int:
         if node.outputs[0].dtype != ir.DataType.FLOAT:  # onnxruntime has no half precision kernel
             continue
         axes, least = constant(norm.inputs[1]), constant(clip.inputs[1])
-        if (
-            axes is None
-            or axes.tolist() != [-1]
-            or least is None
-            or least > 1e-10
-            or not norm.attributes["keepdims"].value
-        ):
+        if axes is None or axes.tolist() != [-1] or least is None or least > 1e-10 or not norm.attributes["keepdims"].value:
             continue
         made = ir.Node("", "LpNormalization", [node.inputs[0]], [ir.AttrInt64("axis", -1), ir.AttrInt64("p", 2)])
         replace(graph, node.outputs[0], [made])

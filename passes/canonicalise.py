@@ -91,9 +91,7 @@ def refuse_random(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
-            if packet(node) == "aten.scaled_dot_product_attention" or (
-                packet(node) in DROPOUTS and not bind(node)["train"]
-            ):
+            if packet(node) == "aten.scaled_dot_product_attention" or (packet(node) in DROPOUTS and not bind(node)["train"]):
                 continue
             raise UnsupportedGraph(
                 "the model draws random numbers at inference",
@@ -237,7 +235,8 @@ def drop_no_ops(gm: GraphModule) -> None:
         if node.op != "call_function":
             continue
         name = packet(node)
-        if name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False)) or whole(node) or (name in CASTS and same_type(node)):
+        no_op = name in IDENTITIES or whole(node) or (name in CASTS and same_type(node))
+        if no_op or (name in DROPOUTS and not bind(node).get("train", False)):
             forward(gm, node, node.args[0])
         elif name == "aten.cat":
             drop_empty_operands(gm, node)
@@ -275,9 +274,7 @@ def fold_constants(gm: GraphModule) -> None:
     """
     dependent = user_dependent(gm.graph)
     constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
-    frontier = {
-        n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)
-    }
+    frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
     # what the inputs write into is folded as it is before the write; all that is computed from it stays in the graph
     written = written_to(gm, dependent)
     frontier -= reachable_from(written)

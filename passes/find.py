@@ -20,8 +20,9 @@ ADD = {"aten.add", "aten.add_"}
 BETWEEN = {
     "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.to", "aten._to_copy",
     "aten.view", "aten.reshape", "aten.permute", "aten.transpose", "aten.expand", "aten.contiguous", "aten.clone",
-    "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view", "aten.flatten",
-    "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as", "aten.slice_scatter",
+    "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view",
+    "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
+    "aten.slice_scatter",
 }  # fmt: skip
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes"}
 VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
@@ -242,9 +243,7 @@ def make_block(attention: Attention, entry: Node, mid: Node, structure: Structur
     if stage not in structure.stages:
         structure.stages.append(stage)
     path = common_path(entry, attention.node, mid)
-    return Block(
-        len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not
-    )
+    return Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not)
 
 
 def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
@@ -350,14 +349,14 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
                 return max(prefix, 0), max(suffix, 0), tuple(shape(source)[i] for i in before), source
             axis, node = before[0], source
         else:
-            size = shape(node)[axis] if rank else None
+            length = shape(node)[axis] if rank else None
             follow = [
                 n
                 for n in node.all_input_nodes
                 if n in dependent
                 and isinstance(n.meta["val"], torch.Tensor)
                 and len(shape(n)) == rank
-                and shape(n)[axis] == size
+                and shape(n)[axis] == length
             ]
             if not follow:
                 break
@@ -378,7 +377,7 @@ def moved(node: Node, axis: int, a: dict[str, Any]) -> int:
     if name == "aten.permute":
         marks = marks.permute(a["dims"])
     elif name in ("aten.transpose", "aten.swapaxes"):
-        marks = marks.transpose(a.get("dim0", a.get("axis0")), a.get("dim1", a.get("axis1")))
+        marks = marks.transpose(a["dim0" if "dim0" in a else "axis0"], a["dim1" if "dim1" in a else "axis1"])
     elif name == "aten.t":
         marks = marks.t()
     elif name == "aten.movedim":

@@ -71,9 +71,7 @@ class _Flatten:
 
     def fits(self, node: Node) -> bool:
         sizes = shape(node)
-        return len(sizes) <= 1 or (
-            len(sizes) == len(self.grid) + 1 and all(s in (1, g) for s, g in zip(sizes, self.grid))
-        )
+        return len(sizes) <= 1 or (len(sizes) == len(self.grid) + 1 and all(s in (1, g) for s, g in zip(sizes, self.grid)))
 
     def twin(self, node: Node) -> None:
         """The same op on flattened operands."""
@@ -94,9 +92,7 @@ class _Flatten:
             body = prod(sizes[1:]) if all(s == g for s, g in zip(sizes[1:], self.grid[1:])) else 1
             if body == 1 and any(s > 1 for s in sizes[1:]):  # broadcast along one side of the grid only
                 with self.gm.graph.inserting_after(node):
-                    wide = self.gm.graph.call_function(
-                        aten.expand.default, (node, [sizes[0], *self.grid[1:], shape(node)[-1]])
-                    )
+                    wide = self.gm.graph.call_function(aten.expand.default, (node, [sizes[0], *self.grid[1:], shape(node)[-1]]))
                 wide.meta = {k: v for k, v in node.meta.items() if k != "val"}
                 source, body = wide, self.lead[1]
             else:

@@ -111,7 +111,7 @@ class Gatherer:
         x = self.reshape(x, [new((a,)) for a in atoms])
         for at, target in spots:
             atom = atoms[at]
-            index = self.index(atom if isinstance(atom, Seq) else int(atom), target)
+            index = self.index(atom if isinstance(atom, Seq) else old((atom,)), target)
             x, atoms = self.pick(x, atoms, at, index, target.new, origin)
             atoms[at] = target
         sizes = iter([new((a,)) for a in atoms])
@@ -135,9 +135,7 @@ class Gatherer:
         batched = sizes[where] != 1
         front = self.b.emit(aten.permute.default, x, [where, at, *rest])
         flat = self.b.emit(aten.reshape.default, front, [sizes[where] * sizes[at], prod(sizes[i] for i in rest)])
-        rows = self.b.emit(
-            aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count]
-        )
+        rows = self.b.emit(aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count])
         taken = self.b.emit(aten.index_select.default, flat, 0, rows)
         wide = self.b.emit(aten.reshape.default, taken, [self.batch, count, *(sizes[i] for i in rest)])
         order = [where, at, *rest]
@@ -205,9 +203,7 @@ def atomised(have: Label, want: Label, jobs: list[int]) -> tuple[list[Atom], lis
         else:
             mine = list(have[d])
         if d in jobs:
-            spots += [
-                (len(atoms) + i, t) for i, (own, t) in enumerate(zip(mine, axis)) if isinstance(t, Seq) and own != t
-            ]
+            spots += [(len(atoms) + i, t) for i, (own, t) in enumerate(zip(mine, axis)) if isinstance(t, Seq) and own != t]
         atoms += mine
         groups.append(len(mine))
     return atoms, groups, spots

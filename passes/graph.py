@@ -79,9 +79,7 @@ class Builder:
     def __init__(self, root: torch.nn.Module, mode: FakeTensorMode):
         self.root, self.mode = root, mode
         self.graph = Graph()
-        self.origin: Node | None = (
-            None  # the old node that new ones are written for: they inherit its place in the model
-        )
+        self.origin: Node | None = None  # the old node that new ones are written for: they inherit its place in the model
         self._constants: dict[Any, Node] = {}
 
     def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:

@@ -69,9 +69,7 @@ class Plan:
             if not isinstance(data, dict) or "reductions" not in data or "method" not in data:
                 raise PlanError("this is not a tokcompile plan: it has no 'method' and 'reductions'")
             if data.get("version") != VERSION:
-                raise PlanError(
-                    f"plan version {data.get('version')!r} is not the version {VERSION} that this release reads"
-                )
+                raise PlanError(f"plan version {data.get('version')!r} is not the version {VERSION} that this release reads")
             data["reductions"] = tuple(Reduction(**r) for r in data["reductions"])
             return cls(**data)
         except (json.JSONDecodeError, TypeError) as error:
@@ -161,7 +159,7 @@ def choose_slots(
     structure: Structure,
     recipe: Recipe,
     budget: Any,
-    where: Sequence[int] | None,
+    where: Sequence[int | str] | None,
     spans: Sequence[tuple[int, int]] | None,
     layout: Layout,
 ) -> list[Slot]:
@@ -198,9 +196,9 @@ def choose_slots(
                 "place it later: where=[1] or higher",
             )
     elif recipe.place == "block" and needs_attention:
-        chosen = [b for b in chosen if before(b, blocks)] or [
-            b for b in visual_blocks(structure, spans) if before(b, blocks)
-        ][:1]
+        chosen = [b for b in chosen if before(b, blocks)] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][
+            :1
+        ]
         if not chosen:
             raise UnsupportedGraph(
                 f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
@@ -210,7 +208,8 @@ def choose_slots(
     lengths = {b.stage.length for b in chosen}
     if len(lengths) > 1:
         raise UnsupportedGraph(
-            f"the blocks {[b.index for b in chosen]} hold {sorted(lengths, reverse=True)} tokens: one method works within one stage",
+            f"the blocks {[b.index for b in chosen]} hold {sorted(lengths, reverse=True)} tokens: "
+            "one method works within one stage",
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
     return [make_slot(b, recipe.place, spans, layout) for b in chosen]
@@ -278,9 +277,7 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
                 "or spans overlap or are out of order"
             )
         if start % unit or stop % unit or stage.length % unit:
-            raise UnsupportedGraph(
-                f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid
-            )
+            raise UnsupportedGraph(f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid)
         at = stop
     pieces: list[tuple[int, int]] = []
     for start, stop in spans:
@@ -368,8 +365,8 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
         block = one_block(structure.blocks, r.block)
         if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or r.prefix % r.unit or block.stage.length % r.unit:
             raise PlanError(
-                f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its {block.stage.length} "
-                "tokens"
+                f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its "
+                f"{block.stage.length} tokens"
             )
         key = (block.stage.length, r.prefix)
         n = current.get(key, (block.stage.length - r.prefix - r.suffix) // r.unit)

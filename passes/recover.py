@@ -67,9 +67,7 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     values, labels = [], []
     seqs: list[Seq] = []
     for old in node.args[0]:
-        value, label = (
-            rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
-        )
+        value, label = rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
         if rw.outputs == "keep" and is_labelled(label):
             value, label = rw.gather.recover(value, label, node), None
         for axis in label or ():

@@ -70,6 +70,7 @@ class Rewriter:
         self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
         self.size_weighted_mean = size_weighted_mean
         mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+        assert mode is not None, "propagate_shapes comes before"
         self.builder = Builder(shallow_copy(gm), mode)
         self.gather = Gatherer(self.builder, batch_of(splices))
         self.env: dict[Node, Any] = {}
@@ -205,7 +206,7 @@ class Rewriter:
 
     def body(self, s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:
         """(the space to be reduced further or None, the parts before it, the parts after it), in groups of `unit`."""
-        axis = label[s.block.token_axis] if is_labelled(label) else ()
+        axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()
         seq = next((a for a in axis if isinstance(a, Seq)), None)
         parts: list[Any] = list(seq.parts) if seq else [shape(s.at)[s.block.token_axis] // s.unit]
         start, at = s.prefix // s.unit, 0

@@ -204,9 +204,7 @@ def masked(rw: Rewriter, attention: Attention, scores: Node, first: bool) -> Nod
     emit = rw.builder.emit
     if len(shape(mask)) == 3:  # (B * H or 1, L, L)
         b, h = shape(scores)[:2]
-        mask = emit(
-            aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)]
-        )
+        mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
     if first and len(shape(mask)) > 1 and shape(mask)[-2] > 1:
         mask = emit(aten.slice.Tensor, mask, -2, 0, 1)
     if mask.meta["val"].dtype is torch.bool:
@@ -218,16 +216,12 @@ def cls_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): how the class token attends; without one, the attention received."""
     if s.block.stage.prefix < 1:
         return received_attention(rw, s)
-    return side_by_side(
-        rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)]
-    )
+    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)])
 
 
 def received_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): attention received, the mean over all queries (the one score that costs an N x N map)."""
-    return side_by_side(
-        rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)]
-    )
+    return side_by_side(rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)])
 
 
 def normed(rw: Rewriter, s: Splice) -> Node:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Union
+from typing import Any
 
 from torch.fx import Node
 
@@ -79,7 +79,7 @@ class Seq:
         return "Seq(" + " + ".join(map(str, self.parts)) + ")"
 
 
-Atom = Union[int, Batch, Seq]
+Atom = int | Batch | Seq
 Axis = tuple[Atom, ...]
 Label = tuple[Axis, ...]
 

@@ -62,9 +62,7 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
         names = list(inspect.signature(model.forward).parameters)
         program, guards = export(model, args or (), kwargs or {})
     else:
-        raise InputError(
-            f"model must be an nn.Module, an ExportedProgram or the path of a .pt2, not {type(model).__name__}"
-        )
+        raise InputError(f"model must be an nn.Module, an ExportedProgram or the path of a .pt2, not {type(model).__name__}")
     return from_program(program, args or (), kwargs or {}, names, guards)
 
 
@@ -105,9 +103,7 @@ def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     if args is None and not kwargs:
         raise InputError("pass example inputs: tokcompile.optimize(model, (example,)) or kwargs={...}")
     if args is not None and not isinstance(args, tuple):
-        raise InputError(
-            f"args must be a tuple of example inputs, not {type(args).__name__}: write (x,) for a single one"
-        )
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}: write (x,) for a single one")
 
 
 def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
@@ -228,9 +224,7 @@ def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
         args, kwargs = rearrange(args, kwargs, positional, keywords, names)
         flat, given = pytree.tree_flatten((args, kwargs))
         if given != spec:
-            raise InputError(
-                f"called with other arguments than it was compiled for:\n  given    {given}\n  expected {spec}"
-            )
+            raise InputError(f"called with other arguments than it was compiled for:\n  given    {given}\n  expected {spec}")
         for i, (value, want) in enumerate(zip(flat, expected)):
             if isinstance(value, torch.Tensor):
                 if not isinstance(want, tuple) or tuple(value.shape) != want[0] or value.dtype != want[1]:
@@ -251,12 +245,12 @@ def rearrange(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Moves arguments between positions and keywords so that they stand as they did at compile time."""
     kwargs = dict(kwargs)
-    args = list(args)
+    given = list(args)
     if names:
-        while len(args) < positional and names[len(args)] in kwargs:
-            args.append(kwargs.pop(names[len(args)]))
-        for name in reversed(names[positional : len(args)]):
-            kwargs[name] = args.pop()
-    return tuple(args), {k: kwargs[k] for k in keywords if k in kwargs} | {
+        while len(given) < positional and names[len(given)] in kwargs:
+            given.append(kwargs.pop(names[len(given)]))
+        for name in reversed(names[positional : len(given)]):
+            kwargs[name] = given.pop()
+    return tuple(given), {k: kwargs[k] for k in keywords if k in kwargs} | {
         k: v for k, v in kwargs.items() if k not in keywords
     }

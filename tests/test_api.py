@@ -227,9 +227,7 @@ def test_spans_say_what_is_visual(spans, expected, family, program):
     torch.testing.assert_close(got[:, :first], want[:, :first], rtol=0, atol=1e-5)  # causal: text before is untouched
 
 
-@pytest.mark.parametrize(
-    "name", ["hf/llama", "hf/gpt2", "hf/llava", "hf/llava_onevision", "hf/internvl", "hf/paligemma"]
-)
+@pytest.mark.parametrize("name", ["hf/llama", "hf/gpt2", "hf/llava", "hf/llava_onevision", "hf/internvl", "hf/paligemma"])
 def test_text_is_never_reduced_without_spans(name, family):
     """Either the visual tokens are found or the user is asked for them."""
     model, args, kwargs = family(name)
@@ -305,9 +303,7 @@ def test_budgets_become_counts(budget, kept, program):
     assert [k for _, _, k in counts(optimized)] == kept
 
 
-@pytest.mark.parametrize(
-    ("method", "kept"), [("pitome", [35, 25, 18, 13]), ("topk", [34, 24, 16]), ("evit", [36, 27, 20])]
-)
+@pytest.mark.parametrize(("method", "kept"), [("pitome", [35, 25, 18, 13]), ("topk", [34, 24, 16]), ("evit", [36, 27, 20])])
 def test_keep_rates_use_the_published_rounding(method, kept, program):
     optimized = tokcompile.optimize(program("timm/vit"), method=method, budget=KeepRate(0.7))
     assert [k for _, _, k in counts(optimized)] == kept

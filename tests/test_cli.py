@@ -141,9 +141,7 @@ def test_saved_files_make_the_same_model_again(cli, tmp_path):
 def test_onnx_file_is_written_and_reported(cli, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'tokcompile[onnx]'")
     path = tmp_path / "tiny.onnx"
-    code, out, _ = cli(
-        "optimize", TINY, "--where", "1", "--onnx", path, "--target", "onnxruntime", "--inline", "--json"
-    )
+    code, out, _ = cli("optimize", TINY, "--where", "1", "--onnx", path, "--target", "onnxruntime", "--inline", "--json")
     assert code == 0
     report = json.loads(out)["files"]["onnx"]
     assert (report["path"], report["inline"], report["target"]) == (str(path), True, "onnxruntime")
@@ -158,9 +156,7 @@ def test_unknown_onnx_target_is_refused(cli, tmp_path):
 
 @pytest.mark.parametrize("option", ["--save", "--save-plan", "--onnx"])
 def test_files_that_cannot_be_written_are_refused_first(cli, tmp_path, option):
-    assert refused(
-        cli("optimize", "tests.test_cli:broken", option, tmp_path / "missing" / "file"), "there is no folder"
-    )
+    assert refused(cli("optimize", "tests.test_cli:broken", option, tmp_path / "missing" / "file"), "there is no folder")
     assert refused(cli("optimize", "tests.test_cli:broken", option, tmp_path), "is a folder")
 
 

@@ -47,8 +47,7 @@ def fenced(page: Path) -> list[Fenced]:
     text = page.read_text(encoding="utf-8")
     before = [(m, text[: m.start()]) for m in FENCE.finditer(text)]
     return [
-        Fenced(m.group(1), m.group(2), head.count("\n") + 2, (head.rstrip().splitlines() or [""])[-1])
-        for m, head in before
+        Fenced(m.group(1), m.group(2), head.count("\n") + 2, (head.rstrip().splitlines() or [""])[-1]) for m, head in before
     ]
 
 

@@ -172,13 +172,9 @@ def test_where_out_of_range(options, message):
         optimize(tiny(), **options)
 
 
-@pytest.mark.parametrize(
-    "spans", [[(5, 13)], [(-1, 5)], [(6, 6)], [(6, 3)], [(0, 6), (4, 8)], [(6, 9), (0, 3)]], ids=str
-)
+@pytest.mark.parametrize("spans", [[(5, 13)], [(-1, 5)], [(6, 6)], [(6, 3)], [(0, 6), (4, 8)], [(6, 9), (0, 3)]], ids=str)
 def test_spans_out_of_range(spans):
-    with pytest.raises(
-        BudgetError, match=r"span \(.*\) does not lie within the 12 tokens of block \d, or spans overlap or"
-    ):
+    with pytest.raises(BudgetError, match=r"span \(.*\) does not lie within the 12 tokens of block \d, or spans overlap or"):
         optimize(tiny(), spans=spans)
 
 
@@ -252,9 +248,7 @@ class Untraceable(nn.Module):
 
 
 def test_what_cannot_be_traced_says_so():
-    with pytest.raises(
-        TraceError, match=r"torch.export cannot trace this model[\s\S]*read back into Python[\s\S]*what to do"
-    ):
+    with pytest.raises(TraceError, match=r"torch.export cannot trace this model[\s\S]*read back into Python[\s\S]*what to do"):
         tokcompile.optimize(Untraceable().eval(), (torch.randn(4, 4),))
 
 
@@ -563,9 +557,7 @@ def test_a_file_that_is_no_program(write, message, tmp_path):
 def test_load_of_a_plain_program(tmp_path):
     model, args = tiny()
     torch.export.save(torch.export.export(model, args), tmp_path / "plain.pt2")
-    with pytest.raises(
-        ExportError, match=r"not one that OptimizedModel.save wrote: pass it to tokcompile.optimize instead"
-    ):
+    with pytest.raises(ExportError, match=r"not one that OptimizedModel.save wrote: pass it to tokcompile.optimize instead"):
         tokcompile.load(tmp_path / "plain.pt2")
 
 

@@ -15,7 +15,33 @@ from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.trace import export, from_program
 
 # Tokens are given back inside the blocks (windows, strided or grouped stages): only on request, since it costs the gain.
-ANYWHERE = ["timm/davit", "timm/gcvit", "timm/levit", "timm/maxvit", "timm/nest", "timm/pit", "timm/pvt_v2", "timm/samvit", "timm/swin", "timm/swinv2", "timm/twins_pcpvt", "timm/twins_svt", "timm/volo", "timm/xcit", "hf/groupvit_vision", "hf/internvl", "hf/llava", "hf/paligemma", "hf/pvt", "hf/sam_vision", "hf/segformer", "hf/swin", "hf/timesformer", "hf/vitdet", "torchvision/swin"]
+ANYWHERE = [
+    "timm/davit",
+    "timm/gcvit",
+    "timm/levit",
+    "timm/maxvit",
+    "timm/nest",
+    "timm/pit",
+    "timm/pvt_v2",
+    "timm/samvit",
+    "timm/swin",
+    "timm/swinv2",
+    "timm/twins_pcpvt",
+    "timm/twins_svt",
+    "timm/volo",
+    "timm/xcit",
+    "hf/groupvit_vision",
+    "hf/internvl",
+    "hf/llava",
+    "hf/paligemma",
+    "hf/pvt",
+    "hf/sam_vision",
+    "hf/segformer",
+    "hf/swin",
+    "hf/timesformer",
+    "hf/vitdet",
+    "torchvision/swin",
+]
 
 # No reduction is possible; each says why.
 REFUSED = {
@@ -30,7 +56,19 @@ REFUSED = {
 NOT_YET = ["hf/gemma3", "hf/idefics3", "hf/llava_onevision", "hf/qwen2_vl", "hf/qwen2_5_vl", "hf/qwen3_vl", "hf/smolvlm"]
 
 # Where only the user can know which positions are visual.
-DECODERS = ["hf/gemma", "hf/gemma2", "hf/gpt2", "hf/llama", "hf/llama_cache", "hf/llama_eager", "hf/llama_padded", "hf/mistral", "hf/phi", "hf/qwen2", "hf/qwen3"]
+DECODERS = [
+    "hf/gemma",
+    "hf/gemma2",
+    "hf/gpt2",
+    "hf/llama",
+    "hf/llama_cache",
+    "hf/llama_eager",
+    "hf/llama_padded",
+    "hf/mistral",
+    "hf/phi",
+    "hf/qwen2",
+    "hf/qwen3",
+]
 
 # Differences from the eager model: a mask that hides nothing is dropped, so that another attention kernel runs.
 ROUNDING = {"hf/clipseg": 1e-3, "hf/depth_anything": 1e-4}
@@ -46,7 +84,18 @@ PROMPTS = {
 SUPPORTED = [name for name in FAMILIES if name not in REFUSED and name not in NOT_YET]
 
 # At batch 3 one block of a third of the families, and of those where samples are hard to tell apart.
-HARD = ["timm/naflexvit_masked", "timm/samvit", "timm/xcit", "hf/eomt", "hf/llama_padded", "hf/pixtral_vision", "hf/qwen2_5_vl_vision", "hf/siglip2_vision", "hf/timesformer", "hf/vit_mae"]
+HARD = [
+    "timm/naflexvit_masked",
+    "timm/samvit",
+    "timm/xcit",
+    "hf/eomt",
+    "hf/llama_padded",
+    "hf/pixtral_vision",
+    "hf/qwen2_5_vl_vision",
+    "hf/siglip2_vision",
+    "hf/timesformer",
+    "hf/vit_mae",
+]
 AT_BATCH_3 = [name for i, name in enumerate(SUPPORTED) if i % 3 == 0 or name in HARD]
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
 

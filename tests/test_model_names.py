@@ -143,7 +143,7 @@ def test_transformers_folders(cli, tmp_path):
     assert refused(cli("inspect", f"hf:{tmp_path / 'empty'}"), "holds no config.json")
     transformers.BertConfig(**sizes, vocab_size=50).save_pretrained(tmp_path / "text")
     assert refused(cli("inspect", f"hf:{tmp_path / 'text'}"), "reads input_ids: write a function")
-    transformers.CLIPConfig(
-        text_config=sizes, vision_config={**sizes, "image_size": 16, "patch_size": 8}
-    ).save_pretrained(tmp_path / "clip")
+    transformers.CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 16, "patch_size": 8}).save_pretrained(
+        tmp_path / "clip"
+    )
     assert refused(cli("inspect", f"hf:{tmp_path / 'clip'}"), "let it return model.vision_model")

@@ -169,9 +169,7 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
     try:
         return optimize(program, plan=plan, method=plan.method, size_weighted_mean=data["size_weighted_mean"])
     except MethodError as error:
-        raise MethodError(
-            f"{os.fspath(path)} uses the method {plan.method!r}: {error}; register it before loading"
-        ) from error
+        raise MethodError(f"{os.fspath(path)} uses the method {plan.method!r}: {error}; register it before loading") from error
 
 
 def read_spec(path: str, text: str) -> tuple[Mapping[str, Any], Plan]:
@@ -182,6 +180,4 @@ def read_spec(path: str, text: str) -> tuple[Mapping[str, Any], Plan]:
             raise ExportError(f"{path} has format {data['format']!r}; this release reads format {FORMAT}")
         return {"size_weighted_mean": bool(data["size_weighted_mean"])}, Plan.from_json(json.dumps(data["plan"]))
     except (json.JSONDecodeError, KeyError, TypeError, PlanError) as error:
-        raise ExportError(
-            f"{path} was written by OptimizedModel.save, but its tokcompile.json is damaged: {error}"
-        ) from error
+        raise ExportError(f"{path} was written by OptimizedModel.save, but its tokcompile.json is damaged: {error}") from error

@@ -174,9 +174,7 @@ def onnx_runner(model: OptimizedModel, count: int) -> Run:
 
 def onnx_feed(model: OptimizedModel, names: Sequence[str]) -> dict[str, Any]:
     """The example inputs under the names that the file gives them, else in order."""
-    tensors = {
-        n: v for n, v in zip(model.input_names, model.example_inputs, strict=True) if isinstance(v, torch.Tensor)
-    }
+    tensors = {n: v for n, v in zip(model.input_names, model.example_inputs, strict=True) if isinstance(v, torch.Tensor)}
     values = [tensors[n] for n in names] if set(names) <= set(tensors) else list(tensors.values())
     return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
 

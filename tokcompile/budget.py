@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from tokcompile.errors import BudgetError
 
@@ -84,7 +84,7 @@ class Schedule:
                 raise BudgetError(f"Schedule maps block numbers to positive token counts, not {block!r}: {k!r}")
 
 
-Budget = Union[float, int, Share, Tokens, Flops, KeepRate, Remove, Schedule]
+Budget = float | int | Share | Tokens | Flops | KeepRate | Remove | Schedule
 
 
 def as_budget(value: Any) -> Share | Tokens | Flops | KeepRate | Remove | Schedule:

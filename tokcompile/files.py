@@ -24,9 +24,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[str]:
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=os.path.splitext(name)[1], dir=folder)
         os.close(handle)
     except OSError as error:
-        raise ExportError(
-            f"cannot write {path}: {error.strerror}; create the folder or choose another place"
-        ) from error
+        raise ExportError(f"cannot write {path}: {error.strerror}; create the folder or choose another place") from error
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~current_umask())

@@ -61,9 +61,7 @@ class MaskedRun(Interpreter):
         ):
             return self.reduction(n, name, args, value)
         if name in PRODUCTS:
-            left = next(
-                k for k, v in args.items() if (isinstance(v, Node) and k not in ("self",)) or name != "aten.baddbmm"
-            )
+            left = next(k for k, v in args.items() if (isinstance(v, Node) and k not in ("self",)) or name != "aten.baddbmm")
             left = "batch1" if name == "aten.baddbmm" else left
             if self.tokens(args[left], -1):
                 return self.call(n, args, value, **{left: value[left] * self.visible(args[left], -1)})
@@ -127,9 +125,7 @@ class MaskedRun(Interpreter):
         return out & mask.expand(full).reshape(want)
 
     def atom_sizes(self, axis: Axis, is_tokens: bool) -> list[int]:
-        return [
-            a.size if isinstance(a, Batch) else a.old if is_tokens and isinstance(a, Seq) else 1 for a in (axis or (1,))
-        ]
+        return [a.size if isinstance(a, Batch) else a.old if is_tokens and isinstance(a, Seq) else 1 for a in (axis or (1,))]
 
     def keep(self, seq: Seq) -> Tensor:
         parts = []

@@ -166,9 +166,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-def from_timm(
-    name: str, examples: tuple[Tensor, ...] | None, batch: int, weights: str | os.PathLike[str] | None
-) -> Named:
+def from_timm(name: str, examples: tuple[Tensor, ...] | None, batch: int, weights: str | os.PathLike[str] | None) -> Named:
     """A timm model; its input size is the one in its configuration. Nothing is downloaded."""
     timm = require("timm", f"timm:{name}")
     if not timm.is_model(name):

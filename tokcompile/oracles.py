@@ -107,7 +107,8 @@ def check(
     drift = worst(outputs, run(traced.gm, traced.inputs))
     if drift > tolerance:
         raise TokcompileError(
-            f"the canonical form of this graph differs from the traced one by {drift:.1e}: a bug in tokcompile.passes.canonicalise"
+            f"the canonical form of this graph differs from the traced one by {drift:.1e}: "
+            "a bug in tokcompile.passes.canonicalise"
         )
     structure = analysis.structure
     report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), traced.guards)
@@ -118,11 +119,7 @@ def check(
         sites, report.unrecognised = [], [*report.unrecognised, str(error)]
     if not sites:
         report.ok = False
-    chosen = (
-        [one_block(structure.blocks, b) for b in blocks]
-        if blocks is not None
-        else [sites[i] for i in depths(len(sites))]
-    )
+    chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
     for block in chosen:
         for oracle in (permutation, masked_keys):
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
@@ -224,9 +221,7 @@ def compare(
 ) -> None:
     """Fills in one row. A model that keeps tokens in groups or in segments is compared on whole groups and segments."""
     with_layout(
-        lambda layout: oracle(
-            result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed
-        )
+        lambda layout: oracle(result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed)
     )
     result.ok = result.error is None or result.error <= tolerance
 
@@ -257,7 +252,8 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         settings.recover = "anywhere"
         out = rewrite(analysis, settings, reductions)
         inside = [r for r in out.recoveries if r.inside]
-        result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({str(error).splitlines()[0].split(' (')[0]})"
+        reason = str(error).splitlines()[0].split(" (")[0]
+        result.note = f"only with recover='anywhere': {len(inside)} recoveries inside the blocks ({reason})"
         return out
 
 
@@ -282,9 +278,7 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, output
     compared = [(a, b) for a, b in pairs if a.is_floating_point()]
     result.error = worst([a for a, _ in compared], [b for _, b in compared]) if compared else None
     if not compared:
-        result.note = (
-            result.note + "; " if result.note else ""
-        ) + "every output comes after a recovery: nothing to compare"
+        result.note = (result.note + "; " if result.note else "") + "every output comes after a recovery: nothing to compare"
 
 
 def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
@@ -298,9 +292,7 @@ def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
             difference = difference[~(torch.isinf(a) & torch.isinf(b))]
             if difference.numel():
                 finite = b[torch.isfinite(b)].double()
-                value = (
-                    (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
-                )
+                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
                 out = max(out, value) if value == value else float("inf")
     return out
 

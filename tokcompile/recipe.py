@@ -96,8 +96,9 @@ class Recipe:
     name: how users call it. plan: plain PyTorch on static shapes; for every input it must return the same shapes.
     taps: what `plan` reads, from `tokcompile.recipe.TAPS`. place: "attention" (between attention and MLP) or "block" (at
     a block's entrance). steps: at which blocks, and how the budget spreads over them. track_size: whether tokens carry
-    how many original ones they hold. proportional: whether attention weighs keys by that size. options: names and defaults of the method's own options; `least(n, options)`
-    says how few of n tokens one step may leave. paper: the source.
+    how many original ones they hold. proportional: whether attention weighs keys by that size. options: names and
+    defaults of the method's own options; `least(n, options)` says how few of n tokens one step may leave. paper: the
+    source.
 
     Example:
         >>> import torch, tokcompile

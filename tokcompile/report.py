@@ -52,9 +52,7 @@ class Report:
         )
         for r in self.recoveries:
             cost = "; blocks follow, so part of the gain is lost" if r["inside"] else ""
-            lines.append(
-                f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}"
-            )
+            lines.append(f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}")
         lines += [f"not recognised: {text}" for text in self.unrecognised]
         lines += [f"fixed while tracing: {text}" for text in self.guards]
         return "\n".join(lines)

@@ -40,8 +40,7 @@ def advanced_index(call: Call) -> Any:
         raise NeedsFull("an index with gaps between its axes")
     joined = call.join(call.label_of(i) for _, i in given)
     values = [
-        call.coerce_node(call.rewriter.env[i], call.label_of(i), joined) if isinstance(i, Node) else None
-        for i in indices
+        call.coerce_node(call.rewriter.env[i], call.label_of(i), joined) if isinstance(i, Node) else None for i in indices
     ]
     out = (*label[: dims[0]], *joined, *label[dims[-1] + 1 :])
     return call.emit(out, indices=values)

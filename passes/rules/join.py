@@ -159,13 +159,8 @@ def slice_scatter(call: Call) -> Any:
     """base with base[start:end] = src: where tokens are cut between parts, a join of what is left and what is written."""
     label, source = call.label("self"), call.label("src")
     dim = call["dim"] % len(label)
-    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(old_at(call, "self", dim))
     if not has_tokens(label[dim]) and not has_tokens(source[dim]):
         rest = call.join([with_axis(label, dim, ()), with_axis(source, dim, ())])
         out = with_axis(rest, dim, label[dim])
         return call.emit(out, self=call.coerce("self", out), src=call.coerce("src", with_axis(rest, dim, source[dim])))
     raise NeedsFull("it writes into part of the token axis")
-
-
-def old_at(call: Call, name: str, dim: int) -> int:
-    return shape(call.old_args[name])[dim]

@@ -7,8 +7,21 @@ from typing import Any
 from tokcompile.passes.graph import aten
 from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, plain, rule
 
-UNARY = ["abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "elu", "celu", "selu", "leaky_relu", "softplus", "logsigmoid", "clamp", "clamp_min", "clamp_max", "round", "floor", "ceil", "trunc", "sign", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite", "nan_to_num", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "positive", "pow", "type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "float", "half", "bfloat16", "frac", "logit", "threshold", "softsign", "tanhshrink", "fill", "zero", "sinh", "cosh", "atan", "asin", "acos", "feature_dropout"]
-BINARY = ["add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "maximum", "minimum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot", "ldexp", "nextafter", "xlogy"]
+UNARY = [
+    "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
+    "cos", "tan", "tanh", "sigmoid", "erf", "relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+    "hardtanh", "elu", "celu", "selu", "leaky_relu", "softplus", "logsigmoid", "clamp", "clamp_min", "clamp_max",
+    "round", "floor", "ceil", "trunc", "sign", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite",
+    "nan_to_num", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "positive", "pow", "type_as",
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "float", "half", "bfloat16", "frac", "logit",
+    "threshold", "softsign", "tanhshrink", "fill", "zero", "sinh", "cosh", "atan", "asin", "acos", "feature_dropout",
+]  # fmt: skip
+BINARY = [
+    "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "maximum", "minimum", "where",
+    "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
+    "bitwise_or", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
+    "ldexp", "nextafter", "xlogy",
+]  # fmt: skip
 
 
 @rule(*(f"aten.{name}" for name in UNARY + BINARY))

@@ -114,9 +114,5 @@ def positions(call: Call) -> Any:
         size = value[0].shape[dim % len(label)]
         out = tuple((size,) if d == dim % len(label) else axis for d, axis in enumerate(label))
         return call.emit([out, out])
-    keep = (
-        call.args.get("keepdim", True)
-        if "arg" in str(call.node.target) and "sort" not in str(call.node.target)
-        else None
-    )
+    keep = call.args.get("keepdim", True) if "arg" in str(call.node.target) and "sort" not in str(call.node.target) else None
     return call.emit(label if keep is None else reduced(label, [dim % len(label)], bool(keep)))

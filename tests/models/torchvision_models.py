@@ -103,9 +103,7 @@ TORCHVISION_FAMILIES: tuple[Family, ...] = (
         4,
         "nn.MultiheadAttention",
     ),
-    Family(
-        "torchvision/swin", partial(_torchvision, "swin_transformer", "SwinTransformer", 56, _SWIN), "torchvision", 4
-    ),
+    Family("torchvision/swin", partial(_torchvision, "swin_transformer", "SwinTransformer", 56, _SWIN), "torchvision", 4),
     _encoder("encoder_batch_first", batch_first=True, norm_first=True),
     _encoder("encoder_sequence_first", "tokens are axis 0", batch_first=False, norm_first=True),
     _encoder("encoder_post_norm", batch_first=True, norm_first=False),

@@ -226,9 +226,7 @@ def test_axes_cut_in_other_places_do_not_meet():
 def test_a_lost_batch_is_an_error():
     bench = Bench(3)
     value = bench.placeholder(torch.zeros(4, 11))
-    with pytest.raises(
-        UnsupportedGraph, match="each sample keeps other tokens, but here the batch is no longer to be seen"
-    ):
+    with pytest.raises(UnsupportedGraph, match="each sample keeps other tokens, but here the batch is no longer to be seen"):
         bench.gather.coerce(value, plain((4, 11)), ((4,), (Seq((1, bench.s)),)), None)
 
 

@@ -28,9 +28,7 @@ def extra(shape: str, batch: int, length: int, seed: int) -> Tensor:
 def restrict(value: Tensor, shape: str, sample: int, index: Tensor) -> Tensor:
     """One sample's share of an extra, its token axes indexed."""
     for axis, name in enumerate(shape.split()):
-        value = (
-            value.narrow(axis, sample, 1) if name == "B" else value.index_select(axis, index) if name == "L" else value
-        )
+        value = value.narrow(axis, sample, 1) if name == "B" else value.index_select(axis, index) if name == "L" else value
     return value
 
 

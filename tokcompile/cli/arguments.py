@@ -178,9 +178,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     timing = parser.add_argument_group("timing")
     timing.add_argument("--pairs", type=int, default=15, metavar="N", help="measurements of each (default 15)")
     timing.add_argument("--threads", type=int, default=1, metavar="N", help="of torch and onnxruntime (default 1)")
-    timing.add_argument(
-        "--runtime", action="append", metavar="NAME,...", help=f"among {', '.join(RUNTIMES)} (default eager)"
-    )
+    timing.add_argument("--runtime", action="append", metavar="NAME,...", help=f"among {', '.join(RUNTIMES)} (default eager)")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

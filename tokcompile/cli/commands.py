@@ -168,8 +168,7 @@ def methods(args: Namespace) -> Result:
     known = known_methods()
     data = {name: method_data(recipe) for name, recipe in known.items()}
     rows = [
-        (name, ", ".join(m["reads"]), m["place"], m["steps"], equations(m["options"]), m["paper"])
-        for name, m in data.items()
+        (name, ", ".join(m["reads"]), m["place"], m["steps"], equations(m["options"]), m["paper"]) for name, m in data.items()
     ]
     return Result(data, [Table(("method", "reads", "place", "steps", "options", "paper"), rows)])
 

@@ -23,10 +23,7 @@ class Table:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.headers))]
         out = []
         for line in lines:
-            cells = [
-                c.rjust(w) if h in self.right else c.ljust(w)
-                for c, w, h in zip(line, widths, self.headers, strict=True)
-            ]
+            cells = [c.rjust(w) if h in self.right else c.ljust(w) for c, w, h in zip(line, widths, self.headers, strict=True)]
             out.append("  ".join(cells).rstrip())
         return "\n".join(([self.title] if self.title else []) + out)
 

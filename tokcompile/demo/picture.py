@@ -141,18 +141,14 @@ def draw_head(figure: Any, axes: Sequence[Any], picture: Picture) -> None:
     """The original's row."""
     label(axes[0], "original", [f"{picture.grid**2} patches", "in every block"])
     draw_whole(axes, picture, weights.SIZE, picture.saliency)
-    show_saliency(
-        axes[3], inside(picture, picture.saliency), "saliency of the original", dict(cmap="gray", vmin=0, vmax=1)
-    )
+    show_saliency(axes[3], inside(picture, picture.saliency), "saliency of the original", dict(cmap="gray", vmin=0, vmax=1))
 
 
 def draw_row(axes: Sequence[Any], picture: Picture, row: Row, worst: float) -> None:
     """One model: its tokens at the shown blocks, its saliency and the error of that."""
     label(axes[0], row.title, row.lines)
     for axis, block, stage in zip(axes, picture.blocks, row.stages, strict=False):
-        show(
-            axis, paint(picture.canvas, stage, picture.grid), f"after block {block}: {stage.count} tokens", picture.grid
-        )
+        show(axis, paint(picture.canvas, stage, picture.grid), f"after block {block}: {stage.count} tokens", picture.grid)
         outline(axis, borders(stage, picture.grid), 0.7)
     if not row.stages:
         draw_whole(axes, picture, row.size, row.saliency)

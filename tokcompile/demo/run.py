@@ -182,9 +182,7 @@ def draw_all(found: Findings, folder: Path) -> list[str]:
     with progress("drawing", len(budgets)) as advance:
         for budget in budgets:
             names.append(f"tokens-flops-{budget:g}.png")
-            draw(
-                make_picture(found, [m for m in found.rows if m.built.job.budget == budget], budget), folder / names[-1]
-            )
+            draw(make_picture(found, [m for m in found.rows if m.built.job.budget == budget], budget), folder / names[-1])
             advance(names[-1])
     return names
 

@@ -45,7 +45,6 @@ DART = register_method(
         place="block",
         steps=once(1 / 6),
         options={"pivots": 4},
-        paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, "
-        "arXiv 2502.11494",
+        paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494",
     )
 )

@@ -38,7 +38,6 @@ EVIT = register_method(
         steps=stages(rate=rate_with_fused),
         options={"fuse": True},
         least=lambda n, options: min(n, 1 + bool(options["fuse"])),
-        paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations, "
-        "arXiv 2202.07800",
+        paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations, arXiv 2202.07800",
     )
 )
