@@ -38,20 +38,18 @@ class ReductionModule(nn.Module):
         site, u = self.site, self.unit
         start, stop = self.start, self.start + site.n * u
         body = x[:, start:stop]
-        rows = body.reshape(x.shape[0], site.n, u * x.shape[2])
         given = {name: self.restrict(tap, name) for name, tap in zip(self.names, taps)}
         if size is None and self.recipe.track_size:
             size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
-        summary = rows if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
+        summary = body if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
         plan = self.recipe.plan(Tokens(x=summary, size=size, **given), site)
         check_plan(plan, self.recipe, site, x.shape[0])
         if self.ordered is None:
             self.ordered = isinstance(plan, Keep) and plan.ordered
-        new, new_size = apply(plan, rows, size)
-        new = new.reshape(x.shape[0], site.k * u, x.shape[2])
-        parts = [x[:, :start]] * (start > 0) + [new] + [x[:, stop:]] * (stop < x.shape[1])
+        rows = x if u == 1 else x.reshape(x.shape[0], x.shape[1] // u, u * x.shape[2])
+        new, new_size = apply(plan, rows, size, start // u, site.n)
         assign = assignment(plan, summary) if self.needs_assign else None
-        return (torch.cat(parts, 1) if len(parts) > 1 else new), plan.index, new_size, assign
+        return (new if u == 1 else new.reshape(x.shape[0], -1, x.shape[2])), plan.index, new_size, assign
 
     def restrict(self, tap: Tensor, name: str) -> Tensor:
         """A tap over the whole sequence as one over the reducible tokens."""

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
+from tokcompile.passes import trace
 
 torch.set_num_threads(1)
 SUPPORT = Path(__file__).parent.parent / "build" / "support.json"
@@ -54,9 +55,13 @@ def build(name: str, batch: int = 1) -> Built:
 
 
 @functools.cache
+def traced(name: str, batch: int = 1) -> tuple[ExportedProgram, list[str]]:
+    """The exported program, and the values that had to be fixed to export it."""
+    return trace.export(*build(name, batch))
+
+
 def export(name: str, batch: int = 1) -> ExportedProgram:
-    model, args, kwargs = build(name, batch)
-    return run(torch.export.export, model, args, kwargs, strict=False)
+    return traced(name, batch)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,14 @@
 The results go to build/support.json; `python tools/support_table.py` prints them as the table of the README.
 """
 
-import functools
-
 import pytest
 import torch
 
 import tokcompile
-from tests.conftest import build, leaves, run
+from tests.conftest import build, leaves, run, traced
 from tests.models import FAMILIES
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.trace import export, from_program
+from tokcompile.passes.trace import from_program
 
 # Tokens are given back inside the blocks (windows, strided or grouped stages): only on request, since it costs the gain.
 ANYWHERE = [
@@ -107,12 +105,6 @@ WHY = {
 }
 
 
-@functools.cache
-def trace(name: str, batch: int):
-    """The exported program, and the values that were fixed to export it."""
-    return export(*build(name, batch))
-
-
 def price(check: tokcompile.Check) -> str:
     """What tokens have to be given back for inside the blocks."""
     notes = " ".join(r.note for r in check.results if "recover='anywhere'" in r.note)
@@ -127,7 +119,7 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
 @pytest.mark.parametrize(("name", "batch"), [(n, 1) for n in SUPPORTED] + [(n, 3) for n in AT_BATCH_3],
                          ids=lambda v: f"batch{v}" if isinstance(v, int) else v)  # fmt: skip
 def test_the_oracles_agree(name, batch, record_property):
-    program, _ = trace(name, batch)
+    program, _ = traced(name, batch)
     blocks = None if batch == 1 else [FIRST_SITE.get(name, 0)]
     check = tokcompile.check(program, spans=[(5, 30)] if name in DECODERS else None, blocks=blocks)
     recovers = any("recover='anywhere'" in r.note for r in check.results)
@@ -143,16 +135,16 @@ def test_the_oracles_agree(name, batch, record_property):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_image_tokens_are_reduced_in_the_language_model(name):
     span, blocks = PROMPTS[name]
-    check = tokcompile.check(trace(name, 1)[0], spans=[span], blocks=blocks)
+    check = tokcompile.check(traced(name)[0], spans=[span], blocks=blocks)
     assert check.ok, str(check)
     assert all("language_model" in r.path and not r.note for r in check.results), str(check)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_the_canonical_graph_equals_the_model(name):
-    program, guards = trace(name, 1)
-    traced = from_program(program, *program.example_inputs, None, guards)
-    got = leaves(run(canonicalise(traced.gm, traced.inputs), *traced.inputs))
+    program, guards = traced(name)
+    flat = from_program(program, *program.example_inputs, None, guards)
+    got = leaves(run(canonicalise(flat.gm, flat.inputs), *flat.inputs))
     want = build(name)()
     assert [g.shape for g in got] == [w.shape for w in want]
     for g, w in zip(got, want):
@@ -161,7 +153,7 @@ def test_the_canonical_graph_equals_the_model(name):
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED)
 def test_a_refusal_says_why(name, reason, record_property):
-    program, _ = trace(name, 1)
+    program, _ = traced(name)
     assert not tokcompile.check(program).ok
     with pytest.raises(tokcompile.UnsupportedGraph, match=reason) as refusal:
         tokcompile.optimize(program, method="random")

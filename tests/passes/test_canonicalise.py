@@ -80,7 +80,7 @@ def test_views_of_weights_are_not_copied():
 
 def test_what_is_computed_from_weights_is_folded():
     weight = nn.Parameter(torch.randn(8, 8))
-    gm = same(Function(lambda x: x @ (weight * 2).t(), weight=weight), X)
+    gm = same(Function(lambda x: x @ (weight * 2), weight=weight), X)
     assert ops(gm)[-1].startswith("matmul")
     assert "mul.Tensor" not in ops(gm)
 
@@ -289,9 +289,12 @@ class Counter(nn.Module):
         return x * self.calls
 
 
-def test_a_model_that_counts_its_calls_is_refused():
-    with pytest.raises(UnsupportedGraph, match="memory"):
-        canonical(Counter(), X)
+def test_a_model_that_counts_its_calls_is_fixed_at_the_first():
+    model = Counter().eval()
+    gm = canonical(model, X)
+    for _ in range(2):
+        assert torch.equal(run(gm, X)[0], X * 1)
+    assert model.calls == 0
 
 
 def test_an_input_written_in_place_is_refused():
@@ -300,7 +303,7 @@ def test_an_input_written_in_place_is_refused():
 
 
 def test_functional_overloads_go_by_name():
-    gm = trace(Function(in_place_chain), (X,)).gm
+    gm = trace(Function(in_place_chain).eval(), (X,)).gm
     named = {str(n.target): str(functional_overload(n)) for n in gm.graph.nodes if n.op == "call_function"}
     assert named["aten.add_.Tensor"] == "aten.add.Tensor"
     assert named["aten.clamp_.default"] == "aten.clamp.default"
@@ -312,7 +315,7 @@ def test_functional_overloads_go_by_name():
 
 @pytest.mark.parametrize(("fn", "left"), [
     (lambda x: F.dropout(x.to(torch.float32), 0.5, False) * 2, ["mul.Tensor"]),
-    (lambda x: x[:][:, :, :].alias() * 2, ["mul.Tensor"]),
+    (lambda x: torch.ops.aten.alias(x[:][:, :, :]) * 2, ["mul.Tensor"]),
     (lambda x: torch.cat([x * 2]), ["mul.Tensor"]),
     (lambda x: torch.cat([torch.empty(2, 0, 8), x * 2], 1), ["mul.Tensor"]),
     (lambda x: x.detach() * 2, ["mul.Tensor"]),
@@ -406,7 +409,7 @@ def test_random_ops_are_refused(fn):
 
 
 def test_the_given_graph_is_not_changed():
-    traced = trace(Function(written_mask), (X,))
+    traced = trace(Function(written_mask).eval(), (X,))
     before = str(traced.gm.graph)
     canonicalise(traced.gm, traced.inputs)
     assert str(traced.gm.graph) == before

@@ -27,33 +27,60 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(b * n, *rest).index_select(0, flat_index(index, n)).reshape(b, index.shape[1], *rest)
 
 
-def apply(plan: Keep | Merge | Mix, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """New tokens and sizes: x: (B, n, D), size: (B, n) float32 or None -> (B, k, D), (B, k) or None."""
+def apply(
+    plan: Keep | Merge | Mix, x: Tensor, size: Tensor | None, start: int = 0, n: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """New tokens and sizes: x: (B, L, D) of which the n tokens from `start` on are planned for (all by default), size:
+    (B, n) float32 or None -> (B, L - n + k, D), (B, k) or None. What stands before and after passes through."""
+    n = x.shape[1] if n is None else n
     if isinstance(plan, Merge):
-        return merge(plan, x, size if size is not None else torch.ones(x.shape[:2], device=x.device))
+        size = size if size is not None else torch.ones(x.shape[0], n, device=x.device)
+        if current_forms().merge == "rows":
+            return merge_rows(plan, x, size, start)
+        return around(x, start, n, merge_onehot(plan, x[:, start : start + n], size))
+    body = x[:, start : start + n]
     if isinstance(plan, Mix):
         total = None if size is None else (plan.weights @ size[..., None])[..., 0]
-        return (plan.weights.to(x.dtype) @ x), total
+        return around(x, start, n, (plan.weights.to(x.dtype) @ body, total))
+    kept_size = None if size is None else gather_rows(size, plan.index)
     if plan.extra is None:
-        return gather_rows(x, plan.index), None if size is None else gather_rows(size, plan.index)
+        return gather_rows(x, whole(plan.index, start, n, x.shape[1])), kept_size
     kept = plan.index[:, : plan.index.shape[1] - plan.extra.shape[1]]
-    rows = torch.cat([gather_rows(x, kept), plan.extra.to(x.dtype) @ x], dim=1)
-    return rows, None if size is None else gather_rows(size, plan.index)
+    rows = torch.cat([gather_rows(body, kept), plan.extra.to(x.dtype) @ body], dim=1)
+    return around(x, start, n, (rows, kept_size))
 
 
-def merge(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Size-weighted mean of each slot's members: x'_b = (s_b x_b + sum s_a x_a) / (s_b + sum s_a)."""
-    if current_forms().merge == "onehot":
-        return merge_onehot(plan, x, size)
-    # the same mean, written as an update of the merged rows only, on flat rows throughout
-    (b, k), n = plan.index.shape, x.shape[1]
-    rows, sizes = x.reshape(b * n, -1), size.reshape(-1)
-    index, sources, slots = flat_index(plan.index, n), flat_index(plan.sources, n), flat_index(plan.slots, k)
-    kept, weight = rows.index_select(0, index), sizes.index_select(0, sources)
-    total = sizes.index_select(0, index).index_add(0, slots, weight)
-    share = weight / total.index_select(0, slots)
-    update = share[:, None].to(x.dtype) * (rows.index_select(0, sources) - kept.index_select(0, slots))
-    return kept.index_add(0, slots, update).reshape(b, k, -1), total.reshape(b, k)
+def around(x: Tensor, start: int, n: int, new: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The new tokens between what stands before and after the n old ones."""
+    parts = [x[:, :start]] * (start > 0) + [new[0]] + [x[:, start + n :]] * (start + n < x.shape[1])
+    return (torch.cat(parts, 1) if len(parts) > 1 else new[0]), new[1]
+
+
+def whole(index: Tensor, start: int, n: int, length: int) -> Tensor:
+    """Positions in a whole sequence of `length`: what stands before, the chosen ones among the n tokens, what follows."""
+    if n == length:
+        return index
+    b, device = index.shape[0], index.device
+    before = [torch.arange(start, device=device).expand(b, -1)] * (start > 0)
+    after = [torch.arange(start + n, length, device=device).expand(b, -1)] * (start + n < length)
+    return torch.cat([*before, index + start, *after], 1)
+
+
+def merge_rows(plan: Merge, x: Tensor, size: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean of each slot's members, x'_b = (s_b x_b + sum s_a x_a) / (s_b + sum s_a), written as an update
+    of the merged rows only, on flat rows throughout: what stands around the tokens is copied in the same gather."""
+    (b, k), n, length = plan.index.shape, size.shape[1], x.shape[1]
+    rows, sizes = x.reshape(b * length, -1), size.reshape(-1)
+    kept = rows.index_select(0, flat_index(whole(plan.index, start, n, length), length))
+    weight = sizes.index_select(0, flat_index(plan.sources, n))
+    slots = flat_index(plan.slots, k)
+    total = sizes.index_select(0, flat_index(plan.index, n)).index_add(0, slots, weight)
+    work = torch.promote_types(x.dtype, torch.float32)  # float64 models keep their precision
+    share = weight.to(work) / total.index_select(0, slots).to(work)
+    to = flat_index(plan.slots + start if start else plan.slots, length - n + k)
+    source = rows.index_select(0, flat_index(plan.sources + start if start else plan.sources, length))
+    update = share[:, None].to(x.dtype) * (source - kept.index_select(0, to))
+    return kept.index_add(0, to, update).reshape(b, length - n + k, -1), total.reshape(b, k)
 
 
 def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,232 @@
+"""The oracles can fail: every kind of mistake in the pass is seen on a model that depends on what is broken."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.models import FAMILIES
+from tokcompile import oracles
+from tokcompile.passes.gather import Gatherer
+from tokcompile.passes.rules import RULES
+from tokcompile.passes.tokens import new_shape, old_shape
+
+
+def no_coercion(patch):
+    """Operands that meet reduced tokens are taken as they are, where their shape allows it (all tokens are kept)."""
+    right = Gatherer.coerce
+    patch.setattr(Gatherer, "coerce", lambda self, x, have, want, origin: x if old_shape(want) == new_shape(want)
+                  else right(self, x, have, want, origin))  # fmt: skip
+
+
+def next_token(patch):
+    """Operands are gathered one position off."""
+    right = Gatherer.within
+    patch.setattr(Gatherer, "within", lambda self, old, space: self.b.emit(
+        torch.ops.aten.roll.default, right(self, old, space), [1], [1]))  # fmt: skip
+
+
+def other_sample(patch):
+    """Operands are gathered by the tokens of another sample of the batch."""
+    right = Gatherer.within
+    patch.setattr(Gatherer, "within", lambda self, old, space: self.b.emit(
+        torch.ops.aten.roll.default, right(self, old, space), [1], [0]))  # fmt: skip
+
+
+def wrong_recovery(patch):
+    """Tokens are given back to their neighbours."""
+    right = Gatherer.slots
+    patch.setattr(Gatherer, "slots", lambda self, space: self.b.emit(
+        torch.ops.aten.roll.default, right(self, space), [1], [1]))  # fmt: skip
+
+
+def no_mask(patch):
+    """Attention forgets its mask."""
+    patch.setattr("tokcompile.passes.rules.attention.mask", lambda call, scores: None)
+
+
+BROKEN = [
+    (no_coercion, "timm/beit"),
+    (no_coercion, "hf/beit"),
+    (no_coercion, "timm/vit_rope"),
+    (no_coercion, "timm/eva02"),
+    (no_coercion, "hf/dinov3"),
+    (no_coercion, "hf/llama"),
+    (no_coercion, "torch/einsum_vit"),
+    (no_coercion, "timm/vit_relpos"),
+    (next_token, "timm/beit"),
+    (next_token, "timm/vit_rope"),
+    (next_token, "hf/llama"),
+    (other_sample, "timm/beit"),
+    (other_sample, "hf/dinov3"),
+    (wrong_recovery, "timm/vit_features"),
+    (wrong_recovery, "hf/depth_anything"),
+    (wrong_recovery, "hf/dinov2_backbone"),
+    (no_mask, "hf/llama"),
+    (no_mask, "timm/naflexvit_masked"),
+    (no_mask, "timm/beit"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "name"), BROKEN, ids=[f"{m.__name__}-{n}" for m, n in BROKEN])
+def test_a_broken_pass_is_caught(mistake, name, program, monkeypatch):
+    spans = [(5, 30)] if name == "hf/llama" else None
+    given = program(name, 3)
+    assert tokcompile.check(given, spans=spans, blocks=[1]).ok
+    mistake(monkeypatch)
+    check = tokcompile.check(given, spans=spans, blocks=[1])
+    assert not check.ok
+    permutation = check.results[0]
+    assert permutation.oracle == "permutation"
+    assert not permutation.ok
+    assert permutation.error is None or permutation.error > 100 * 1e-4
+
+
+class Causal(nn.Module):
+    """Blocks with a causal fused attention and no mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.mlp = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + mlp(x).relu()
+        return x
+
+
+def test_causal_attention_in_another_order_is_caught(monkeypatch):
+    model, args = Causal().eval(), (torch.randn(2, 12, 16),)
+    assert tokcompile.check(model, args, spans=[(2, 10)]).ok
+    monkeypatch.setattr("tokcompile.passes.rules.attention.sorted_tokens", lambda scores: True)
+    check = tokcompile.check(model, args, spans=[(2, 10)])
+    assert [r.ok for r in check.results if r.oracle == "permutation"][:2] == [False, False]
+
+
+def doubled(result, call):
+    value, label = result
+    return call.op(torch.ops.aten.mul.Scalar, value, 1.5), label
+
+
+@pytest.mark.parametrize(("op", "name"), [("aten.softmax", "torch/einsum_vit"), ("aten.layer_norm", "timm/vit"),
+                                          ("aten.scaled_dot_product_attention", "timm/vit"),
+                                          ("aten.mean", "torch/encoder_batch_first")])  # fmt: skip
+def test_a_rule_that_changes_values_is_caught_by_both(op, name, program, monkeypatch):
+    right = RULES[op]
+    monkeypatch.setattr("tokcompile.passes.rewrite.RULES", {**RULES, op: lambda call: doubled(right(call), call)})
+    check = tokcompile.check(program(name), blocks=[1])
+    assert [r.ok for r in check.results] == [False, False]
+    assert all(r.error > 1e-2 for r in check.results)
+
+
+def test_keeping_a_dropped_token_is_caught_by_masked_keys(program, monkeypatch):
+    """Attention that still sees one dropped token: only the second oracle drops any."""
+    right = oracles.subset_index
+    off = lambda n, k, batch, seed, sort: (right(n, k, batch, seed, sort) + 1) % n  # noqa: E731
+    monkeypatch.setattr(oracles, "constant_recipe", patched(oracles.constant_recipe, monkeypatch, off))
+    check = tokcompile.check(program("timm/vit"), blocks=[1])
+    assert [(r.oracle, r.ok) for r in check.results] == [("permutation", True), ("masked keys", False)]
+
+
+def patched(make, monkeypatch, index):
+    """The recipe of an oracle, keeping other tokens than the oracle believes."""
+    def recipe(name, seed, sort):
+        made = make(name, seed, sort)
+        if name == "permutation":
+            return made
+
+        def plan(tokens, site):
+            with monkeypatch.context() as patch:
+                patch.setattr(oracles, "subset_index", index)
+                return made.plan(tokens, site)
+
+        return tokcompile.Recipe(name, plan)
+
+    return recipe
+
+
+# -- what check does around the oracles --------------------------------------------------------------------------------
+
+
+def test_parameters_are_shaken_on_a_copy():
+    model, args, _ = FAMILIES["timm/vit"].build(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert tokcompile.check(model, args).ok
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_fresh_zero_tables_are_shaken(program, monkeypatch):
+    """On fresh BEiT weights (bias table zero) a missing gather would not show: with shaking it does."""
+    model, args, _ = FAMILIES["timm/beit"].build(2)
+    table = model.blocks[1].attn.relative_position_bias_table
+    assert table.abs().max() == 0
+    no_coercion(monkeypatch)
+    assert not tokcompile.check(model, args, blocks=[1]).results[0].ok
+    monkeypatch.setattr(oracles, "shaken", lambda gm, seed: gm)
+    assert tokcompile.check(model, args, blocks=[1]).results[0].ok
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_seeds_agree(seed, program):
+    check = tokcompile.check(program("timm/dinov3", 3), seed=seed)
+    assert check.ok
+    assert all(0 <= r.error < 1e-5 for r in check.results)
+
+
+def test_blocks_are_checked_at_three_depths_or_as_asked(program):
+    check = tokcompile.check(program("timm/vit"))
+    assert [(r.block, r.oracle) for r in check.results] == [
+        (b, oracle) for b in (0, 2, 3) for oracle in ("permutation", "masked keys")]  # fmt: skip
+    assert check.sites == [f"blocks.{i}" for i in range(4)]
+    assert {r.block for r in tokcompile.check(program("timm/vit"), blocks=[1]).results} == {1}
+
+
+def test_a_block_that_cannot_be_checked_is_reported_or_refused(program):
+    try:
+        check = tokcompile.check(program("timm/swinv2_cr"), blocks=[1])
+    except tokcompile.TokcompileError as refusal:
+        assert "two axes" in str(refusal)  # noqa: PT017
+    else:
+        assert not check.ok
+        assert "two axes" in check.results[0].note
+    with pytest.raises(tokcompile.TokcompileError, match="block 9 is not among the 4 blocks"):
+        tokcompile.check(program("timm/vit"), blocks=[9])
+
+
+def test_the_outcome_prints_and_goes_to_json(program):
+    check = tokcompile.check(program("timm/vit"), blocks=[1])
+    lines = str(check).splitlines()
+    assert lines[0].split() == ["oracle", "block", "error", "result"]
+    assert lines[1].startswith("permutation")
+    assert lines[-1] == "the pass understands this model"
+    data = json.loads(check.json())
+    assert data["ok"] is True
+    assert data["errors"] == []
+    assert [r["path"] for r in data["results"]] == ["blocks.1"] * 2
+
+
+def test_a_failure_names_the_block(program, monkeypatch):
+    no_coercion(monkeypatch)
+    check = tokcompile.check(program("timm/beit"), blocks=[1])
+    assert check.errors[0].startswith("permutation at block 1 (blocks.1): ")
+    assert str(check).splitlines()[-1] == "the pass does NOT understand this model"
+
+
+def test_half_precision_has_a_wider_tolerance():
+    model, (image,), _ = FAMILIES["timm/beit"].build(2)
+    check = tokcompile.check(model.bfloat16(), (image.bfloat16(),))
+    assert check.ok
+    assert max(r.error for r in check.results) > 1e-4
+
+
+def test_float64_has_a_narrower_one():
+    model, (image,), _ = FAMILIES["timm/beit"].build(2)
+    check = tokcompile.check(model.double(), (image.double(),))
+    assert check.ok
+    assert max(r.error for r in check.results) < 1e-12
