@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         print(json.dumps(measure(args.model, args.worker, args.batch)))
         return 0
-    runs = {}
+    runs, where = {}, environment()
     for what in (EXPORT, *args.methods):
         runs[what] = [in_process(what, args) for _ in range(args.repeats)]
         print(what, runs[what][-1], flush=True)
     text = markdown(runs)
-    save(args.out, "optimize_cost", {"runs": runs, "environment": environment()}, text)
+    save(args.out, "optimize_cost", {"runs": runs, "environment": where}, text)
     print(text)
     return 0
 

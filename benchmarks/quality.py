@@ -103,7 +103,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, listing: Path) -> None:
-    start = time.perf_counter()
+    start, where = time.perf_counter(), environment()
     model = weights.load_saliency_vit()
     gallery, query = part(listing, "gallery"), part(listing, "query")
     head = linear_head(model, gallery[: args.gallery * len({label for _, label in gallery})], args.batch)
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, listing: Path) -> None:
                 case.values[name] += one
         done = len(cases[0].values["cls"])
         data, text = results(cases, errors, head, done)
-        save(args.out, "quality", {**data, "environment": environment()}, text)
+        save(args.out, "quality", {**data, "environment": where}, text)
         print(f"{done} of {len(wanted)} images; {time.perf_counter() - start:.0f} s", flush=True)
         if time.perf_counter() - start > 60 * args.minutes:
             break

@@ -32,7 +32,7 @@ from tokcompile.recipe import Site, get_method
 
 TOKENS = (196, 576, 1024, 2304, 4096, 16384)
 METHODS = ("random", "grid", "topk", "evit", "dart", "tome", "pitome", "divprune")
-SQUARES = {"tome": 2.5, "pitome": 4.0, "divprune": 4.0}  # n x n float32 matrices held at once, about
+SQUARES = {"tome": 0.75, "pitome": 4.0, "divprune": 4.0}  # n x n float32 matrices held at once, about
 UNROLLED = 300  # tokens kept, beyond which divprune's k - 1 steps make an ONNX graph that takes minutes to write
 GROWTH = {
     "random": "n (gather only)", "grid": "n (gather only)", "topk": "n log n (sort)", "evit": "n log n (sort)",
@@ -43,11 +43,11 @@ MEMORY = "too much memory"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args, where = arguments(argv), environment()
     with bench.torch_threads(1), torch.no_grad():
         rows = [row(n, args) for n in map(int, args.tokens)]
     text = markdown(rows, args)
-    save(args.out, "scaling", {"rows": rows, "growth": GROWTH, "environment": environment()}, text)
+    save(args.out, "scaling", {"rows": rows, "growth": GROWTH, "environment": where}, text)
     print(text)
     return 0
 

@@ -39,7 +39,7 @@ TITLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Times every model, batch and runtime, and writes the table after each of them."""
-    args = arguments(argv)
+    args, where = arguments(argv), environment()
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
     with bench.torch_threads(1):
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rows.append({"model": name, "batch": int(batch), **found})
                     print(table([], [cells(rows[-1])]).splitlines()[-1], flush=True)
                 text = markdown(rows, errors)
-                save(args.out, "speed", {"rows": rows, "errors": errors, "environment": environment()}, text)
+                save(args.out, "speed", {"rows": rows, "errors": errors, "environment": where}, text)
     print("\n" + text)
     return 0
 

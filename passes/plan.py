@@ -89,7 +89,10 @@ class Plan:
 
     def __str__(self) -> str:
         title = f"{self.method}, {len(self.reductions)} reduction{'s' * (len(self.reductions) != 1)}"
-        rows = [f"  block {r.block:>3} {r.place:<9} {r.n:>5} -> {r.k:<5} {r.path}" for r in self.reductions]
+        rows = [
+            f"  block {r.block:>3} {r.place:<9} {r.n:>5} -> {r.k:<5} {f'x{r.unit} ' * (r.unit > 1)}{r.path}"
+            for r in self.reductions
+        ]
         return "\n".join([title, *rows])
 
 

@@ -69,6 +69,13 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     for old in node.args[0]:
         value, label = rw.before.get(old, (rw.env.get(old), rw.labels.get(old))) if isinstance(old, Node) else (old, None)
         if rw.outputs == "keep" and is_labelled(label):
+            if rw.recover == "never":
+                raise UnsupportedGraph(
+                    f"an output holds reduced tokens ({describe(label)}), and recover='never' forbids giving them back",
+                    old,
+                    "pass outputs='reduced', or recover='end'",
+                )
+            rw.recoveries.append(Recovery(old.name, "output", module_path(old), "the output keeps its shape", False))
             value, label = rw.gather.recover(value, label, node), None
         for axis in label or ():
             seqs += [a for a in axis if isinstance(a, Seq) and a not in seqs]
@@ -76,7 +83,8 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
         labels.append(label)
     names = []
     if rw.outputs == "reduced":
-        spaces = list(dict.fromkeys(s for seq in seqs for s in seq.spaces)) or rw.spaces[-1:]
+        parents = {s.parent for s in rw.spaces}
+        spaces = list(dict.fromkeys(s for seq in seqs for s in seq.spaces)) or [s for s in rw.spaces if s not in parents]
         for space in spaces:
             extra, own = kept_tokens(rw, space)
             values += extra

@@ -13,7 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokcompile.errors import UnsupportedGraph
+from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, aten, packet, shape
@@ -132,6 +132,12 @@ class Rewriter:
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
             return
+        except TokcompileError:
+            raise
+        except Exception as error:
+            raise UnsupportedGraph(
+                f"the rule for this op failed: {type(error).__name__}: {error}", node, "see docs/writing-a-rule.md"
+            ) from error
         if isinstance(result, list):
             self.env[node] = [value for value, _ in result]
             self.labels[node] = [label if is_labelled(label) else None for _, label in result]
@@ -177,8 +183,7 @@ class Rewriter:
         size = parent.size if parent else None
         standard = self.standard(x, s.block)
         with FlopCounterMode(display=False) as counter:
-            taps = read_taps(self, s)
-            node = self.builder.emit(name, standard, size, *taps)
+            node = self.run_method(s, name, standard, size, read_taps(self, s))
         self.overhead_flops += counter.get_total_flops()
         results = node.meta["val"]
         new = self.builder.emit(operator.getitem, node, 0)
@@ -192,6 +197,19 @@ class Rewriter:
         self.env[s.at] = self.native(new, s.block)
         self.labels[s.at] = self.label_after(s, make_seq([*before, space, *after]))
         self.full.pop(s.at, None)
+
+    def run_method(self, s: Splice, name: str, x: Node, size: Node | None, taps: list[Node]) -> Node:
+        """Adds the call of a reduction. Raises: MethodError that names the method where its plan fails on fake tensors."""
+        try:
+            return self.builder.emit(name, x, size, *taps)
+        except TokcompileError:
+            raise
+        except Exception as error:
+            raise MethodError(
+                f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} "
+                f"(block {s.block.index}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; plans must not look at values of "
+                "tensors, and every shape must follow from the site"
+            ) from error
 
     def assignment_of(self, node: Node, module: ReductionModule, n: int) -> Node:
         """The fourth result of a reduction, which only dense outputs need: (B, n)."""

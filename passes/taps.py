@@ -81,7 +81,8 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
     if len(s.tap_block.attentions if s.tap_block else ()) > 1:  # perhaps one segment each
         wanted = sizes[usual]
     axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
-    token = usual if attention.fused or usual in axes else next(iter(reversed(axes)), usual)
+    operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known
+    token = usual if operand or usual in axes else next(iter(reversed(axes)), usual)
     if sizes[token] != wanted:
         raise UnsupportedGraph(
             f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "

@@ -233,11 +233,13 @@ def test_text_is_never_reduced_without_spans(name, family):
     model, args, kwargs = family(name)
     try:
         optimized = tokcompile.optimize(model, args, kwargs, method="random")
-    except tokcompile.UnsupportedGraph as refusal:
-        assert "spans=[(start, stop)]" in str(refusal) or "recover='anywhere'" in str(refusal)
+    except tokcompile.UnsupportedGraph as error:
+        refusal = str(error)
     else:
+        refusal = ""
         text = [r for r in optimized.plan.reductions if "language" in r.path or r.path.startswith("model.layers")]
         assert all(r.prefix >= 5 and r.suffix >= 7 for r in text)
+    assert not refusal or "spans=[(start, stop)]" in refusal or "recover='anywhere'" in refusal
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -396,8 +398,11 @@ def test_save_and_load(method, options, family, program, tmp_path):
 
 
 def test_load_needs_the_registered_recipe(family, program, tmp_path):
-    loud = Recipe("loudest", lambda tokens, site: tokcompile.Keep(
-        tokcompile.primitives.top_k(tokens.x.norm(dim=-1), site.k), ordered=False), steps=tokcompile.steps.once(0.5))  # fmt: skip
+    loud = Recipe(
+        "loudest",
+        lambda tokens, site: tokcompile.Keep(tokcompile.primitives.top_k(tokens.x.norm(dim=-1), site.k), ordered=False),
+        steps=tokcompile.steps.once(0.5),
+    )  # noqa: E501
     optimized = tokcompile.optimize(program("timm/vit"), method=loud)
     optimized.save(tmp_path / "loud.pt2")
     with pytest.raises(tokcompile.MethodError, match=r"uses the method 'loudest'.*register it before loading"):

@@ -116,8 +116,7 @@ def test_a_recipe_is_checked():
 
 def test_a_recipe_that_returns_another_count_is_refused():
     greedy = Recipe("greedy", lambda tokens, site: tokcompile.Keep(torch.arange(3).expand(tokens.x.shape[0], -1)))
-    with pytest.raises(UnsupportedGraph, match=r"method 'greedy' was asked for \d+ tokens and gave indices of shape \(1, 3\)"
-                       r"[\s\S]*its plan must return exactly site.k tokens"):  # fmt: skip
+    with pytest.raises(MethodError, match=r"'greedy' was asked for \d+ of \d+ tokens and gave indices of shape \(1, 3\)"):
         optimize(tiny(), method=greedy)
 
 
@@ -199,7 +198,7 @@ def test_inputs_that_do_not_fit(change, args, message):
 
 @pytest.mark.parametrize("model", [3, None, {}, lambda x: x], ids=["int", "none", "dict", "function"])
 def test_what_is_not_a_model(model):
-    with pytest.raises(InputError, match="model must be an nn.Module, an ExportedProgram or the path of a .pt2, not"):
+    with pytest.raises(InputError, match=r"model must be an nn\.Module, an ExportedProgram or the path of a \.pt2, not"):
         tokcompile.optimize(model, (torch.zeros(1),))
 
 
@@ -211,7 +210,7 @@ def test_a_program_and_inputs_of_another_structure():
 
 
 def test_a_dynamic_program_is_refused():
-    model, args = tiny()
+    model, _ = tiny()
     shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
     program = torch.export.export(model, (torch.randn(2, LENGTH, WIDTH),), dynamic_shapes=shapes)
     with pytest.raises(UnsupportedGraph, match=r"input 'x' has a dynamic shape: dimension 0 is s\d+[\s\S]*"
@@ -320,7 +319,7 @@ def tiny_with_weights_of(model, between):
 
 
 def test_a_rule_must_be_callable():
-    with pytest.raises(TokcompileError, match="the rule for 'my.op' must be callable, not str"):
+    with pytest.raises(TokcompileError, match=r"the rule for 'my\.op' must be callable, not str"):
         tokcompile.register_rule("my::op", "pointwise")
 
 
@@ -393,7 +392,7 @@ def aliased(x):
 
 
 def test_in_place_on_shared_memory_is_refused():
-    with pytest.raises(UnsupportedGraph, match=r"an in-place op changes memory that other values share\n  node: add__?\w* = aten.add_"
+    with pytest.raises(UnsupportedGraph, match=r"an in-place op changes memory that other values share\n  node: add__?\w* = aten.add_"  # noqa: E501
                        r"[\s\S]*module: blocks.1[\s\S]*what to do: write it out of place"):  # fmt: skip
         optimize(tiny(aliased))
 

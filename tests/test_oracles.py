@@ -136,6 +136,7 @@ def test_keeping_a_dropped_token_is_caught_by_masked_keys(program, monkeypatch):
 
 def patched(make, monkeypatch, index):
     """The recipe of an oracle, keeping other tokens than the oracle believes."""
+
     def recipe(name, seed, sort):
         made = make(name, seed, sort)
         if name == "permutation":

@@ -33,6 +33,7 @@ def backend(
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's fused kernels hide the attention
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True), 4).eval()
         >>> fast = torch.compile(model, backend="tokcompile", fullgraph=True, dynamic=False,
         ...                      options={"method": "random", "budget": 0.5, "inner": "eager"})
@@ -65,7 +66,8 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
     if not analysis.structure.blocks:
         raise UnsupportedGraph(
             "this piece of the model holds no attention block",
-            hint="Dynamo may have broken the model at Python that it cannot trace: compile with fullgraph=True to see where, "
+            hint="Dynamo may have broken the model at Python that it cannot trace (fullgraph=True shows where), or "
+            "have captured the fused kernels of nn.TransformerEncoder (torch.backends.mha.set_fastpath_enabled(False) first); "
             "or use tokcompile.optimize",
         )
     compiled = compile_plan(analysis, settings, own.get("budget", 0.5), own.get("where"), plan)

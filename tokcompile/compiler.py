@@ -161,7 +161,7 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             raise NeedsLayout(layout, error) from error
         raise
     layout = layout_hint(rewriter, chosen)
-    if layout is not None and any(r.inside for r in result.recoveries):
+    if layout is not None and (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)):
         raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
 

@@ -37,11 +37,13 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{'block':<8}{'tokens':>8}{'left':>8}  module"]
-        left = {r["block"]: r["k"] * r["unit"] + r["prefix"] + r["suffix"] for r in self.reductions}
+        gone: dict[int, int] = {}
+        for r in self.reductions:
+            gone[r["block"]] = gone.get(r["block"], 0) + (r["n"] - r["k"]) * r["unit"]
         tokens: dict[int, int] = {}
         for b in self.blocks:
             now = tokens.get(b["length"], b["length"])
-            after = left.get(b["index"], now)
+            after = now - gone.get(b["index"], 0)
             tokens[b["length"]] = after
             lines.append(
                 f"{b['index']:<8}{now:>8}{after:>8}  {b['path']}{'  not reducible: ' + b['why_not'] if b['why_not'] else ''}"

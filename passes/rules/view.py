@@ -22,8 +22,7 @@ def view(call: Call) -> Any:
     try:
         label = regroup(call.label(name), call.old_shape)
     except SplitsTokens as split:
-        if not call.rewriter.after_last(call.node):
-            call.rewriter.splits.append(split)
+        call.rewriter.splits.append(split)
         raise NeedsFull("it views the tokens as a grid, as windows or as groups") from split
     except ValueError as error:
         raise NeedsFull(str(error)) from error

@@ -1,0 +1,291 @@
+"""What is read off a graph: blocks, the residual stream, prefix and suffix tokens, the patch grid, causality."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.conftest import export
+from tests.passes.graphs import Function, canonical
+from tokcompile.compiler import analyse
+from tokcompile.passes.find import find, slice_bounds, view_sources
+from tokcompile.passes.graph import packet, shape
+
+# name: (blocks, length, prefix, suffix, grid) of each stage, in order
+STAGES = {
+    "timm/vit": [(4, 50, 1, 0, (7, 7))],
+    "timm/vit_gap": [(4, 49, 0, 0, (7, 7))],
+    "timm/vit_n_equals_dim": [(4, 50, 1, 0, (7, 7))],
+    "timm/vit_res_post_norm": [(4, 49, 0, 0, (7, 7))],
+    "timm/vit_parallel_scaling": [(4, 50, 1, 0, (7, 7))],
+    "timm/deit_distilled": [(4, 51, 2, 0, (7, 7))],
+    "timm/dinov2_reg4": [(4, 54, 5, 0, (7, 7))],
+    "timm/cait": [(4, 49, 0, 0, (7, 7)), (1, 1, 0, 0, None)],
+    "timm/swin": [(2, 196, 0, 0, (14, 14)), (2, 49, 0, 0, (7, 7))],
+    "timm/pit": [(2, 50, 1, 0, (7, 7)), (1, 17, 1, 0, (4, 4)), (1, 5, 1, 0, (2, 2))],
+    "timm/mixer": [],
+    "hf/dinov2_with_registers": [(4, 54, 5, 0, (7, 7))],
+    "hf/yolos": [(4, 56, 1, 6, (7, 7))],
+    "hf/clip": [(4, 50, 1, 0, (7, 7)), (4, 12, 0, 0, None)],
+    "hf/siglip_vision": [(4, 49, 0, 0, (7, 7))],
+    "hf/vitpose_backbone": [(4, 40, 0, 0, (8, 5))],
+    "hf/ast": [(4, 42, 2, 0, (5, 8))],
+    "hf/videomae": [(4, 50, 0, 0, (2, 5, 5))],
+    "hf/pixio": [(4, 57, 8, 0, (7, 7))],
+    "hf/llama": [(4, 40, 0, 0, None)],
+    "hf/sam_vision": [(4, 49, 0, 0, (7, 7))],
+    "hf/eomt": [(2, 69, 5, 0, (8, 8)), (2, 75, 11, 0, (8, 8))],
+    "torchvision/vit": [(4, 50, 1, 0, (7, 7))],
+    "torch/encoder_post_norm": [(4, 49, 0, 0, (7, 7))],
+    "torch/einsum_vit": [(4, 50, 1, 0, (7, 7))],
+}
+
+
+def structure(name):
+    return analyse(export(name), None, None).structure
+
+
+def stages(found):
+    """(blocks, length, prefix, suffix, grid) of each run of blocks over the same tokens."""
+    out = []
+    for block in found.blocks:
+        s = block.stage
+        row = (s.length, s.prefix, s.suffix, s.grid)
+        out = [*out[:-1], (out[-1][0] + 1, *row)] if out and out[-1][1:] == row else [*out, (1, *row)]
+    return out
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_of_models(name):
+    found = structure(name)
+    assert stages(found) == STAGES[name]
+    for block in found.blocks:
+        assert block.why_not is None
+        assert shape(block.entry) == shape(block.mid)
+        assert shape(block.mid)[block.token_axis] == block.stage.length
+        assert block.entry in block.mid.all_input_nodes
+        assert block.end is None or block.mid in block.end.all_input_nodes
+        assert found.order[block.entry] < found.order[block.mid]
+    assert found.last == max((found.order[b.end or b.mid] for b in found.blocks), default=-1)
+
+
+@pytest.mark.parametrize(("name", "paths"), [
+    ("timm/vit", ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
+    ("hf/dinov2_with_registers", [f"encoder.layer.{i}" for i in range(4)]),
+    ("hf/llama", [f"model.layers.{i}" for i in range(4)]),
+    ("torchvision/vit", [f"encoder.layers.encoder_layer_{i}" for i in range(4)]),
+    ("hf/clip", [f"{part}_model.encoder.layers.{i}" for part in ("vision", "text") for i in range(4)]),
+])  # fmt: skip
+def test_blocks_are_named_by_their_module(name, paths):
+    assert [b.path for b in structure(name).blocks] == paths
+
+
+@pytest.mark.parametrize(("name", "left_alone"), [
+    ("timm/vit", 0), ("hf/siglip_vision", 1), ("timm/vit_siglip", 1), ("timm/cait", 1), ("timm/crossvit", 4),
+])  # fmt: skip
+def test_cross_and_pooling_attention_is_left_alone(name, left_alone):
+    unrecognised = structure(name).unrecognised
+    assert len(unrecognised) == left_alone
+    assert all("no residual add after it (cross or pooling attention" in text for text in unrecognised)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("timm/vit", {(True, False)}),
+    ("hf/clip", {(True, False), (False, True)}),
+    ("hf/llama", {(False, False)}),
+    ("hf/llava", {(True, False), (False, True)}),
+    ("torch/einsum_vit", {(False, False)}),
+])  # fmt: skip
+def test_stages_are_visual_or_text_or_neither(name, kinds):
+    assert {(b.stage.visual, b.stage.text) for b in structure(name).blocks} == kinds
+
+
+@pytest.mark.parametrize(("name", "causal"), [("hf/llama", True), ("hf/llama_eager", True), ("hf/gpt2", True), ("hf/phi", True),
+                                              ("timm/vit", False), ("timm/beit", False)])  # fmt: skip
+def test_causal_attention_is_seen(name, causal):
+    assert {a.causal for b in structure(name).blocks for a in b.attentions} == {causal}
+
+
+@pytest.mark.parametrize(("name", "axes"), [
+    ("timm/vit", (1, 0)), ("torch/encoder_sequence_first", (0, 1)), ("hf/qwen2_vl_vision", (0, None)),
+])  # fmt: skip
+def test_where_tokens_and_batch_run(name, axes):
+    assert {(b.token_axis, b.batch_axis) for b in structure(name).blocks} == {axes}
+
+
+@pytest.mark.parametrize(("name", "count"), [("timm/vit", 1), ("timm/vit_parallel_things", 2), ("timm/vit_diff_attention", 2)])
+def test_attentions_side_by_side_are_one_block(name, count):
+    assert {len(b.attentions) for b in structure(name).blocks} == {count}
+
+
+def test_feature_maps_say_why_not():
+    found = structure("timm/visformer")
+    assert found.sites() == []
+    assert all("its tokens lie on two axes (a grid), not on one" in b.why_not for b in found.blocks)
+
+
+# -- written by hand ---------------------------------------------------------------------------------------------------
+
+D = 16
+X = torch.randn(2, 12, D, generator=torch.Generator().manual_seed(0))
+
+
+class Parts(nn.Module):
+    """Weights for one block, however it is wired."""
+
+    def __init__(self, wiring):
+        super().__init__()
+        self.wiring = wiring
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.q, self.kv, self.out = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+        self.mlp, self.scale = nn.Linear(D, D), nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        return self.wiring(self, x)
+
+    def attend(self, x, memory=None, **options):
+        memory = x if memory is None else memory
+        q = self.q(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
+        return self.out(F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2))
+
+    def by_hand(self, x, bias=0.0):
+        q = self.q(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
+        weights = ((q * 0.3) @ k.transpose(-1, -2) + bias).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def pre_norm(m, x):
+    x = x + m.attend(m.norm1(x))
+    return x + m.mlp(m.norm2(x))
+
+
+def post_norm(m, x):
+    x = m.norm1(x + m.attend(x))
+    return m.norm2(x + m.mlp(x))
+
+
+def post_norm_of_the_branch(m, x):
+    x = x + m.norm1(m.attend(x))
+    return x + m.norm2(m.mlp(x))
+
+
+def layer_scale(m, x):
+    x = x + m.attend(m.norm1(x)) * m.scale
+    return m.mlp(m.norm2(x)) * m.scale + x
+
+
+def written_out(m, x):
+    x = x + m.by_hand(m.norm1(x))
+    return x + m.mlp(m.norm2(x))
+
+
+def with_a_bias(m, x):
+    x = x + m.by_hand(m.norm1(x), torch.ones(2, 12, 12))
+    return x + m.mlp(m.norm2(x))
+
+
+def parallel(m, x):
+    y = m.norm1(x)
+    return x + m.attend(y) + m.mlp(y)
+
+
+def parallel_in_one_add(m, x):
+    y = m.norm1(x)
+    return x + (m.attend(y) + m.mlp(y))
+
+
+def attention_only(m, x):
+    return x + m.attend(m.norm1(x))
+
+
+def causal(m, x):
+    x = x + m.attend(m.norm1(x), is_causal=True)
+    return x + m.mlp(x)
+
+
+def without_residual(m, x):
+    return m.mlp(m.attend(m.norm1(x)))
+
+
+def cross(m, x):
+    return m.mlp(m.attend(m.scale.expand(2, 1, D), x))
+
+
+@pytest.mark.parametrize(("wiring", "mid_op", "end_op"), [
+    (pre_norm, "aten.add", "aten.add"),
+    (post_norm, "aten.add", None),
+    (post_norm_of_the_branch, "aten.add", "aten.add"),
+    (layer_scale, "aten.add", "aten.add"),
+    (written_out, "aten.add", "aten.add"),
+    (with_a_bias, "aten.add", "aten.add"),
+    (parallel, "aten.add", "aten.add"),
+    (parallel_in_one_add, "aten.add", None),
+    (attention_only, "aten.add", None),
+    (causal, "aten.add", "aten.add"),
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
+    gm = canonical(Parts(wiring), X)
+    (block,) = find(gm.graph).blocks
+    assert block.entry.op == "placeholder"
+    assert packet(block.mid) == mid_op
+    assert (packet(block.end) if block.end else None) == end_op
+    assert block.parallel == (wiring is parallel)
+    assert block.out is (block.end if wiring is parallel else block.mid)
+    assert block.attentions[0].causal == (wiring is causal)
+    assert block.attentions[0].fused == (wiring not in (written_out, with_a_bias))
+    assert (block.stage.length, block.token_axis, block.batch_axis) == (12, 1, 0)
+
+
+@pytest.mark.parametrize("wiring", [without_residual, cross], ids=lambda f: f.__name__)
+def test_attention_without_a_residual_is_no_block(wiring):
+    found = find(canonical(Parts(wiring), X).graph)
+    assert found.blocks == []
+    assert len(found.unrecognised) == 1
+
+
+def test_a_softmax_that_is_no_attention_is_ignored():
+    found = find(canonical(Function(lambda x: x + x.softmax(-1)), X).graph)
+    assert (found.blocks, found.unrecognised, found.last) == ([], [], -1)
+
+
+def patches(image):
+    return F.conv2d(image, torch.ones(D, 3, 4, 4), stride=4)
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "suffix", "grid"), [
+    (lambda x: x.flatten(2).transpose(1, 2), 0, 0, (3, 5)),
+    (lambda x: x.permute(0, 2, 3, 1).reshape(2, 15, D), 0, 0, (3, 5)),
+    (lambda x: torch.cat([x.new_ones(2, 1, D), x.flatten(2).mT], 1), 1, 0, (3, 5)),
+    (lambda x: torch.cat([x.new_ones(2, 2, D), x.flatten(2).mT, x.new_ones(2, 3, D)], 1), 2, 3, (3, 5)),
+    (lambda x: torch.cat([torch.ones(2, 1, D), torch.cat([torch.ones(2, 4, D), x.flatten(2).mT], 1) * 2], 1), 5, 0, (3, 5)),
+    (lambda x: torch.cat([torch.ones(2, 1, D), x.flatten(2).mT], 1)[:, 1:] + 1, 0, 0, (3, 5)),
+    (lambda x: torch.cat([torch.ones(2, 3, D), x.flatten(2).mT], 1)[:, 1:], 2, 0, (3, 5)),
+    (lambda x: torch.cat([x.mean((2, 3))[:, None], x.flatten(2).mT], 1), 1, 0, (3, 5)),
+    (lambda x: x.flatten(2).mT[:, :12], 0, 0, None),
+], ids=["flat", "channels-last", "class-token", "both-sides", "twice", "cut-off", "partly-cut", "mean-in-front", "part"])  # fmt: skip
+def test_prefix_suffix_and_grid(tokens, prefix, suffix, grid):
+    block = Parts(pre_norm)
+    gm = canonical(Function(lambda image: block(tokens(patches(image))), block=block), torch.randn(2, 3, 12, 20))
+    (found,) = find(gm.graph).blocks
+    assert (found.stage.prefix, found.stage.suffix, found.stage.grid) == (prefix, suffix, grid)
+    assert found.stage.visual
+
+
+@pytest.mark.parametrize(("before", "after", "axis", "want"), [
+    ((2, 16, 3, 5), (2, 16, 15), 2, [2, 3]),
+    ((2, 3, 5, 16), (2, 15, 16), 1, [1, 2]),
+    ((2, 15, 16), (2, 15, 4, 4), 1, [1]),
+    ((2, 15, 16), (30, 16), 0, [0, 1]),
+    ((30, 16), (2, 15, 16), 1, None),
+    ((2, 1, 15, 16), (2, 15, 16), 1, [2]),
+], ids=str)  # fmt: skip
+def test_which_axes_a_view_joined(before, after, axis, want):
+    assert view_sources(before, after, axis) == want
+
+
+def test_slice_bounds_are_pythons():
+    assert slice_bounds(1, None, 10) == (1, 10)
+    assert slice_bounds(-4, -1, 10) == (6, 9)
+    assert slice_bounds(None, 1 << 62, 10) == (0, 10)
