@@ -41,6 +41,8 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     inline_regions(gm)
     drop_asserts(gm)
     refuse_random(gm)
+    drop_identities(gm)
+    refuse_state(gm)
     fold_constants(gm)
     functionalise(gm)
     propagate_shapes(gm, inputs)
@@ -98,6 +100,25 @@ def refuse_random(gm: GraphModule) -> None:
                 node,
                 "optimize the part of the model after the random step",
             )
+
+
+def drop_identities(gm: GraphModule) -> None:
+    """Ops that hand their operand on (it may be changed in place afterwards, so this comes first)."""
+    for node in list(gm.graph.nodes):
+        name = packet(node)
+        copies = name == "aten.lift_fresh_copy"
+        if not copies and (name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False))):
+            forward(gm, node, node.args[0])
+
+
+def refuse_state(gm: GraphModule) -> None:
+    """A model that changes its own buffers gives another result on every call."""
+    for node in gm.graph.nodes:
+        if mutates(node) and isinstance(node.args[0], Node) and base_of(node.args[0]).op == "get_attr":
+            raise UnsupportedGraph(
+                "the model changes a buffer of its own in forward", node,
+                "optimize the part of the model that keeps no state",
+            )  # fmt: skip
 
 
 def functionalise(gm: GraphModule) -> None:
@@ -162,7 +183,7 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     if any(
         order.get(u, 0) > order[node]
         for v in gm.graph.nodes
-        if packet(v) in VIEWS and base_of(v) is base and v is not node and order.get(v, 0) < order[node]
+        if packet(v) in VIEWS and base_of(v) is base and v not in (node, node.args[0]) and order.get(v, 0) < order[node]
         for u in v.users
     ):
         return False  # an older view of the same memory is read after the write
@@ -174,6 +195,7 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
             if functional is None:
                 return False
             value = gm.graph.call_function(functional, node.args, node.kwargs)
+        result = value
         for view in chain:
             if whole(view):
                 continue
@@ -182,7 +204,9 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         value.meta = {k: v for k, v in node.meta.items() if k != "val"}
     for user in [u for u in base.users if order.get(u, 0) > order[node]]:
         user.replace_input_with(base, value)
-    node.replace_all_uses_with(value)
+    for user in [u for u in node.args[0].users if order.get(u, 0) > order[node]]:
+        user.replace_input_with(node.args[0], result)  # the view that was written through, read again
+    node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     return True
 
@@ -292,7 +316,7 @@ def fold_constants(gm: GraphModule) -> None:
             if n in frontier and isinstance(values.get(n), torch.Tensor):
                 taken.setdefault(n, values[n].detach().clone(memory_format=torch.contiguous_format))
     for i, (node, value) in enumerate(taken.items()):
-        if not torch.equal(value, values[node]) and value.dtype is not torch.bool and not value.isnan().any():
+        if not torch.equal(value, values[node]) and not (value.is_floating_point() and value.isnan().any()):
             raise UnsupportedGraph("a constant is changed in place after it was used", node)
         gm.register_buffer(f"_folded_{i}", value)
         with gm.graph.inserting_before(node):

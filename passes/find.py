@@ -24,7 +24,8 @@ BETWEEN = {
     "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
     "aten.slice_scatter",
 }  # fmt: skip
-LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes"}
+LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
+          "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
 VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
 
 
@@ -339,7 +340,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             start, end = slice_bounds(a["start"], a["end"], size)
             prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
         elif name in LAYOUT:
-            axis, node = moved(node, axis, a), node.all_input_nodes[0]
+            axis, node = moved(node, axis), node.all_input_nodes[0]
         elif name in VIEWS:
             source = node.all_input_nodes[0]
             before = view_sources(shape(source), shape(node), axis)
@@ -369,20 +370,15 @@ def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, in
     return start, stop
 
 
-def moved(node: Node, axis: int, a: dict[str, Any]) -> int:
-    """The axis of the input that axis `axis` of a permuted tensor came from."""
-    source = torch.empty(shape(node.all_input_nodes[0]), device="meta")
-    marks = torch.empty_strided(source.shape, tuple(range(1, source.dim() + 1)), device="meta")
-    name = packet(node)
-    if name == "aten.permute":
-        marks = marks.permute(a["dims"])
-    elif name in ("aten.transpose", "aten.swapaxes"):
-        marks = marks.transpose(a["dim0" if "dim0" in a else "axis0"], a["dim1" if "dim1" in a else "axis1"])
-    elif name == "aten.t":
-        marks = marks.t()
-    elif name == "aten.movedim":
-        marks = marks.movedim(a["source"], a["destination"])
-    return marks.stride()[axis] - 1
+def moved(node: Node, axis: int) -> int:
+    """The axis of the input that axis `axis` of a permuted tensor came from: the op is run on strides that tell them apart."""
+    source = node.all_input_nodes[0]
+    rank = len(shape(source))
+    if packet(node) in ("aten.contiguous", "aten.clone"):
+        return axis
+    marks = torch.empty_strided([2] * rank, list(range(1, rank + 1)), device="meta")
+    args = [marks if a is source else a for a in node.args]
+    return int(node.target(*args, **node.kwargs).stride()[axis]) - 1
 
 
 def view_sources(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> list[int] | None:

@@ -298,6 +298,8 @@ def apportion(k: int, sizes: Sequence[int]) -> list[int]:
     for i in order * 2:
         if sum(counts) < k and counts[i] < sizes[i]:
             counts[i] += 1
+    while sum(counts) > k and max(counts) > 1:  # the ones that every segment must keep come from the largest
+        counts[counts.index(max(counts))] -= 1
     return counts
 
 

@@ -75,7 +75,6 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
                     old,
                     "pass outputs='reduced', or recover='end'",
                 )
-            rw.recoveries.append(Recovery(old.name, "output", module_path(old), "the output keeps its shape", False))
             value, label = rw.gather.recover(value, label, node), None
         for axis in label or ():
             seqs += [a for a in axis if isinstance(a, Seq) and a not in seqs]

@@ -205,10 +205,11 @@ class Rewriter:
         except TokcompileError:
             raise
         except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
             raise MethodError(
-                f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} "
-                f"(block {s.block.index}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; plans must not look at values of "
-                "tensors, and every shape must follow from the site"
+                f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} (block {s.block.index}): "
+                f"{type(error).__name__}: {first}; plans must not look at values of tensors, and every shape must follow "
+                "from the site"
             ) from error
 
     def assignment_of(self, node: Node, module: ReductionModule, n: int) -> Node:

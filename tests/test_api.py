@@ -402,7 +402,7 @@ def test_load_needs_the_registered_recipe(family, program, tmp_path):
         "loudest",
         lambda tokens, site: tokcompile.Keep(tokcompile.primitives.top_k(tokens.x.norm(dim=-1), site.k), ordered=False),
         steps=tokcompile.steps.once(0.5),
-    )  # noqa: E501
+    )
     optimized = tokcompile.optimize(program("timm/vit"), method=loud)
     optimized.save(tmp_path / "loud.pt2")
     with pytest.raises(tokcompile.MethodError, match=r"uses the method 'loudest'.*register it before loading"):

@@ -80,7 +80,7 @@ def rewriter(
     **options: Any,
 ) -> Rewriter:
     """A Rewriter that reduces the first input of the graph; no block follows it."""
-    x = next(iter(gm.graph.nodes))
+    x = gm.graph.find_nodes(op="placeholder")[0]
     stage = Stage(prefix + n * unit + suffix, prefix, suffix, None, True)
     block = Block(0, "blocks.0", [], x, x, None, axis, batch_axis, stage)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}

@@ -224,10 +224,10 @@ def cross(m, x):
     (parallel_in_one_add, "aten.add", None),
     (attention_only, "aten.add", None),
     (causal, "aten.add", "aten.add"),
-], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+], ids=lambda v: getattr(v, "__name__", v) or "none")  # fmt: skip
 def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
     gm = canonical(Parts(wiring), X)
-    (block,) = find(gm.graph).blocks
+    (block,) = find(gm).blocks
     assert block.entry.op == "placeholder"
     assert packet(block.mid) == mid_op
     assert (packet(block.end) if block.end else None) == end_op
@@ -240,13 +240,13 @@ def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
 
 @pytest.mark.parametrize("wiring", [without_residual, cross], ids=lambda f: f.__name__)
 def test_attention_without_a_residual_is_no_block(wiring):
-    found = find(canonical(Parts(wiring), X).graph)
+    found = find(canonical(Parts(wiring), X))
     assert found.blocks == []
     assert len(found.unrecognised) == 1
 
 
 def test_a_softmax_that_is_no_attention_is_ignored():
-    found = find(canonical(Function(lambda x: x + x.softmax(-1)), X).graph)
+    found = find(canonical(Function(lambda x: x + x.softmax(-1)), X))
     assert (found.blocks, found.unrecognised, found.last) == ([], [], -1)
 
 
@@ -254,21 +254,31 @@ def patches(image):
     return F.conv2d(image, torch.ones(D, 3, 4, 4), stride=4)
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "suffix", "grid"), [
-    (lambda x: x.flatten(2).transpose(1, 2), 0, 0, (3, 5)),
-    (lambda x: x.permute(0, 2, 3, 1).reshape(2, 15, D), 0, 0, (3, 5)),
-    (lambda x: torch.cat([x.new_ones(2, 1, D), x.flatten(2).mT], 1), 1, 0, (3, 5)),
-    (lambda x: torch.cat([x.new_ones(2, 2, D), x.flatten(2).mT, x.new_ones(2, 3, D)], 1), 2, 3, (3, 5)),
-    (lambda x: torch.cat([torch.ones(2, 1, D), torch.cat([torch.ones(2, 4, D), x.flatten(2).mT], 1) * 2], 1), 5, 0, (3, 5)),
-    (lambda x: torch.cat([torch.ones(2, 1, D), x.flatten(2).mT], 1)[:, 1:] + 1, 0, 0, (3, 5)),
-    (lambda x: torch.cat([torch.ones(2, 3, D), x.flatten(2).mT], 1)[:, 1:], 2, 0, (3, 5)),
-    (lambda x: torch.cat([x.mean((2, 3))[:, None], x.flatten(2).mT], 1), 1, 0, (3, 5)),
-    (lambda x: x.flatten(2).mT[:, :12], 0, 0, None),
-], ids=["flat", "channels-last", "class-token", "both-sides", "twice", "cut-off", "partly-cut", "mean-in-front", "part"])  # fmt: skip
-def test_prefix_suffix_and_grid(tokens, prefix, suffix, grid):
+def rows(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+# name: (patches to tokens, prefix, suffix, grid)
+LAYOUTS = {
+    "flat": (rows, 0, 0, (3, 5)),
+    "channels-last": (lambda x: x.permute(0, 2, 3, 1).reshape(2, 15, D), 0, 0, (3, 5)),
+    "mT": (lambda x: x.flatten(2).mT, 0, 0, (3, 5)),
+    "class-token": (lambda x: torch.cat([x.new_ones(2, 1, D), rows(x)], 1), 1, 0, (3, 5)),
+    "both-sides": (lambda x: torch.cat([x.new_ones(2, 2, D), rows(x), x.new_ones(2, 3, D)], 1), 2, 3, (3, 5)),
+    "twice": (lambda x: torch.cat([torch.ones(2, 1, D), torch.cat([torch.ones(2, 4, D), rows(x)], 1) * 2], 1), 5, 0, (3, 5)),
+    "cut-off": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, 1:] + 1, 0, 0, (3, 5)),
+    "partly-cut": (lambda x: torch.cat([torch.ones(2, 3, D), rows(x)], 1)[:, 1:], 2, 0, (3, 5)),
+    "mean-in-front": (lambda x: torch.cat([x.mean((2, 3))[:, None], rows(x)], 1), 1, 0, (3, 5)),
+    "a-part": (lambda x: rows(x)[:, :12], 0, 0, None),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_prefix_suffix_and_grid(name):
+    tokens, prefix, suffix, grid = LAYOUTS[name]
     block = Parts(pre_norm)
     gm = canonical(Function(lambda image: block(tokens(patches(image))), block=block), torch.randn(2, 3, 12, 20))
-    (found,) = find(gm.graph).blocks
+    (found,) = find(gm).blocks
     assert (found.stage.prefix, found.stage.suffix, found.stage.grid) == (prefix, suffix, grid)
     assert found.stage.visual
 

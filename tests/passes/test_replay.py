@@ -75,7 +75,7 @@ def distinct(x, n):
 
 
 def runs(x, n):
-    values, counts = torch.unique_consecutive(torch.tensor([1, 1, 2]), return_counts=True)
+    _, counts = torch.unique_consecutive(torch.tensor([1, 1, 2]), return_counts=True)
     return x[:, : int(counts[0])]
 
 
