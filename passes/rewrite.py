@@ -207,8 +207,8 @@ class Rewriter:
         except Exception as error:
             first = (str(error).splitlines() or [""])[0]
             raise MethodError(
-                f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} (block {s.block.index}): "
-                f"{type(error).__name__}: {first}; plans must not look at values of tensors, and every shape must follow "
+                f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} "
+                f"(block {s.block.index}): {type(error).__name__}: {first}; plans must not look at values of tensors, and every shape must follow "
                 "from the site"
             ) from error
 
