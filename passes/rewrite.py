@@ -208,8 +208,8 @@ class Rewriter:
             first = (str(error).splitlines() or [""])[0]
             raise MethodError(
                 f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} "
-                f"(block {s.block.index}): {type(error).__name__}: {first}; plans must not look at values of tensors, and every shape must follow "
-                "from the site"
+                f"(block {s.block.index}): {type(error).__name__}: {first}; plans must not look at "
+                "values of tensors, and every shape must follow from the site"
             ) from error
 
     def assignment_of(self, node: Node, module: ReductionModule, n: int) -> Node:
