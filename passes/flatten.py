@@ -37,6 +37,7 @@ class _Flatten:
     def __init__(self, gm: GraphModule, grid: tuple[int, ...]):
         self.gm, self.grid, self.lead = gm, grid, (grid[0], prod(grid[1:]))
         self.flat: dict[Node, Node] = {}
+        self.twins: set[Node] = set()  # the nodes whose op runs flat, not those that were only reshaped as operands
 
     def run(self, streams: list[Node]) -> None:
         dependent = user_dependent(self.gm.graph)
@@ -51,7 +52,7 @@ class _Flatten:
             if node in region and self.tokenwise(node):
                 self.twin(node)
         for node, flat in list(self.flat.items()):
-            outside = [u for u in node.users if u not in self.flat and u is not flat]
+            outside = [u for u in node.users if u not in self.twins and u is not flat]
             if node in region and self.tokenwise(node) and outside:
                 with self.gm.graph.inserting_after(flat):
                     grid = self.gm.graph.call_function(aten.reshape.default, (flat, list(shape(node))))
@@ -84,6 +85,7 @@ class _Flatten:
             flat = self.gm.graph.call_function(node.target, args, kwargs)
         flat.meta = {k: v for k, v in node.meta.items() if k != "val"}
         self.flat[node] = flat
+        self.twins.add(node)
 
     def flattened(self, node: Node) -> Node:
         """A 4-D operand as (B, H*W, C): its twin, or a reshape right after it."""

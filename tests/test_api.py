@@ -22,7 +22,7 @@ METHODS = sorted(RECIPES)
 PLAIN = ["timm/vit", "hf/vit", "hf/dinov2_with_registers", "torchvision/vit", "torch/encoder_batch_first",
          "torch/encoder_sequence_first", "torch/einsum_vit"]  # fmt: skip
 PATCHES = 49
-DATA_DEPENDENT = ("nonzero", "_local_scalar", "aten.item", "masked_select", "unique", "aten._assert")
+DATA_DEPENDENT = ("nonzero", "_local_scalar", "aten.item", "masked_select", "unique", "_assert_scalar", "_assert_async")
 
 
 def counts(model) -> list[tuple[int, int, int]]:
@@ -339,7 +339,7 @@ def counted(model, *args, **kwargs) -> int:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "method"), [
-    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("timm/swinv2", None), ("timm/dinov3", "topk"), ("timm/beit", "pitome"),
+    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("torchvision/swin", None), ("timm/dinov3", "topk"), ("timm/beit", "pitome"),
     ("hf/dinov2_with_registers", "dart"), ("hf/depth_anything", "random"), ("hf/llama", None), ("torch/einsum_vit", "tome"),
     ("torch/encoder_sequence_first", "evit"), ("torchvision/vit", "random"), ("timm/vit_parallel_scaling", "random"),
 ], ids=lambda v: str(v))  # fmt: skip
