@@ -54,6 +54,7 @@ class OptimizedModel(torch.nn.Module):
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
         self._source, self._spec = traced.program, spec
         self._program: ExportedProgram | None = None
+        super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
