@@ -339,7 +339,8 @@ def counted(model, *args, **kwargs) -> int:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "method"), [
-    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("torchvision/swin", None), ("timm/dinov3", "topk"), ("timm/beit", "pitome"),
+    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("torchvision/swin", None), ("timm/dinov3", "topk"),
+    ("timm/beit", "pitome"),
     ("hf/dinov2_with_registers", "dart"), ("hf/depth_anything", "random"), ("hf/llama", None), ("torch/einsum_vit", "tome"),
     ("torch/encoder_sequence_first", "evit"), ("torchvision/vit", "random"), ("timm/vit_parallel_scaling", "random"),
 ], ids=lambda v: str(v))  # fmt: skip
@@ -520,6 +521,45 @@ def test_pruning_equals_pruning_by_hand(family):
         return model.forward_head(model.norm(x))
 
     assert error(got, run(by_hand, image)) < 1e-6
+
+
+def tome_by_hand(model, image, removed):
+    """timm's ViT with ToMe written out as in the paper: sizes, proportional attention, merging by similar keys."""
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+    size = torch.ones(*x.shape[:2], 1)
+    for block, r in zip(model.blocks, removed):
+        attn, y = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        scores = q * attn.scale @ k.mT + size.log()[:, None, None, :, 0]
+        x = x + block.ls1(attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        metric = torch.nn.functional.normalize(k.mean(1), dim=-1)
+        similar = metric[:, ::2] @ metric[:, 1::2].mT
+        similar[:, 0] = float("-inf")  # the class token is never merged
+        best, partner = similar.max(-1)
+        order = best.argsort(-1, descending=True, stable=True)
+        merged, kept = order[:, :r], order[:, r:].sort(-1).values
+        partner = partner.gather(1, merged)[..., None]
+
+        def join(value, merged=merged, kept=kept, partner=partner):
+            width = value.shape[-1]
+            even, odd = value[:, ::2], value[:, 1::2]
+            source = even.gather(1, merged[..., None].expand(-1, -1, width))
+            odd = odd.scatter_add(1, partner.expand(-1, -1, width), source)
+            return torch.cat([even.gather(1, kept[..., None].expand(-1, -1, width)), odd], 1)
+
+        x, size = join(x * size), join(size)
+        x = x / size
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("r", [3, 8])
+def test_tome_equals_tome_by_hand(r, batch, family, program):
+    model, (image,), _ = family("timm/vit", batch)
+    optimized = tokcompile.optimize(program("timm/vit", batch), method="tome", budget=Remove(r))
+    assert [n - k for _, n, k in counts(optimized)] == [r] * 4
+    assert error(run(optimized, image), run(tome_by_hand, model, image, [r] * 4)) < 1e-5
 
 
 def test_the_seed_of_random_matters(family, program):

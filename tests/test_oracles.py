@@ -231,3 +231,10 @@ def test_float64_has_a_narrower_one():
     check = tokcompile.check(model.double(), (image.double(),))
     assert check.ok
     assert max(r.error for r in check.results) < 1e-12
+
+
+@pytest.mark.parametrize("spans", [[(5, 30)], [(0, 40)], [(2, 12), (20, 30)]], ids=str)
+def test_spans_of_a_prompt(spans, program):
+    check = tokcompile.check(program("hf/llama", 3), spans=spans, blocks=[1])
+    assert check.ok, str(check)
+    assert all(not r.note for r in check.results)
