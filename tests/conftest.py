@@ -48,6 +48,25 @@ def leaves(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def counts(model) -> list[tuple[int, int, int]]:
+    """(block, tokens before, tokens after) of each reduction."""
+    return [(r.block, r.n, r.k) for r in model.plan.reductions]
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    """The same tensors, bit for bit."""
+    got, want = leaves(got), leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def error(got: Any, want: Any) -> float:
+    """The largest difference relative to the largest entry."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(leaves(got), leaves(want)))
+
+
 @functools.cache
 def build(name: str, batch: int = 1) -> Built:
     model, args, kwargs = FAMILIES[name].build(batch)

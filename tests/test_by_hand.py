@@ -1,0 +1,101 @@
+"""Optimized models against the same reduction written out by hand, and recipes of one's own."""
+
+import pytest
+import torch
+
+import tokcompile
+from tests.conftest import counts, error, run
+from tokcompile import Recipe, Remove
+from tokcompile.methods.random import RANDOM
+from tokcompile.recipe import methods as known_methods
+
+RECIPES = known_methods()
+METHODS = sorted(RECIPES)
+PATCHES = 49
+DATA_DEPENDENT = ("nonzero", "_local_scalar", "aten.item", "masked_select", "unique", "_assert_scalar", "_assert_async")
+
+
+# -- recipes of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_ones_own(family, program):
+    seen = []
+
+    def first(tokens, site):
+        seen.append(site)
+        return tokcompile.Keep(torch.arange(site.k).expand(tokens.x.shape[0], -1))
+
+    recipe = Recipe("first", first, steps=tokcompile.steps.every_block(), options={"shade": 1})
+    optimized = tokcompile.optimize(program("timm/vit_features"), method=recipe, budget=0.5, outputs="reduced", shade=2)
+    _, kept = run(optimized, *family("timm/vit_features").args)
+    assert kept["s3_index"].tolist() == [list(range(25))]
+    sites = {site.block: site for site in seen}
+    assert [(s.n, s.k, s.step, s.grid) for s in sites.values()] == [
+        (49, 43, 0, (7, 7)), (43, 37, 1, None), (37, 31, 2, None), (31, 25, 3, None)]  # fmt: skip
+    assert {(s.prefix, s.suffix, s.steps, s.depth, s.options["shade"]) for s in sites.values()} == {(1, 0, 4, 4, 2)}
+
+
+def test_pruning_equals_pruning_by_hand(family):
+    """The model written out with the dropped tokens really dropped gives the same numbers."""
+    model, (image,), _ = family("timm/vit", 2)
+    optimized = tokcompile.optimize(model, (image,), method="random", where=[1], outputs="reduced")
+    got, kept = run(optimized, image)
+
+    def by_hand(image):
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+        for i, block in enumerate(model.blocks):
+            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            if i == 1:
+                rows = torch.cat([torch.zeros(2, 1, dtype=torch.int64), kept["s0_index"] + 1], 1)
+                x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return model.forward_head(model.norm(x))
+
+    assert error(got, run(by_hand, image)) < 1e-6
+
+
+def tome_by_hand(model, image, removed):
+    """timm's ViT with ToMe written out as in the paper: sizes, proportional attention, merging by similar keys."""
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+    size = torch.ones(*x.shape[:2], 1)
+    for block, r in zip(model.blocks, removed):
+        attn, y = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        scores = q * attn.scale @ k.mT + size.log()[:, None, None, :, 0]
+        x = x + block.ls1(attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        metric = torch.nn.functional.normalize(k.mean(1), dim=-1)
+        similar = metric[:, ::2] @ metric[:, 1::2].mT
+        similar[:, 0] = float("-inf")  # the class token is never merged
+        best, partner = similar.max(-1)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        merged, kept = order[:, :r], order[:, r:].sort(-1).values
+        partner = partner.gather(1, merged)[..., None]
+
+        def join(value, merged=merged, kept=kept, partner=partner):
+            width = value.shape[-1]
+            even, odd = value[:, ::2], value[:, 1::2]
+            source = even.gather(1, merged[..., None].expand(-1, -1, width))
+            odd = odd.scatter_add(1, partner.expand(-1, -1, width), source)
+            return torch.cat([even.gather(1, kept[..., None].expand(-1, -1, width)), odd], 1)
+
+        x, size = join(x * size), join(size)
+        x = x / size
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("r", [3, 8])
+def test_tome_equals_tome_by_hand(r, batch, family, program):
+    model, (image,), _ = family("timm/vit", batch)
+    optimized = tokcompile.optimize(program("timm/vit", batch), method="tome", budget=Remove(r))
+    assert [n - k for _, n, k in counts(optimized)] == [r] * 4
+    assert error(run(optimized, image), run(tome_by_hand, model, image, [r] * 4)) < 1e-5
+
+
+def test_the_seed_of_random_matters(family, program):
+    args = family("timm/vit").args
+    a, b, c = (run(tokcompile.optimize(program("timm/vit"), method="random", seed=seed), *args) for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert RANDOM.options == {"seed": 0}

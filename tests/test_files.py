@@ -1,0 +1,175 @@
+"""Plans and files that are corrupt, foreign, old or do not fit, and files that cannot be written."""
+
+import io
+import json
+import zipfile
+
+import pytest
+import torch
+
+import tokcompile
+from tests.tiny import optimize, tiny
+from tokcompile import Plan, Reduction
+from tokcompile.errors import (
+    ExportError,
+    MethodError,
+    PlanError,
+    TokcompileError,
+)
+
+
+@pytest.fixture
+def optimized():
+    return optimize(tiny())
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "this is not a tokcompile plan: Expecting property name"),
+    ("[]", "it has no 'method' and 'reductions'"),
+    ("{}", "it has no 'method' and 'reductions'"),
+    ('{"method": "tome", "reductions": [], "version": 0}', "plan version 0 is not the version 1 that this release reads"),
+    ('{"method": "tome", "reductions": []}', "plan version None is not the version 1"),
+    ('{"method": "tome", "reductions": [{"block": 1}], "version": 1}', "this is not a tokcompile plan: .*missing"),
+    ('{"method": "tome", "reductions": [{"block": 1, "n": 4, "k": 2, "r": 2}], "version": 1}', "unexpected keyword"),
+    ('{"method": "tome", "reductions": [], "version": 1, "colour": 1}', "unexpected keyword argument 'colour'"),
+], ids=["corrupt", "list", "empty", "old", "no-version", "missing-field", "extra-field", "extra-key"])  # fmt: skip
+def test_a_file_that_is_no_plan(text, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+    with pytest.raises(PlanError, match=message):
+        optimize(tiny(), plan=path)
+
+
+def test_a_plan_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path / "missing.json", tmp_path, tmp_path / "binary"):
+        with pytest.raises(PlanError, match="cannot read the plan"):
+            Plan.load(path)
+    with pytest.raises(PlanError, match=r"plan must be a tokcompile.Plan or the path of one, not dict"):
+        optimize(tiny(), plan={})
+
+
+@pytest.mark.parametrize(("reduction", "message"), [
+    (Reduction(7, 12, 6), r"block 7 is not among the 3 blocks found"),
+    (Reduction(0, 49, 6), r"the plan says 49 tokens come into block 0; the model has 12"),
+    (Reduction(0, 12, 13), r"the plan leaves 13 tokens at block 0, where 12 come in"),
+    (Reduction(0, 12, 0), r"the plan leaves 0 tokens at block 0"),
+    (Reduction(0, 12, 6, place="mlp"), r"the plan's place 'mlp' is neither 'attention' nor 'block'"),
+    (Reduction(0, 12, 6, prefix=4, suffix=20), r"the plan"),
+    (Reduction(0, 12, 6, unit=0), r"the plan"),
+    (Reduction(0, 12, 6, prefix=-1, suffix=1), r"the plan"),
+], ids=["block", "n", "more", "none", "place", "suffix", "unit", "prefix"])  # fmt: skip
+def test_a_plan_that_does_not_fit(reduction, message):
+    with pytest.raises(PlanError, match=message):
+        optimize(tiny(), plan=Plan("random", (reduction,)))
+
+
+def test_a_plan_with_blocks_out_of_order():
+    plan = Plan("random", (Reduction(1, 12, 8), Reduction(0, 8, 4)))
+    with pytest.raises(PlanError, match="the plan"):
+        optimize(tiny(), plan=plan)
+
+
+def test_a_plan_of_an_unknown_method():
+    with pytest.raises(MethodError, match="unknown method 'tomee'"):
+        optimize(tiny(), plan=Plan("tomee", ()))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"outputs": "short"}, "outputs='short' is none of"), ({"recover": "always"}, "recover='always' is none of"),
+], ids=["outputs", "recover"])  # fmt: skip
+def test_a_plan_with_a_wrong_choice(changes, message):
+    plan = Plan("random", (Reduction(0, 12, 6),)).replace(**changes)
+    with pytest.raises(TokcompileError, match=message):
+        optimize(tiny(), plan=plan)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_where_nothing_can_be_written(optimized, tmp_path):
+    with pytest.raises(ExportError, match=r"cannot write .*missing.*create the folder or choose another place"):
+        optimized.save(tmp_path / "missing" / "model.pt2")
+    with pytest.raises(ExportError, match="is a folder; give a file name"):
+        optimized.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_breaks_off_leaves_the_old_file(optimized, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"old")
+
+    def full(program, file, **rest):
+        with open(file, "wb") as out:
+            out.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(ExportError, match=r"cannot write .*No space left on device"):
+        optimized.save(path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def corrupt(path):
+    path.write_bytes(b"not a zip")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+def truncated(path):
+    model, args = tiny()
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, args), buffer)
+    path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda path: None, "no such file"),
+    (corrupt, r"is not a torch.export archive \(.pt2\)"),
+    (empty, r"is not a torch.export archive \(.pt2\)"),
+    (truncated, r"is not a torch.export archive|cannot be read as a torch.export archive"),
+    (foreign, "cannot be read as a torch.export archive"),
+], ids=["missing", "corrupt", "empty", "truncated", "foreign"])  # fmt: skip
+def test_a_file_that_is_no_program(write, message, tmp_path):
+    path = tmp_path / "model.pt2"
+    write(path)
+    with pytest.raises(ExportError, match=message):
+        tokcompile.optimize(path)
+    with pytest.raises(ExportError, match=message):
+        tokcompile.load(path)
+
+
+def test_load_of_a_plain_program(tmp_path):
+    model, args = tiny()
+    torch.export.save(torch.export.export(model, args), tmp_path / "plain.pt2")
+    with pytest.raises(ExportError, match=r"not one that OptimizedModel.save wrote: pass it to tokcompile.optimize instead"):
+        tokcompile.load(tmp_path / "plain.pt2")
+
+
+def test_load_of_another_format(tmp_path):
+    model, args = tiny()
+    text = json.dumps({"format": 99})
+    torch.export.save(torch.export.export(model, args), tmp_path / "new.pt2", extra_files={"tokcompile.json": text})
+    with pytest.raises(ExportError, match=r"has format 99; this release reads format 1"):
+        tokcompile.load(tmp_path / "new.pt2")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'], ids=["corrupt", "list", "no-plan"])
+def test_load_of_broken_metadata(text, tmp_path):
+    model, args = tiny()
+    torch.export.save(torch.export.export(model, args), tmp_path / "broken.pt2", extra_files={"tokcompile.json": text})
+    with pytest.raises((ExportError, PlanError), match=r"broken.pt2"):
+        tokcompile.load(tmp_path / "broken.pt2")

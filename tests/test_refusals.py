@@ -1,0 +1,172 @@
+"""Graphs that the pass refuses rather than guess: the op, its place in the model, and the way out."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import run
+from tests.models import FAMILIES
+from tests.tiny import LENGTH, WIDTH, Tiny, optimize, tiny
+from tokcompile.errors import (
+    TokcompileError,
+    UnsupportedGraph,
+)
+
+# -- graphs the pass refuses -------------------------------------------------------------------------------------------
+
+torch.library.define("tokcompile_tests::swirl", "(Tensor x) -> Tensor")
+torch.library.impl("tokcompile_tests::swirl", "CompositeExplicitAutograd", lambda x: x * 1.5)
+
+
+def swirl(x):
+    return torch.ops.tokcompile_tests.swirl(x)
+
+
+def test_an_op_without_a_rule_is_named_with_its_place():
+    with pytest.raises(UnsupportedGraph) as refusal:
+        optimize(tiny(swirl), where=0)
+    message = str(refusal.value)
+    assert message.startswith("an op over reduced tokens cannot be rewritten: there is no rule for it (")
+    assert "[1, Seq(s0:12->6), 16]" in message
+    assert "node: swirl = tokcompile_tests.swirl.default(1x12x16)" in message
+    assert "module: blocks.1" in message
+    assert "test_errors.py:" in message
+    assert "what to do: tell the pass what it does: tokcompile.register_rule('tokcompile_tests.swirl', rule)" in message
+    assert "recover='anywhere'" in message
+
+
+def test_register_rule_makes_the_op_known(monkeypatch):
+    monkeypatch.setattr("tokcompile.passes.rules.core.RULES", rules := dict(tokcompile.passes.rules.RULES))
+    monkeypatch.setattr("tokcompile.passes.rewrite.RULES", rules)
+    tokcompile.register_rule("tokcompile_tests::swirl", lambda call: call.emit(call.label("x")))
+    model, args = tiny(swirl)
+    assert tokcompile.check(model, args).ok
+    reduced = tokcompile.optimize(model, args, method="random", where=0)
+    assert reduced.report.recoveries == []
+    by_hand = tokcompile.optimize(tiny_with_weights_of(model, lambda x: x * 1.5), args, method="random", where=0)
+    assert torch.equal(run(reduced, *args), run(by_hand, *args))
+
+
+def tiny_with_weights_of(model, between):
+    other = Tiny(between).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_rule_must_be_callable():
+    with pytest.raises(TokcompileError, match=r"the rule for 'my\.op' must be callable, not str"):
+        tokcompile.register_rule("my::op", "pointwise")
+
+
+def test_a_rule_with_a_wrong_label_is_caught_at_its_node(monkeypatch):
+    rules = {**tokcompile.passes.rules.RULES, "tokcompile_tests.swirl": lambda call: call.emit(((1,), (5,), (16,)))}
+    monkeypatch.setattr("tokcompile.passes.rewrite.RULES", rules)
+    with pytest.raises(
+        UnsupportedGraph, match=r"the rule for this op gives \(1, 6, 16\), its label says \(1, 5, 16\)[\s\S]*swirl"
+    ):
+        optimize(tiny(swirl), where=0)
+
+
+@pytest.mark.parametrize(("between", "op"), [
+    (lambda x: x.cumsum(1), "aten.cumsum"),
+    (lambda x: x.flip(1), "aten.flip"),
+    (lambda x: x.roll(1, 1), "aten.roll"),
+    (lambda x: x.sort(1).values, "aten.sort"),
+    (lambda x: x + x.var(1, keepdim=True), "aten.var"),
+    (lambda x: nn.functional.conv1d(x.transpose(1, 2), torch.ones(WIDTH, WIDTH, 3), padding=1).transpose(1, 2), "aten.conv1d"),
+], ids=lambda v: v[5:] if isinstance(v, str) else "op")  # fmt: skip
+def test_ops_that_need_all_tokens_inside_the_blocks(between, op):
+    """Refused with the way out, which then works."""
+    with pytest.raises(UnsupportedGraph) as refusal:
+        optimize(tiny(between), where=0)
+    message = str(refusal.value)
+    for part in (
+        f"= {op}.",
+        "module: blocks.1",
+        "source: ",
+        "pass recover='anywhere'",
+        "reduce only after it (where=[later blocks])",
+    ):
+        assert part in message
+    with pytest.raises(UnsupportedGraph, match="cannot be rewritten"):
+        optimize(tiny(between), where=0, recover="never")
+    recovered = optimize(tiny(between), where=0, recover="anywhere")
+    assert [(r["inside"], r["op"]) for r in recovered.report.recoveries] == [(True, op)]
+    assert optimize(tiny(between), where=2).report.recoveries == []
+
+
+def test_never_recovering_refuses_even_the_end():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Tiny()
+
+        def forward(self, x):
+            return self.body(x).cumsum(1)
+
+    head = (Head().eval(), (torch.randn(1, LENGTH, WIDTH),))
+    assert [r["inside"] for r in optimize(head).report.recoveries] == [False]
+    with pytest.raises(UnsupportedGraph, match=r"it gives positions of tokens[\s\S]*cumsum"):
+        optimize(head, recover="never")
+
+
+@pytest.mark.parametrize("between", [lambda x: x + torch.rand_like(x), lambda x: nn.functional.dropout(x, 0.5, True),
+                                     lambda x: x + torch.randn(1, LENGTH, WIDTH)],
+                         ids=["rand_like", "dropout", "randn"])  # fmt: skip
+def test_random_ops_are_refused(between):
+    with pytest.raises(UnsupportedGraph, match=r"the model draws random numbers at inference\n  node: \w+ = aten\.[\s\S]*"
+                       r"what to do: optimize the part of the model after the random step"):  # fmt: skip
+        optimize(tiny(between))
+
+
+def aliased(x):
+    y = x * 1
+    z = y.transpose(1, 2)
+    z.add_(1)
+    return y
+
+
+def test_in_place_on_shared_memory_is_refused():
+    with pytest.raises(UnsupportedGraph, match=r"an in-place op changes memory that other values share\n  node: add__?\w* = aten.add_"  # noqa: E501
+                       r"[\s\S]*module: blocks.1[\s\S]*what to do: write it out of place"):  # fmt: skip
+        optimize(tiny(aliased))
+
+
+def autocast(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ torch.ones(WIDTH, WIDTH)
+
+
+def test_autocast_inside_is_refused():
+    with pytest.raises(
+        UnsupportedGraph, match=r"turns autocast on inside its forward[\s\S]*convert the model's weights and inputs"
+    ):
+        optimize(tiny(autocast))
+
+
+def test_a_method_that_reads_attention_before_the_first_block():
+    with pytest.raises(TokcompileError, match=r"reads the attention"):
+        optimize(tiny(), method="dart", where=0)
+    assert [r.block for r in optimize(tiny(), method="dart").plan.reductions] == [1]
+
+
+def test_blocks_of_two_stages_do_not_go_together():
+    model, args, _ = FAMILIES["timm/pit"].build(1)
+    with pytest.raises(
+        UnsupportedGraph,
+        match=r"hold \[\d+, \d+\] tokens: one method works within one stage[\s\S]*choose one stage: where=",
+    ):
+        tokcompile.optimize(model, args, method="random", where=[0, 2])
+
+
+def test_check_reports_what_it_cannot_check():
+    check = tokcompile.check(*tiny(swirl))
+    assert check.ok
+    assert "only with recover='anywhere'" in check.results[0].note
+    assert "there is no rule for it" in check.results[0].note
+    text = str(check)
+    assert "the pass understands this model" in text
+    assert json.loads(check.json())["ok"] is True

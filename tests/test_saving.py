@@ -1,0 +1,120 @@
+"""An optimized model saved, loaded, exported, copied and used like any other module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import assert_equal, run
+from tests.models import FAMILIES
+from tokcompile import Recipe, Tokens
+from tokcompile.recipe import methods as known_methods
+
+RECIPES = known_methods()
+METHODS = sorted(RECIPES)
+PATCHES = 49
+DATA_DEPENDENT = ("nonzero", "_local_scalar", "aten.item", "masked_select", "unique", "_assert_scalar", "_assert_async")
+
+
+# -- saving, copying, exporting ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "options"), [("tome", {"outputs": "reduced"}), ("random", {"seed": 3}),
+                                                 ("evit", {"fuse": False}), ("tome", {"size_weighted_mean": False})],
+                         ids=["reduced", "seed", "fuse", "mean"])  # fmt: skip
+def test_save_and_load(method, options, family, program, tmp_path):
+    args = family("timm/vit_gap").args
+    optimized = tokcompile.optimize(program("timm/vit_gap"), method=method, budget=0.6, **options)
+    optimized.save(tmp_path / "model.pt2")
+    loaded = tokcompile.load(tmp_path / "model.pt2")
+    assert loaded.plan == optimized.plan
+    assert_equal(run(loaded, *args), run(optimized, *args))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_load_needs_the_registered_recipe(family, program, tmp_path):
+    loud = Recipe(
+        "loudest",
+        lambda tokens, site: tokcompile.Keep(tokcompile.primitives.top_k(tokens.x.norm(dim=-1), site.k), ordered=False),
+        steps=tokcompile.steps.once(0.5),
+    )
+    optimized = tokcompile.optimize(program("timm/vit"), method=loud)
+    optimized.save(tmp_path / "loud.pt2")
+    with pytest.raises(tokcompile.MethodError, match=r"uses the method 'loudest'.*register it before loading"):
+        tokcompile.load(tmp_path / "loud.pt2")
+    tokcompile.register_method(loud)
+    try:
+        args = family("timm/vit").args
+        assert_equal(run(tokcompile.load(tmp_path / "loud.pt2"), *args), run(optimized, *args))
+    finally:
+        tokcompile.recipe._REGISTRY.pop("loudest")
+
+
+@pytest.mark.parametrize(("name", "method"), [("timm/vit", "tome"), ("timm/vit", "divprune"), ("timm/vit", "dart"),
+                                              ("timm/vit", "evit"), ("hf/vit", "pitome"), ("timm/beit", "topk"),
+                                              ("torchvision/vit", "random")])  # fmt: skip
+def test_the_exported_program_equals_the_model(name, method, family, program):
+    _, args, kwargs = family(name, 3)
+    optimized = tokcompile.optimize(program(name, 3), method=method, budget=Tokens(30))
+    exported = optimized.exported_program
+    assert_equal(run(exported.module(), *args, **kwargs), run(optimized, *args, **kwargs))
+    ops = {str(n.target) for n in exported.graph.nodes if n.op == "call_function"}
+    assert not [op for op in ops if any(word in op for word in DATA_DEPENDENT)]
+    assert all(isinstance(size, int) for n in exported.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)
+               for size in v.shape)  # fmt: skip
+    assert exported is optimized.exported_program
+
+
+def test_a_copy_is_independent(family, program):
+    args = family("timm/vit").args
+    optimized = tokcompile.optimize(program("timm/vit"), budget=0.6)
+    want = run(optimized, *args)
+    other = copy.deepcopy(optimized)
+    assert_equal(run(other, *args), want)
+    assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in optimized.parameters()}
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert_equal(run(optimized, *args), want)
+
+
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+def test_weights_are_shared_with_the_model(budget):
+    model, args, _ = FAMILIES["timm/vit"].build(1)
+    optimized = tokcompile.optimize(model, args, budget=budget)
+    mine = {p.data_ptr() for p in optimized.graph_module.parameters()}
+    assert mine <= {p.data_ptr() for p in model.parameters()}
+    before = run(optimized, *args)
+    with torch.no_grad():
+        model.head.bias.add_(1.0)
+    torch.testing.assert_close(run(optimized, *args), before + 1.0, rtol=0, atol=1e-6)
+
+
+def test_the_given_model_and_program_are_not_changed(family, program):
+    model, args, _ = family("timm/vit")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    code = str(program("timm/vit").graph)
+    for given, inputs in ((model, args), (program("timm/vit"), None)):
+        tokcompile.optimize(given, inputs, budget=0.6)
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+    assert str(program("timm/vit").graph) == code
+
+
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+def test_it_stays_in_eval_mode(budget, program, family):
+    optimized = tokcompile.optimize(program("timm/vit"), budget=budget)
+    assert not optimized.training
+    assert optimized.eval() is optimized
+    assert not any(m.training for m in optimized.modules())
+    with pytest.raises(tokcompile.InputError, match="train the original and optimize it again"):
+        optimized.train()
+    assert not run(optimized, *family("timm/vit").args).requires_grad
+
+
+def test_it_fits_into_a_larger_module(family, program):
+    args = family("timm/vit").args
+    optimized = tokcompile.optimize(program("timm/vit"), budget=0.6)
+    whole = nn.Sequential(optimized, nn.Softmax(-1))
+    assert torch.equal(run(whole, *args), run(optimized, *args).softmax(-1))

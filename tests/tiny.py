@@ -1,0 +1,50 @@
+"""A model of three blocks, in the middle one of which anything may happen."""
+
+import torch
+from torch import nn
+
+import tokcompile
+
+WIDTH, LENGTH = 16, 12
+
+
+class Block(nn.Module):
+    """A pre-norm block; `between` is applied to the tokens between its attention and its MLP."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.between = between
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out, self.mlp = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, WIDTH))
+        if self.between is not None:
+            x = self.between(x)
+        return x + self.mlp(self.norm2(x))
+
+
+class Tiny(nn.Module):
+    """Three blocks over LENGTH tokens; what stands `between` is in the middle one."""
+
+    def __init__(self, between=None, before=None):
+        super().__init__()
+        self.before = before
+        self.blocks = nn.ModuleList([Block(), Block(between), Block()])
+
+    def forward(self, x):
+        if self.before is not None:
+            x = self.before(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def tiny(between=None, before=None):
+    return Tiny(between, before).eval(), (torch.randn(1, LENGTH, WIDTH),)
+
+
+def optimize(model_and_args, **options):
+    return tokcompile.optimize(*model_and_args, **{"method": "random", **options})
