@@ -172,7 +172,8 @@ def layout_hint(rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | Non
     for split in rewriter.splits:
         unit = split.unit
         if unit and 1 < unit <= LARGEST_UNIT and chosen[0].unit == 1 and not any(unit in grid for grid in grids):
-            if all(isinstance(p, Space) for p in split.seq.parts):
+            whole = not any(edge % unit for r in chosen if r.block == chosen[0].block for edge in (r.prefix, r.n, r.suffix))
+            if whole and all(isinstance(p, Space) for p in split.seq.parts):
                 return Layout(unit)
     if 0 < len(rewriter.cuts) < MOST_SEGMENTS:
         return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)))
