@@ -18,9 +18,11 @@ outputs, in the order that the attribute `outputs` names:
     index               (B, k)          int64, the kept tokens, counted without the prefix
     size                (B, k)          float32, only where sizes are tracked
     assign              (B, n)          int64, the new token of each old one; only where the model's output needs it
-attributes: those of `ATTRIBUTES`; `grid`, the (rows, columns) of the patches while they are still a whole raster and
-(0,) after; `option_<name>` for the method's options that are numbers or strings; and c0, c1, ...: the constants of the
-function body that differ between the model's reductions of this method, which only the body reads.
+attributes: those of `ATTRIBUTES`; `start` and `tap_start` are the first row reduced in x and in the taps: where one
+block reduces several spans, x is shorter already while the taps are not. `grid`, the (rows, columns) of the patches while
+they are still a whole raster and (0,) after; `option_<name>` for the method's options that are numbers or strings; and
+c0, c1, ...: the constants of the function body that differ between the model's reductions of this method, which only
+the body reads.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ ATTRIBUTES: Mapping[str, type] = {
     "prefix": int,
     "suffix": int,
     "unit": int,
+    "start": int,
+    "tap_start": int,
     "step": int,
     "steps": int,
     "block": int,
@@ -83,6 +87,8 @@ def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> Reducti
         "inputs": ",".join(inputs),
         "outputs": ",".join(outputs),
         "unit": module.unit,
+        "start": module.start,
+        "tap_start": module.tap_start,
     }
     attributes |= {name: getattr(site, name) for name in ATTRIBUTES if name not in attributes}
     attributes["grid"] = tuple(site.grid or (0,))

@@ -33,7 +33,7 @@ def test_an_op_without_a_rule_is_named_with_its_place():
     assert "[1, Seq(s0:12->6), 16]" in message
     assert "node: swirl = tokcompile_tests.swirl.default(1x12x16)" in message
     assert "module: blocks.1" in message
-    assert "test_refusals.py:" in message
+    assert "tiny.py:" in message
     assert "what to do: tell the pass what it does: tokcompile.register_rule('tokcompile_tests.swirl', rule)" in message
     assert "recover='anywhere'" in message
 
