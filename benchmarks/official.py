@@ -72,10 +72,12 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(name: str, tokens: Tokens, k: int, prefix: int = 0, **options: Any) -> tuple[Any, Tensor, Tensor | None]:
-    """Our plan, the new tokens and sizes."""
+def run(
+    name: str, tokens: Tokens, k: int, prefix: int = 0, where: dict[str, Any] | None = None, **options: Any
+) -> tuple[Any, Tensor, Tensor | None]:
+    """Our plan, the new tokens and sizes; `where` says more of the site."""
     recipe = get_method(name)
-    site = Site(n=tokens.x.shape[1], k=k, prefix=prefix, options=recipe.with_options(options))
+    site = Site(n=tokens.x.shape[1], k=k, prefix=prefix, options=recipe.with_options(options), **(where or {}))
     plan = recipe.plan(tokens, site)
     return plan, *apply(plan, tokens.x, tokens.size)
 
@@ -188,31 +190,34 @@ class Ordered:
 
 
 def dart(repos: Path) -> Iterator[Row]:
-    """get_retained_image_token without text pivots, with its set in our pivot order and as it is."""
+    """get_retained_image_token with and without text pivots, with its set in our pivot order and as it is."""
     file = repos / "DART/llava/model/language_model/modeling_llama_self.py"
     owner = next((c for c in ("DART", "LlamaModel", "DART_K_norm") if has(file, c, "get_retained_image_token")), "DART")
     for label, kind in (("pivots by norm", Ordered), ("pivots in set order (right: share of other tokens)", set)):
         code = official(file, f"{owner}.get_retained_image_token", set=kind)
-        for n, ratio, pivots in ((196, 0.5, 4), (576, 0.778, 4), (576, 0.889, 8)):
+        for n, ratio, pivots, of_text in ((196, 0.5, 4, 0), (576, 0.778, 4, 0), (576, 0.778, 4, 4), (576, 0.889, 8, 4)):
             differ, error = 0, 0.0
             for seed in range(5):
-                start, text = 5, 9
+                start, text = 5, 30
                 hidden, keys = randn(1, start + n + text, 64, seed=seed), randn(1, 4, start + n + text, 16, seed=seed)
                 keys = keys * (1 + randn(1, 1, start + n + text, 1, seed=seed + 7).abs())
                 given = dict(K=2, image_token_start_index=start, image_token_length=n, max_num_trunction=None)
-                given |= dict(reduction_ratio=ratio, pivot_image_token=pivots, pivot_text_token=0)
+                given |= dict(reduction_ratio=ratio, pivot_image_token=pivots, pivot_text_token=of_text)
                 config = types.SimpleNamespace(DART_config=given, text_length=None)
                 kept = code["get_retained_image_token"](None, config, hidden, keys).sort().values - start
                 image = slice(start, start + n)
-                body = Tokens(x=hidden[:, image], normed=hidden[:, image], k=keys[:, :, image])
-                plan, ours, _ = run("dart", body, len(kept), pivots=pivots)
+                whole = Tokens(x=hidden, normed=hidden, rotated_k=keys)
+                body = Tokens(x=hidden[:, image], normed=hidden[:, image], rotated_k=keys[:, :, image], whole=whole)
+                where = {"start": start, "text": ((0, start), (start + n, start + n + text))}
+                options = {"pivots": pivots, "text_pivots": of_text}
+                plan, ours, _ = run("dart", body, len(kept), where=where, **options)
                 same = torch.equal(plan.index[0], kept)
                 differ += not same
                 if same:
                     error = max(error, float((ours[0] - hidden[0, image][kept]).abs().max()))
                 else:
                     error = max(error, 1 - len(set(kept.tolist()) & set(plan.index[0].tolist())) / len(kept))
-            yield Row("dart", f"N={n} k={len(kept)}, {label}", differ, 5, error)
+            yield Row("dart", f"N={n} k={len(kept)}, {pivots} + {of_text} pivots, {label}", differ, 5, error)
 
 
 def has(file: Path, *names: str) -> bool:

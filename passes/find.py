@@ -76,6 +76,11 @@ class Block:
     why_not: str | None = None  # set where tokens cannot be reduced here, with the reason
 
     @property
+    def language(self) -> bool:
+        """Whether this is a language model's block, in which text stands around the visual tokens."""
+        return self.stage.text or any(a.causal for a in self.attentions)
+
+    @property
     def out(self) -> Node:
         """Where the attention's result has been added: the place between attention and MLP, where there is one."""
         return (self.end or self.mid) if self.parallel else self.mid

@@ -42,7 +42,8 @@ class ReductionModule(nn.Module):
         if size is None and self.recipe.track_size:
             size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
         summary = body if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
-        plan = self.recipe.plan(Tokens(x=summary, size=size, **given), site)
+        whole = Tokens(x=x, **dict(zip(self.names, taps))) if u == 1 else None
+        plan = self.recipe.plan(Tokens(x=summary, size=size, whole=whole, **given), site)
         check_plan(plan, self.recipe, site, x.shape[0])
         if self.ordered is None:
             self.ordered = isinstance(plan, Keep) and plan.ordered

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -178,7 +178,8 @@ class Rewriter:
         name = f"reduction_{len(self.spaces)}_{s.recipe.name}"
         start = make_seq(before).new * s.unit
         tap_start = make_seq(self.body(s, self.before[s.at][1])[1]).new * s.unit
-        module = ReductionModule(s.recipe, s.site, s.unit, s.recipe.taps_read(), start, tap_start)
+        site = replace(s.site, start=tap_start // s.unit, text=self.text_ranges(s))
+        module = ReductionModule(s.recipe, site, s.unit, s.recipe.taps_read(), start, tap_start)
         self.builder.root.add_module(name, module)
         size = parent.size if parent else None
         standard = self.standard(x, s.block)
@@ -245,6 +246,22 @@ class Rewriter:
                 return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
             at += width
         raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
+
+    def text_ranges(self, s: Splice) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) of text among the tokens that the taps are read over; none in a vision tower."""
+        if not s.block.language or s.unit > 1:
+            return ()
+        label = self.before[s.at][1]
+        axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()
+        seq = next((a for a in axis if isinstance(a, Seq)), Seq((shape(s.at)[s.block.token_axis],)))
+        visual = sorted((t.prefix, t.prefix + t.site.n) for t in self.splices[s.at])
+        ranges, old, new = [], 0, 0
+        for part in seq.parts:
+            if isinstance(part, int):
+                edges = [old, *(min(max(e, old), old + part) for span in visual for e in span), old + part]
+                ranges += [(a - old + new, b - old + new) for a, b in zip(edges[::2], edges[1::2]) if b > a]
+            old, new = (old + part, new + part) if isinstance(part, int) else (old + part.root_n, new + part.k)
+        return tuple(ranges)
 
     def label_after(self, s: Splice, seq: Seq) -> Label:
         label = list(self.labels.get(s.at) or plain(shape(s.at)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
@@ -45,12 +46,12 @@ def attentions_of(s: Splice) -> list[Attention]:
     return s.tap_block.attentions
 
 
-def heads(rw: Rewriter, s: Splice, name: str) -> Node:
-    """q, k or v as (B, H, L, d), before any rotary embedding; attentions side by side count as more heads."""
+def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
+    """q, k or v as (B, H, L, d), by default before any rotary embedding; attentions side by side count as more heads."""
     parts = []
     for attention in attentions_of(s):
         node: Node = getattr(attention, name)
-        if attention.fused and name != "v":
+        if attention.fused and name != "v" and not rotated:
             node = before_rotary(node)
         parts.append(standard(rw, s, node, name, attention))
     return side_by_side(rw, s, parts)
@@ -163,23 +164,30 @@ def _numel(node: Node) -> int:
     return int(value.numel()) if hasattr(value, "numel") else 0
 
 
-def rows(rw: Rewriter, s: Splice, attention: Attention, first: bool) -> Node:
-    """Softmax rows (B, H, m, L) with scale, mask and sizes as the attention has them: all rows, or only the first.
+def rows(rw: Rewriter, s: Splice, attention: Attention, row: int | None) -> Node:
+    """Softmax rows (B, H, m, L) with scale, mask and sizes as the attention has them: all, or the first (0) or last (-1).
 
     Where the model computes them itself they are read; beside a fused kernel the row of one query is computed again.
     """
     emit = rw.builder.emit
     if not attention.fused:
         probabilities = own_probabilities(rw, s, attention)
-        return emit(aten.slice.Tensor, probabilities, 2, 0, 1) if first else probabilities
+        return one_row(rw, probabilities, 2, row)
     query, key = (standard(rw, s, n, name, attention) for n, name in ((attention.q, "q"), (attention.k, "k")))
-    if first:
-        query = emit(aten.slice.Tensor, query, 2, 0, 1)
+    query = one_row(rw, query, 2, row)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)
     scale = attention.scale if attention.scale is not None else shape(query)[-1] ** -0.5
     scores = emit(aten.matmul.default, emit(aten.mul.Scalar, query, scale), emit(aten.transpose.int, key, -1, -2))
-    return emit(aten.softmax.int, masked(rw, attention, scores, first), -1)
+    return emit(aten.softmax.int, masked(rw, attention, scores, row), -1)
+
+
+def one_row(rw: Rewriter, value: Node, dim: int, row: int | None) -> Node:
+    """The first or the last of the queries along `dim`, which stays; all of them for None."""
+    if row is None:
+        return value
+    at = row % shape(value)[dim]
+    return rw.builder.emit(aten.slice.Tensor, value, dim, at, at + 1)
 
 
 def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
@@ -196,54 +204,106 @@ def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
     return rw.gather.reshape(value, [b, prod(sizes[:-2]) // b, *sizes[-2:]])
 
 
-def masked(rw: Rewriter, attention: Attention, scores: Node, first: bool) -> Node:
+def masked(rw: Rewriter, attention: Attention, scores: Node, row: int | None) -> Node:
     """Scores with the mask that the rewritten attention itself uses (it holds log sizes too)."""
     fused = rw.env[attention.node]
-    mask = bind(fused)["attn_mask"] if packet(fused) == SDPA else None
+    bound, emit = (bind(fused) if packet(fused) == SDPA else {}), rw.builder.emit
+    mask, length = bound.get("attn_mask"), shape(scores)[-1]
+    if bound.get("is_causal") and row != -1:  # the last query sees everything
+        visible = emit(aten.ones.default, [length, length], dtype=torch.bool, device=scores.meta["val"].device)
+        mask = emit(aten.tril.default, visible)
     if mask is None:
         return scores
-    emit = rw.builder.emit
     if len(shape(mask)) == 3:  # (B * H or 1, L, L)
         b, h = shape(scores)[:2]
         mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
-    if first and len(shape(mask)) > 1 and shape(mask)[-2] > 1:
-        mask = emit(aten.slice.Tensor, mask, -2, 0, 1)
+    if len(shape(mask)) > 1 and shape(mask)[-2] > 1:
+        mask = one_row(rw, mask, -2, row)
     if mask.meta["val"].dtype is torch.bool:
         return emit(aten.where.ScalarOther, mask, scores, float("-inf"))
     return emit(aten.add.Tensor, scores, mask)
 
 
 def cls_attention(rw: Rewriter, s: Splice) -> Node:
-    """(B, H, L): how the class token attends; without one, the attention received."""
+    """(B, H, L): how the class token attends; under a causal mask the last token; without either, attention received."""
+    if any(a.causal for a in attentions_of(s)):
+        return last_attention(rw, s)
     if s.block.stage.prefix < 1:
         return received_attention(rw, s)
-    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, first=True), 2, 0) for a in attentions_of(s)])
+    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, 0), 2, 0) for a in attentions_of(s)])
 
 
 def received_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): attention received, the mean over all queries (the one score that costs an N x N map)."""
-    return side_by_side(rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, first=False), [2]) for a in attentions_of(s)])
+    return side_by_side(rw, s, [rw.builder.emit(aten.mean.dim, rows(rw, s, a, None), [2]) for a in attentions_of(s)])
+
+
+def last_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, L): how the last token attends, which sees everything under a causal mask."""
+    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, -1), 2, 0) for a in attentions_of(s)])
+
+
+# what a norm over the last axis is written with, where it is not one op
+NORM = {"aten.layer_norm", "aten.rms_norm", "aten.to", "aten._to_copy", "aten.pow", "aten.square", "aten.mul", "aten.add",
+        "aten.sub", "aten.div", "aten.rsqrt", "aten.sqrt", "aten.mean", "aten.var"}  # fmt: skip
 
 
 def normed(rw: Rewriter, s: Splice) -> Node:
     """(B, L, D): the residual stream after the model's final norm; as it is where no such norm is found."""
     x = rw.standard(rw.before[s.at][0], s.block)
     last = [b for b in rw.structure.blocks if b.stage is s.block.stage][-1]
-    for user in (last.end or last.mid).users:
-        norm = packet(user) in ("aten.layer_norm", "aten.rms_norm")
-        if norm and list(bind(user)["normalized_shape"]) == [shape(x)[-1]]:
-            args = {**bind(user), "input": x}
-            args = {k: rw.env_or_copy(v) if isinstance(v, Node) and k != "input" else v for k, v in args.items()}
-            schema = user.target._schema
-            return rw.builder.emit(user.target, *(args[a.name] for a in schema.arguments if not a.kwarg_only))
+    end = last.end or last.mid
+    new: dict[Node, Node] = {end: x}
+    for node in final_norm(end, rw.structure.order):
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: new[n] if n in new else rw.env_or_copy(n))
+        new[node] = x = rw.builder.emit(node.target, *args, **kwargs)
     return x
+
+
+def final_norm(end: Node, order: dict[Node, int]) -> list[Node]:
+    """The nodes of the norm that reads the last block's result, in order; its last one has a weight per channel."""
+    inside, found = {end}, end
+    for node in sorted(followers(end), key=order.__getitem__):
+        weights = [n for n in node.all_input_nodes if n not in inside]
+        if packet(node) not in NORM or any(n.op != "get_attr" for n in weights) or not keeps_tokens(node, end):
+            continue
+        inside.add(node)
+        if weights and shape(node) == shape(end) and all(shape(n)[-1:] == shape(end)[-1:] for n in weights):
+            found = node
+    ancestors, todo = set(), [found]
+    while todo:
+        n = todo.pop()
+        if n is not end and n not in ancestors:
+            ancestors.add(n)
+            todo += [i for i in n.all_input_nodes if i in inside]
+    return sorted(ancestors, key=order.__getitem__)
+
+
+def followers(end: Node) -> set[Node]:
+    """All that comes from a node through the ops of a norm."""
+    found: set[Node] = set()
+    todo = list(end.users)
+    while todo:
+        n = todo.pop()
+        if n not in found and packet(n) in NORM:
+            found.add(n)
+            todo += n.users
+    return found
+
+
+def keeps_tokens(node: Node, end: Node) -> bool:
+    """Whether an op leaves every token its own: same leading sizes, the last one whole or one."""
+    size, full = shape(node), shape(end)
+    return len(size) == len(full) and size[:-1] == full[:-1] and size[-1] in (1, full[-1])
 
 
 READERS: dict[str, Any] = {
     "q": lambda rw, s: heads(rw, s, "q"),
     "k": lambda rw, s: heads(rw, s, "k"),
     "v": lambda rw, s: heads(rw, s, "v"),
+    "rotated_k": lambda rw, s: heads(rw, s, "k", rotated=True),
     "cls_attention": cls_attention,
     "received_attention": received_attention,
+    "last_attention": last_attention,
     "normed": normed,
 }

@@ -10,8 +10,10 @@ inputs, in the order that the attribute `inputs` names:
     x                   (B, L, D)       the residual stream, in the model's dtype
     size                (B, n)          float32, how many original tokens each holds; only for methods that track sizes
     normed              (B, L, D)       x after the model's final norm; taps are there only for methods that read them
-    q, k, v             (B, H, L, d)    of the attention last computed
+    q, k, v             (B, H, L, d)    of the attention last computed, before any rotary embedding
+    rotated_k           (B, H, L, d)    the keys after it
     cls_attention       (B, H, L)       the softmax row of the class token
+    last_attention      (B, H, L)       the softmax row of the last token
     received_attention  (B, H, L)       mean over all queries
 outputs, in the order that the attribute `outputs` names:
     x                   (B, prefix + k*unit + suffix, D)
@@ -38,7 +40,7 @@ DOMAIN = "tokcompile"
 DOMAIN_VERSION = 1
 PLUGIN_NAMESPACE = "tokcompile"
 PLUGIN_VERSION = "1"
-INPUTS = ("x", "size", "normed", "q", "k", "v", "cls_attention", "received_attention")
+INPUTS = ("x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention")
 OUTPUTS = ("x", "index", "size", "assign")
 ATTRIBUTES: Mapping[str, type] = {
     "plugin_namespace": str,  # TensorRT before 10.10 looks a plugin up by these two alone
@@ -92,6 +94,7 @@ def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> Reducti
     }
     attributes |= {name: getattr(site, name) for name in ATTRIBUTES if name not in attributes}
     attributes["grid"] = tuple(site.grid or (0,))
+    attributes["text"] = tuple(edge for span in site.text for edge in span) or (0,)
     for name, value in site.options.items():
         if isinstance(value, (bool, int)):
             attributes[f"option_{name}"] = int(value)

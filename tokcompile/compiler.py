@@ -198,7 +198,7 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             r.block,
             len(blocks),
             grid,
-            settings.options,
+            options=settings.options,
         )
         at = block.out if r.place == "attention" else block.entry
         tapped = block if r.place == "attention" else before(block, blocks)

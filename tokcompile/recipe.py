@@ -12,7 +12,7 @@ from torch import Tensor
 from tokcompile.errors import MethodError
 from tokcompile.steps import Steps
 
-TAPS = ("x", "normed", "q", "k", "v", "cls_attention", "received_attention")
+TAPS = ("x", "normed", "q", "k", "v", "rotated_k", "cls_attention", "received_attention", "last_attention")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Site:
     n, k: tokens going in and coming out, without prefix and suffix. prefix, suffix: protected tokens around them.
     step, steps: which of the method's reductions this is. block, depth: which block of how many.
     grid: (rows, columns) while the tokens still are the whole patch grid in raster order, else None.
-    options: the method's options, defaults filled in.
+    start: where the n tokens begin in `Tokens.whole`. text: the (start, stop) of the text tokens there; empty in a vision
+    tower. options: the method's options, defaults filled in.
     """
 
     n: int
@@ -34,6 +35,8 @@ class Site:
     block: int = 0
     depth: int = 1
     grid: tuple[int, ...] | None = None
+    start: int = 0
+    text: tuple[tuple[int, int], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -42,8 +45,10 @@ class Tokens:
     """What a plan may read, restricted to the n reducible tokens; only the taps that a recipe names are there.
 
     x: (B, n, D) residual stream. normed: (B, n, D) the same after the model's final norm. q, k, v: (B, H, n, d) of the
-    attention last computed, before any rotary embedding. cls_attention: (B, H, n) the softmax row of the class token.
-    received_attention: (B, H, n) mean over all queries. size: (B, n) original tokens in each, float32, where tracked.
+    attention last computed, before any rotary embedding; rotated_k: (B, H, n, d) the keys after it. cls_attention:
+    (B, H, n) the softmax row of the class token; last_attention: (B, H, n) that of the last token. received_attention:
+    (B, H, n) mean over all queries. size: (B, n) original tokens in each, float32, where tracked. whole: the same taps
+    over the whole sequence of L tokens, `site.start` of which come before these n; None where tokens are in groups.
     """
 
     x: Tensor
@@ -54,6 +59,9 @@ class Tokens:
     v: Tensor | None = None
     cls_attention: Tensor | None = None
     received_attention: Tensor | None = None
+    rotated_k: Tensor | None = None
+    last_attention: Tensor | None = None
+    whole: Tokens | None = None
 
 
 @dataclass(frozen=True)

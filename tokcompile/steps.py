@@ -47,11 +47,19 @@ def int_of_first(n: int, first: int, rate: float, step: int) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """blocks: depth -> block numbers. counts: (n, final, steps) -> tokens left after each. rate: one step of `KeepRate`."""
+    """blocks: depth -> block numbers. counts: (n, final, steps) -> tokens left after each. rate: one step of `KeepRate`.
+
+    language: the same as blocks in a language model's stack, where the published place differs there.
+    """
 
     blocks: Blocks = all_blocks
     counts: Counts = same_number
     rate: Rate = ceil_of_current
+    language: Blocks | None = None
+
+    def at(self, depth: int, language: bool) -> Sequence[int]:
+        """The blocks of a stack of that depth."""
+        return (self.language if language and self.language is not None else self.blocks)(depth)
 
 
 def every_block(counts: Counts = same_number, rate: Rate = floor_of_current) -> Steps:
@@ -64,6 +72,7 @@ def stages(*fractions: float, counts: Counts = same_share, rate: Rate = ceil_of_
     return Steps(at_fractions(*(fractions or (1 / 4, 1 / 2, 3 / 4))), counts, rate)
 
 
-def once(fraction: float) -> Steps:
-    """One reduction, at a fraction of the depth."""
-    return Steps(at_fractions(fraction), same_share)
+def once(fraction: float, language: int | None = None) -> Steps:
+    """One reduction, at a fraction of the depth; in a language model at the entrance of layer `language`."""
+    layer = None if language is None else (lambda depth: (min(language, depth - 1),))
+    return Steps(at_fractions(fraction), same_share, language=layer)

@@ -33,29 +33,32 @@ def sequence(batch, length, *, seed=0, kind="normal", d=16, heads=2, dtype=torch
         q = v = k
         attention = (codes / 64)[:, None].expand(batch, heads, length)
     size = torch.randint(1, 5, (batch, length), generator=g).float()
-    taps = dict(x=x, normed=normed, q=q, k=k, v=v, cls_attention=attention, received_attention=attention)
+    taps = dict(x=x, normed=normed, q=q, k=k, v=v, rotated_k=k)
+    taps |= dict(cls_attention=attention, received_attention=attention, last_attention=attention)
     return {name: tap.to(dtype) for name, tap in taps.items()} | {"size": size}
 
 
-def body(taps, name, prefix):
-    """A tap without its first tokens."""
-    return taps[name].narrow(1 if name in ("x", "normed", "size") else 2, prefix, taps["x"].shape[1] - prefix)
+def body(taps, name, prefix, n=None):
+    """A tap without its first tokens; n tokens of it."""
+    n = taps["x"].shape[1] - prefix if n is None else n
+    return taps[name].narrow(1 if name in ("x", "normed", "size") else 2, prefix, n)
 
 
-def tokens(recipe: Recipe, taps, prefix=0) -> Tokens:
+def tokens(recipe: Recipe, taps, prefix=0, n=None) -> Tokens:
     """What the pass would give to the recipe's plan: only the taps it names."""
     names = [*recipe.taps_read(), *(["size"] if recipe.track_size else [])]
-    return Tokens(x=body(taps, "x", prefix), **{name: body(taps, name, prefix) for name in names})
+    whole = Tokens(**{name: taps[name] for name in ("x", *recipe.taps_read())})
+    return Tokens(x=body(taps, "x", prefix, n), whole=whole, **{name: body(taps, name, prefix, n) for name in names})
 
 
 def site(recipe: Recipe, n, k, prefix=0, **rest) -> Site:
     options = recipe.with_options(rest.pop("options", {}))
-    return Site(n=n, k=k, prefix=prefix, options=options, **rest)
+    return Site(n=n, k=k, prefix=prefix, start=prefix, options=options, **rest)
 
 
 def run(recipe: Recipe, taps, where: Site):
     """The plan, the new tokens and the new sizes."""
-    given = tokens(recipe, taps, where.prefix)
+    given = tokens(recipe, taps, where.prefix, where.n)
     plan = recipe.plan(given, where)
     return plan, *apply(plan, given.x, given.size)
 

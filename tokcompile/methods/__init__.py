@@ -1,3 +1,3 @@
 """The methods we ship, one file each; importing this registers them."""
 
-from tokcompile.methods import dart, divprune, evit, grid, pitome, random, tome, topk  # noqa: F401
+from tokcompile.methods import dart, divprune, evit, fastv, grid, pitome, random, tome, topk  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import ascending, cosine, gather_rows, top_k
@@ -19,18 +20,37 @@ def quotas(total: int, pivots: int) -> list[int]:
     return picks
 
 
+def text_pivots(tokens: Tokens, site: Site) -> Tensor | None:
+    """The text tokens after the image whose keys have the largest L1 norm: their rows of `normed`, (B, pivots, D)."""
+    spans = [span for span in site.text if span[0] >= site.start + site.n]
+    count = min(site.options["text_pivots"], sum(stop - start for start, stop in spans))
+    if not count:
+        return None
+    assert tokens.whole is not None and tokens.whole.rotated_k is not None and tokens.whole.normed is not None
+    keys, normed = tokens.whole.rotated_k, tokens.whole.normed
+    norm = torch.cat([keys[:, :, start:stop] for start, stop in spans], 2).float().abs().sum((1, 3))
+    return gather_rows(torch.cat([normed[:, start:stop] for start, stop in spans], 1), top_k(norm, count))
+
+
 def plan(tokens: Tokens, site: Site) -> Keep:
-    """Pivots are the keys of largest L1 norm; each in turn picks the least similar tokens that are still free."""
-    assert tokens.k is not None
+    """Pivots are the keys of largest L1 norm, among the image's and the text's after it; each in turn picks the least
+    similar image tokens that are still free. Image pivots come first, each group by falling norm."""
+    assert tokens.rotated_k is not None
     assert tokens.normed is not None
-    if site.options["pivots"] < 1:
-        raise MethodError(f"dart takes at least one pivot, not {site.options['pivots']}")
+    if site.options["pivots"] < 1 or site.options["text_pivots"] < 0:
+        raise MethodError(
+            f"dart takes at least one pivot and no negative number of text pivots, not {site.options['pivots']} and "
+            f"{site.options['text_pivots']}"
+        )
     count = min(site.options["pivots"], site.k)
-    pivots = top_k(tokens.k.float().abs().sum((1, 3)), count)
-    similar = cosine(gather_rows(tokens.normed, pivots), tokens.normed)  # (B, pivots, n)
+    pivots = top_k(tokens.rotated_k.float().abs().sum((1, 3)), count)
+    rows, text = gather_rows(tokens.normed, pivots), text_pivots(tokens, site)
+    if text is not None:
+        rows = torch.cat([rows, text], 1)
+    similar = cosine(rows, tokens.normed)  # (B, all pivots, n)
     taken = torch.zeros_like(similar[:, 0]).scatter(1, pivots, float("-inf"))
     kept = [pivots]
-    for r, quota in enumerate(quotas(site.k - count, count)):
+    for r, quota in enumerate(quotas(site.k - count, rows.shape[1])):
         if quota:
             kept.append(top_k(taken - similar[:, r], quota))
             taken = taken.scatter(1, kept[-1], float("-inf"))
@@ -41,10 +61,10 @@ DART = register_method(
     Recipe(
         "dart",
         plan,
-        taps=("x", "normed", "k"),
+        taps=("x", "normed", "rotated_k"),
         place="block",
-        steps=once(1 / 6),
-        options={"pivots": 4},
+        steps=once(1 / 6, language=2),
+        options={"pivots": 4, "text_pivots": 4},
         paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494",
     )
 )

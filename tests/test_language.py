@@ -1,0 +1,75 @@
+"""Reductions inside a language model against its own layers run by hand on the kept tokens, at their original positions."""
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import counts, error, run
+from tests.reference.dart import dart
+from tests.reference.topk import topk
+from tokcompile import Tokens
+
+LAYER, SPAN = 2, (5, 30)
+DECODERS = ["hf/llama", "hf/qwen2", "hf/qwen3", "hf/mistral", "hf/phi", "hf/gemma"]
+
+
+def recorded(monkeypatch):
+    """The operands of every fused attention that runs from now on."""
+    calls, fused = [], nn.functional.scaled_dot_product_attention
+
+    def record(query, key, *args, **kwargs):
+        calls.append((query, key, kwargs.get("scale") or query.shape[-1] ** -0.5, kwargs["attn_mask"]))
+        return fused(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record)
+    return calls
+
+
+def kept_by_dart(calls, normed, k):
+    _, key, *_ = calls[LAYER - 1]
+    text = dict(start=SPAN[0], n=SPAN[1] - SPAN[0], text_pivots=4)
+    return dart(key[0].numpy(), normed[0].numpy(), k, 4, **text)
+
+
+def kept_by_fastv(calls, normed, k):
+    query, key, scale, mask = calls[LAYER - 1]
+    scores = (query * scale) @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    last = scores.masked_fill(~mask, float("-inf")).softmax(-1)[0, :, -1]
+    return sorted(topk(last[:, slice(*SPAN)].numpy(), k))
+
+
+def by_hand(model, embeds, keep, monkeypatch, k):
+    """Layers before LAYER on everything, those from it on over what `keep` chooses; the kept positions beside it."""
+    base = model.model
+    calls = recorded(monkeypatch)
+    positions = torch.arange(embeds.shape[1])[None]
+    x, kept = embeds, None
+    cos, sin = base.rotary_emb(x, positions)
+    distance = positions[0, :, None] - positions[0]
+    mask = (distance >= 0) & (distance < (getattr(base.config, "sliding_window", None) or x.shape[1]))
+    for i, layer in enumerate(base.layers):
+        if i == LAYER:
+            norm = base.norm if hasattr(base, "norm") else base.final_layernorm
+            kept = torch.tensor(keep(calls, norm(x), k))
+            rows = torch.cat([torch.arange(SPAN[0]), kept + SPAN[0], torch.arange(SPAN[1], x.shape[1])])
+            x, cos, sin, positions, mask = x[:, rows], cos[:, rows], sin[:, rows], positions[:, rows], mask[rows][:, rows]
+        x = layer(x, attention_mask=mask[None, None], position_ids=positions, position_embeddings=(cos, sin))
+        x = x[0] if isinstance(x, tuple) else x
+    x = base.norm(x) if hasattr(base, "norm") else base.final_layernorm(x)
+    return model.lm_head(x), kept
+
+
+@pytest.mark.parametrize(("method", "keep"), [("dart", kept_by_dart), ("fastv", kept_by_fastv)])
+@pytest.mark.parametrize("name", DECODERS)
+def test_equals_the_layers_run_by_hand(name, method, keep, family, program, monkeypatch):
+    k = 11
+    model, args, kwargs = family(name)
+    optimized = tokcompile.optimize(program(name), method=method, budget=Tokens(k), spans=[SPAN], outputs="reduced")
+    assert counts(optimized) == [(LAYER, SPAN[1] - SPAN[0], k)]
+    out, extra = run(optimized, *args, **kwargs)
+    logits = out["logits"] if "logits" in out else out[0]
+    want, kept = run(by_hand, model, kwargs["inputs_embeds"], keep, monkeypatch, k)
+    assert extra["s0_index"][0].tolist() == kept.tolist()
+    assert logits.shape == want.shape
+    assert error(logits, want) < 1e-5
