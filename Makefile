@@ -11,11 +11,11 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench wheel-check clean
+.PHONY: help venv demo test lint format bench plugins wheel-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Pass options to demo, test and bench with ARGS='...'; choose the interpreter with PYTHON=python3.12."
+	@echo "Pass options to demo, test, bench and plugins with ARGS='...'; choose the interpreter with PYTHON=python3.12."
 
 venv: $(STAMP) ## create .venv with everything the tests and the demo need
 
@@ -48,6 +48,9 @@ format: $(STAMP) ## let ruff format and fix what it can
 
 bench: $(STAMP) ## run the benchmarks
 	$(PY) -m benchmarks $(ARGS)
+
+plugins: $(STAMP) ## build the TensorRT plugin library into build/plugins
+	$(PY) -m tokcompile.plugins.build $(ARGS)
 
 define WHEEL_CHECK
 import pathlib, sys, zipfile

@@ -100,7 +100,7 @@ def reduction(method: str, n: int, width: int, heads: int) -> tuple[Reduction, t
     recipe = get_method(method)
     side = math.isqrt(n)
     grid = (side, side) if side * side == n else None
-    site = Site(n, n // 2, 1, 0, 0, 1, 2, 12, grid, recipe.with_options({}))
+    site = Site(n, n // 2, 1, 0, 0, 1, 2, 12, grid, 1, options=recipe.with_options({}))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -111,6 +111,7 @@ def reduction(method: str, n: int, width: int, heads: int) -> tuple[Reduction, t
         "k": lambda: draw(1, heads, n + 1, width // heads),
         "cls_attention": lambda: draw(1, heads, n + 1).softmax(-1),
     }
+    taps |= {"rotated_k": taps["k"], "last_attention": taps["cls_attention"]}
     read = recipe.taps_read()
     size = (torch.ones(1, n),) if recipe.track_size else ()
     return Reduction(ReductionModule(recipe, site, names=read)), (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.errors import MethodError
+from tokcompile.plugins import torch_ops
 from tokcompile.primitives.combine import apply, assignment
 from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, Tokens
 
@@ -33,8 +34,15 @@ class ReductionModule(nn.Module):
         self.tap_start = self.start if tap_start is None else tap_start
         self.needs_assign = False
         self.ordered: bool | None = None  # known once the plan has run on fake tensors
+        self.kernel = torch_ops.kernel_for(self)
 
     def forward(self, x: Tensor, size: Tensor | None = None, *taps: Tensor) -> tuple[Tensor | None, ...]:
+        if self.kernel is not None and torch_ops.applies(self.kernel, x, size, taps, analysing=self.ordered is None):
+            return torch_ops.call(self.kernel, x, size, taps, self.needs_assign)
+        return self.reference(x, size, *taps)
+
+    def reference(self, x: Tensor, size: Tensor | None = None, *taps: Tensor) -> tuple[Tensor | None, ...]:
+        """The reduction in plain PyTorch: what its kernel means, and what runs where there is none."""
         site, u = self.site, self.unit
         start, stop = self.start, self.start + site.n * u
         body = x[:, start:stop]
@@ -42,7 +50,8 @@ class ReductionModule(nn.Module):
         if size is None and self.recipe.track_size:
             size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
         summary = body if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
-        whole = Tokens(x=x, **dict(zip(self.names, taps))) if u == 1 else None
+        full: dict[str, Tensor] = dict(zip(self.names, taps))
+        whole = Tokens(x=x, **full) if u == 1 else None  # type: ignore[arg-type]
         plan = self.recipe.plan(Tokens(x=summary, size=size, whole=whole, **given), site)
         check_plan(plan, self.recipe, site, x.shape[0])
         if self.ordered is None:

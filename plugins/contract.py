@@ -3,8 +3,8 @@
 domain "tokcompile", op_type the method's name in CamelCase (`tome` -> `Tome`): with the attributes `plugin_namespace`
 and `plugin_version` that is the name TensorRT looks the plugin up by, the same for every reduction of a method. Where
 the bodies of two reductions of a model differ in more than constants (a method that takes another road for some count),
-the second body is written as `Tome_2` and is never fused. All shapes are static; B is the batch and L is
-prefix + n*unit + suffix.
+the second body is written as `Tome_2`, and fused only in a plugin file, where it is a `Tome` like the first. All shapes
+are static; B is the batch and L is prefix + n*unit + suffix.
 
 inputs, in the order that the attribute `inputs` names:
     x                   (B, L, D)       the residual stream, in the model's dtype
@@ -22,9 +22,9 @@ outputs, in the order that the attribute `outputs` names:
     assign              (B, n)          int64, the new token of each old one; only where the model's output needs it
 attributes: those of `ATTRIBUTES`; `start` and `tap_start` are the first row reduced in x and in the taps: where one
 block reduces several spans, x is shorter already while the taps are not. `grid`, the (rows, columns) of the patches while
-they are still a whole raster and (0,) after; `option_<name>` for the method's options that are numbers or strings; and
-c0, c1, ...: the constants of the function body that differ between the model's reductions of this method, which only
-the body reads.
+they are still a whole raster and (0,) after; `text`, starts and stops of the text tokens in the taps in a language model,
+(0,) in a vision tower; `option_<name>` for the method's options that are numbers or strings; and c0, c1, ...: the
+constants of the function body that differ between the model's reductions of this method, which only the body reads.
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ def text_pivots(tokens: Tokens, site: Site) -> Tensor | None:
     count = min(site.options["text_pivots"], sum(stop - start for start, stop in spans))
     if not count:
         return None
-    assert tokens.whole is not None and tokens.whole.rotated_k is not None and tokens.whole.normed is not None
+    assert tokens.whole is not None
     keys, normed = tokens.whole.rotated_k, tokens.whole.normed
+    assert keys is not None
+    assert normed is not None
     norm = torch.cat([keys[:, :, start:stop] for start, stop in spans], 2).float().abs().sum((1, 3))
     return gather_rows(torch.cat([normed[:, start:stop] for start, stop in spans], 1), top_k(norm, count))
 

@@ -1,0 +1,123 @@
+// Reading groups of rows, and their float32 directions: rows of x scaled to length one, or of the keys' mean over
+// heads.
+#ifndef TOKCOMPILE_ROWS_CUH
+#define TOKCOMPILE_ROWS_CUH
+
+#include "block.cuh"
+
+namespace tc {
+
+// V columns of a group of `unit` rows that lie `stride` elements apart: their mean, rounded to T as PyTorch does, which
+// takes it before the scores become float32. ONE: unit is 1; known in advance, so that no branch comes between loads.
+template <class T, int V, bool ONE>
+TC_DEVICE void load_group(const T* p, int unit, size_t stride, float (&v)[V]) {
+  T raw[V];
+  load<T, V>(p, raw);
+  TC_UNROLL for (int e = 0; e < V; ++e) v[e] = to_float(raw[e]);
+  if constexpr (!ONE) {
+#pragma unroll 4
+    for (int r = 1; r < unit; ++r) {
+      load<T, V>(p + r * stride, raw);
+      TC_UNROLL for (int e = 0; e < V; ++e) v[e] += to_float(raw[e]);
+    }
+    TC_UNROLL for (int e = 0; e < V; ++e) v[e] = to_float(rounded<T>(v[e] / float(unit)));
+  }
+}
+
+// (B, length, dim) of which n groups of unit rows from `start` on are meant.
+template <class T>
+struct Rows {
+  const T* data;
+  int length, dim, start, n, unit;
+  TC_DEVICE const T* group(int b, int i) const {
+    return data + (size_t(b) * length + start + size_t(i) * unit) * dim;
+  }
+};
+
+constexpr float EPSILON = 1e-12f;
+TC_DEVICE float at_least_epsilon(float norm) { return norm < EPSILON ? EPSILON : norm; }  // NaN stays
+
+// to: (B, n, dim) float32, each group's row scaled to length one; best: (B, n) or NULL is cleared. A warp per group.
+template <class T, int V, bool ONE>
+struct UnitRows {
+  static constexpr int THREADS = 256;
+  Rows<T> x;
+  float* to;
+  uint64_t* best;
+  int64_t parts() const { return (x.n + THREADS / WARP - 1) / (THREADS / WARP); }
+
+  TC_DEVICE void operator()(const Block& t) const {
+    constexpr int PART = THREADS / WARP;
+    for (int i = t.x * PART + t.warp(); i < Min()(x.n, (t.x + 1) * PART); i += t.warps()) {
+      const T* row = x.group(t.y, i);
+      float* out = to + (size_t(t.y) * x.n + i) * x.dim;
+      float squares = 0;
+      for (int c = t.lane() * V; c < x.dim; c += WARP * V) {
+        float v[V];
+        load_group<T, V, ONE>(row + c, x.unit, x.dim, v);
+        TC_UNROLL for (int e = 0; e < V; ++e) squares += v[e] * v[e];
+      }
+      const float norm = at_least_epsilon(sqrtf(warp_all(squares, Sum())));
+      for (int c = t.lane() * V; c < x.dim; c += WARP * V) {
+        float v[V];
+        load_group<T, V, ONE>(row + c, x.unit, x.dim, v);
+        TC_UNROLL for (int e = 0; e < V; ++e) v[e] /= norm;
+        constexpr int W = V > 4 ? 4 : V;
+        TC_UNROLL for (int e = 0; e < V; e += W) {
+          float part[W];
+          TC_UNROLL for (int f = 0; f < W; ++f) part[f] = v[e + f];
+          store<float, W>(out + c + e, part);
+        }
+      }
+      if (best && t.lane() == 0) best[size_t(t.y) * x.n + i] = 0;
+    }
+  }
+};
+
+// keys: (B, heads, length, dim): one head's rows are `Rows` of their own.
+template <class T>
+struct KeyRows {
+  const T* data;
+  int heads, length, dim, start, n, unit;
+  TC_DEVICE const T* group(int b, int h, int i) const {
+    return data + ((size_t(b) * heads + h) * length + start + size_t(i) * unit) * dim;
+  }
+};
+
+// to: (B, n, dim) float32: the mean over heads, scaled to length one; best: (B, clear) is cleared. A warp per group.
+template <class T, bool ONE>
+struct Metric {
+  static constexpr int THREADS = 256;
+  KeyRows<T> keys;
+  float* to;
+  uint64_t* best;
+  int clear;
+  int64_t parts() const { return (keys.n + THREADS / WARP - 1) / (THREADS / WARP); }
+
+  TC_DEVICE void operator()(const Block& t) const {
+    constexpr int PART = THREADS / WARP;
+    for (int i = t.x * PART + t.warp(); i < Min()(keys.n, (t.x + 1) * PART); i += t.warps()) {
+      float* out = to + (size_t(t.y) * keys.n + i) * keys.dim;
+      float squares = 0;
+      for (int c = t.lane(); c < keys.dim; c += WARP) {
+        float sum = 0;
+#pragma unroll 4
+        for (int h = 0; h < keys.heads; ++h) {
+          float v[1];
+          load_group<T, 1, ONE>(keys.group(t.y, h, i) + c, keys.unit, keys.dim, v);
+          sum += v[0];
+        }
+        const float mean = sum / float(keys.heads);
+        out[c] = mean;
+        squares += mean * mean;
+      }
+      const float norm = at_least_epsilon(sqrtf(warp_all(squares, Sum())));
+      for (int c = t.lane(); c < keys.dim; c += WARP) out[c] /= norm;  // a lane's own columns
+      if (i < clear && t.lane() == 0) best[size_t(t.y) * clear + i] = 0;
+    }
+  }
+};
+
+}  // namespace tc
+
+#endif

@@ -1,0 +1,317 @@
+"""The CUDA kernels as PyTorch ops `tokcompile::dart`, `topk`, `tome`, `pitome` and `divprune`: what `ReductionModule` runs
+on a GPU, in eager mode, under torch.compile and inside CUDA graphs.
+
+They call the C interface of kernels/launch.h in a shared library, which is built on first use (see torch_library.py) and
+loaded once a process. Without nvcc or a GPU, and on the CPU, the plain PyTorch reference runs.
+
+TOKCOMPILE_KERNELS: a library to load instead of building one, or "off". TOKCOMPILE_HOST_KERNELS: a build of the same
+interface for the CPU, used on CPU tensors (for tests).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tokcompile.methods import dart, divprune, evit, pitome, tome, topk
+from tokcompile.recipe import Recipe, Site
+
+if TYPE_CHECKING:
+    from tokcompile.passes.reduction import ReductionModule
+
+log = logging.getLogger("tokcompile")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ALIGN = 256  # of the workspace, as launch.h asks
+VECTOR = 16  # bytes that a kernel may load at once
+REFUSED = 1  # cudaErrorInvalidValue: nothing was enqueued
+SCHEMA = (
+    "(Tensor x, Tensor? size, Tensor[] taps, int[] place, float[] numbers, bool assign) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class Shape(ctypes.Structure):
+    """tc_shape."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in (
+            "dtype", "batch", "length", "dim", "start", "n", "k", "unit", "tap_length", "tap_start", "heads", "head_dim",
+        )
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of launch.h. taps: those it reads. sizes: whether it has arguments for sizes; merges: whether we use them.
+    numbers: the C types of its own arguments, of which the first `sized` also go to its workspace function. options: from
+    these numbers to the recipe and the options that mean the same."""
+
+    name: str
+    taps: tuple[str, ...]
+    sizes: bool
+    merges: bool
+    numbers: tuple[Any, ...]
+    sized: int
+    options: Callable[[Sequence[float]], tuple[Recipe, dict[str, Any]]]
+
+
+INT, FLOAT = ctypes.c_int32, ctypes.c_float
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("dart", dart.DART.taps_read(), False, False, (INT,), 1, lambda v: (dart.DART, {"pivots": int(v[0])})),
+        Kernel("topk", topk.TOPK.taps_read(), True, False, (INT,), 1, lambda v: (evit.EVIT, {"fuse": bool(v[0])})),
+        Kernel("tome", tome.TOME.taps_read(), True, True, (), 0, lambda v: (tome.TOME, {})),
+        Kernel(
+            "pitome", pitome.PITOME.taps_read(), True, True, (INT, FLOAT, FLOAT), 1,
+            lambda v: (pitome.PITOME, {"variant": "B" if v[0] else "P", "margin": v[1], "alpha": v[2]}),
+        ),
+        Kernel("divprune", (), False, False, (), 0, lambda v: (divprune.DIVPRUNE, {})),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Use:
+    """A reduction as a call of one kernel. place: n, k, unit, start, tap_start."""
+
+    name: str
+    place: tuple[int, ...]
+    numbers: tuple[float, ...]
+
+
+def kernel_for(module: ReductionModule) -> Use | None:
+    """The kernel that does what a reduction's recipe does; None for a recipe that is not ours, and where none fits."""
+    recipe, site, unit = module.recipe, module.site, module.unit
+    try:
+        found = kernel_of_plan(recipe, site)
+    except (KeyError, TypeError, ValueError):  # options that make no sense: the plan itself says so better
+        return None
+    if found is None or not 0 < site.k < site.n:  # with nothing to remove the reference only copies
+        return None
+    name, numbers = found
+    kernel = KERNELS[name]
+    if module.names != kernel.taps or recipe.track_size != kernel.merges:
+        return None
+    if name == "tome":  # the reference counts even and odd from site.prefix, the kernel from where the taps begin
+        prefix, begin = site.prefix, module.tap_start // unit
+        if (prefix % 2, prefix > 0) != (begin % 2, begin > 0):
+            return None
+    return Use(name, (site.n, site.k, unit, module.start, module.tap_start), numbers)
+
+
+def kernel_of_plan(recipe: Recipe, site: Site) -> tuple[str, tuple[float, ...]] | None:
+    """(kernel, its numbers). The plan has to be our own function: a recipe of the same name may hold another."""
+    options = site.options
+    if recipe.plan is dart.plan:
+        if options["text_pivots"] and any(span[0] >= site.start + site.n for span in site.text):
+            return None  # the kernel's pivots are image tokens only
+        return ("dart", (float(min(options["pivots"], site.k)),)) if options["pivots"] >= 1 else None
+    if recipe.plan is topk.plan:
+        return "topk", (0.0,)
+    if recipe.plan is evit.plan:
+        return "topk", (float(bool(options["fuse"])),)
+    if recipe.plan is tome.plan:
+        return "tome", ()
+    if recipe.plan is pitome.plan:
+        margin = options["margin"] * (1 - site.block / site.depth)
+        return "pitome", (float(pitome.variant(site) == "B"), margin, float(options["alpha"]))
+    if recipe.plan is divprune.plan:
+        return "divprune", ()
+    return None
+
+
+def applies(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], analysing: bool) -> bool:
+    """Whether the op stands for the reduction here. analysing: whether the compiler is still learning what the plan does.
+
+    Not in exported programs, which must run where this package is not; and not where gradients are wanted.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or (analysing and isinstance(x, FakeTensor)):
+        return False
+    if size is not None and not KERNELS[use.name].merges:
+        return False
+    tensors = (x, *taps)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    if x.dtype not in DTYPES or any(t.device != x.device for t in tensors):
+        return False
+    # halves become float32 exactly; nothing else is converted
+    if any(t.dtype != x.dtype and not (x.dtype == torch.float32 and t.dtype in DTYPES) for t in taps):
+        return False
+    return available(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def available(device: str) -> bool:
+    return library(device) is not None
+
+
+def call(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], assign: bool) -> tuple[Tensor | None, ...]:
+    """What `ReductionModule.reference` gives, from the op."""
+    op = getattr(torch.ops.tokcompile, use.name)
+    taps = [t.to(x.dtype) for t in taps]
+    new, index, new_size, slots = op(x, size, taps, use.place, use.numbers, assign)
+    return new, index, new_size if KERNELS[use.name].merges else None, slots if assign else None
+
+
+# -- the ops ---------------------------------------------------------------------------------------------------------------
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def results(kernel: Kernel, x: Tensor, place: Sequence[int], assign: bool) -> Outputs:
+    """Empty outputs: new x, index, new sizes and assignment, the last two without elements where there are none."""
+    n, k, unit, *_ = place
+    b, length, dim = x.shape
+    return (
+        x.new_empty((b, length - (n - k) * unit, dim)),
+        x.new_empty((b, k), dtype=torch.int64),
+        x.new_empty((b, k) if kernel.merges else (0,), dtype=torch.float32),
+        x.new_empty((b, n) if assign else (0,), dtype=torch.int64),
+    )
+
+
+def run(
+    kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
+    numbers: Sequence[float], assign: bool,
+) -> Outputs:  # fmt: skip
+    """The kernel where there is a library for the device and it takes the arguments, else the reference."""
+    lib = library(x.device.type) if x.dtype in DTYPES and all(t.dtype == x.dtype for t in taps) else None
+    if lib is not None:
+        out = results(kernel, x, place, assign)
+        code = launch(lib, kernel, x, size, taps, place, numbers, out)
+        if code == 0:
+            return out
+        if code != REFUSED:
+            raise RuntimeError(f"tokcompile::{kernel.name} failed with CUDA error {code} for {describe(x, place)}")
+        note(f"the kernel of tokcompile::{kernel.name} does not take {describe(x, place)}; plain PyTorch runs there")
+    return reference(kernel, x, size, taps, place, numbers, assign)
+
+
+def describe(x: Tensor, place: Sequence[int]) -> str:
+    return f"x {tuple(x.shape)} {x.dtype}, (n, k, unit, start, tap_start) = {tuple(place)}"
+
+
+def launch(
+    lib: ctypes.CDLL, kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
+    numbers: Sequence[float], out: Outputs,
+) -> int:  # fmt: skip
+    """Enqueues one kernel on the current stream. Inputs are kept until then; after it, the allocator knows the stream."""
+    x, taps = dense(x), [dense(t) for t in taps]
+    size = None if size is None else dense(size.float())
+    shape = shape_of(x, dict(zip(kernel.taps, taps)), place)
+    own = [kind(int(v) if kind is INT else v) for kind, v in zip(kernel.numbers, numbers)]
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        needed = getattr(lib, f"tc_{kernel.name}_workspace")(ctypes.byref(shape), *own[: kernel.sized])
+        space = torch.empty(needed + ALIGN, dtype=torch.uint8, device=x.device)
+        workspace = -(-space.data_ptr() // ALIGN) * ALIGN
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
+        new, index, new_size, slots = out
+        given = [pointer(x), *([pointer(size)] if kernel.sizes else []), *map(pointer, taps)]
+        wanted = [pointer(new), pointer(index), *([pointer(new_size)] if kernel.sizes else []), pointer(slots)]
+        return getattr(lib, f"tc_{kernel.name}")(ctypes.byref(shape), *own, *given, *wanted, workspace, stream)
+
+
+def shape_of(x: Tensor, taps: dict[str, Tensor], place: Sequence[int]) -> Shape:
+    n, k, unit, start, tap_start = place
+    b, length, dim = x.shape
+    heads, head_dim, tap_length = 0, 0, length
+    for name, tap in taps.items():
+        if name == "normed":
+            tap_length = tap.shape[1]
+        else:  # keys: (B, H, L, d) or an attention row: (B, H, L)
+            heads, tap_length, head_dim = (*tap.shape[1:], 0)[:3]
+    return Shape(DTYPES[x.dtype], b, length, dim, start, n, k, unit, tap_length, tap_start, heads, head_dim)
+
+
+def dense(t: Tensor) -> Tensor:
+    """Contiguous, and beginning where vector loads may."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % VECTOR else t
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None or t.numel() == 0 else t.data_ptr()
+
+
+def reference(
+    kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
+    numbers: Sequence[float], assign: bool,
+) -> Outputs:  # fmt: skip
+    """The same in plain PyTorch: the op's meaning."""
+    from tokcompile.passes.reduction import ReductionModule
+
+    n, k, unit, start, tap_start = place
+    recipe, options = kernel.options(numbers)
+    site = Site(n, k, tap_start // unit, options=recipe.with_options(options))
+    module = ReductionModule(recipe, site, unit, kernel.taps, start, tap_start)
+    module.needs_assign = assign
+    if size is None and kernel.merges:
+        size = torch.ones(x.shape[0], n, dtype=torch.float32, device=x.device)
+    found = module.reference(x, size, *taps)
+    empty = results(kernel, x, place, False)
+    # an op may return neither its inputs nor views of them
+    own = [e if f is None else f.clone(memory_format=torch.contiguous_format) for f, e in zip(found, empty)]
+    return own[0], own[1], own[2].float() if kernel.merges else empty[2], own[3]
+
+
+def register(kernel: Kernel) -> None:
+    """Makes `tokcompile::<name>` an op that torch.compile takes as one opaque call."""
+    op = torch.library.custom_op(f"tokcompile::{kernel.name}", functools.partial(run, kernel), mutates_args=(), schema=SCHEMA)
+    op.register_fake(lambda x, size, taps, place, numbers, assign: results(kernel, x, place, assign))
+
+
+for _kernel in KERNELS.values():
+    register(_kernel)
+
+
+# -- the library -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library(device: str) -> ctypes.CDLL | None:
+    """The kernels for "cuda" or "cpu"; None where the reference has to do. Asked once a process."""
+    from tokcompile.plugins.torch_library import BuildError, build
+
+    try:
+        if device == "cpu":
+            path = os.environ.get("TOKCOMPILE_HOST_KERNELS", "")
+            return load(Path(path)) if path else None
+        given = os.environ.get("TOKCOMPILE_KERNELS", "")
+        if given.lower() in ("off", "0", "no"):
+            return None
+        if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+            return None
+        return load(Path(given) if given else build())
+    except (OSError, AttributeError, BuildError) as error:
+        note(f"tokcompile's CUDA kernels are not used, plain PyTorch runs instead: {error}")
+        return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library with the types of its functions set. Raises: OSError; AttributeError where a function is missing."""
+    lib = ctypes.CDLL(str(path))
+    shape, address = ctypes.POINTER(Shape), ctypes.c_void_p
+    for kernel in KERNELS.values():
+        workspace, run_it = getattr(lib, f"tc_{kernel.name}_workspace"), getattr(lib, f"tc_{kernel.name}")
+        workspace.argtypes, workspace.restype = [shape, *kernel.numbers[: kernel.sized]], ctypes.c_size_t
+        pointers = 1 + 2 * kernel.sizes + len(kernel.taps) + 3 + 2  # x, sizes, taps, three results, workspace and stream
+        run_it.argtypes, run_it.restype = [shape, *kernel.numbers, *[address] * pointers], ctypes.c_int32
+    return lib
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Says it once."""
+    log.warning(text)

@@ -1,0 +1,171 @@
+"""The GPU benchmark without a GPU: every path at tiny sizes, so that it is not broken when there is one at last."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_checks, gpu_kernels
+from benchmarks.gpu_kernels import EAGER, METHODS, Case
+from benchmarks.gpu_session import Session
+from tests.plugins.host import host_library
+from tests.plugins.stand_in import StandIn, memory
+from tokcompile.plugins import torch_ops
+
+
+@pytest.fixture
+def session(tmp_path):
+    args = argparse.Namespace(dry_run=True, quick=False, out=tmp_path / "gpu.json")
+    return Session(args, "cpu", time.monotonic() + 600, {}, gpu.write)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    monkeypatch.setenv("TOKCOMPILE_HOST_KERNELS", str(host_library()))
+    torch_ops.library.cache_clear()
+    yield
+    torch_ops.library.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_part(tmp_path, host):
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "results.json")]) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert list(data["parts"]) == list(gpu.PARTS)
+    assert not [error for part in data["parts"].values() for error in part["errors"] if "trace" in error]
+    assert data["parts"]["build"]["rows"][0]["kernels"] == "loaded"
+    assert {row["method"] for row in data["parts"]["headline"]["rows"]} == set(METHODS)
+    assert {row["method"] for row in data["parts"]["check"]["rows"]} == {*METHODS, "select", "gather", "merge"}
+    assert all(row["ok"] for row in data["parts"]["check"]["rows"])
+    done = {row["method"] for row in data["parts"]["models"]["rows"]}
+    assert done == {"A/A", "dart", "tome", "tome proportional=False", "divprune", "topk", "pitome"}
+    text = (tmp_path / "results.md").read_text()
+    assert "no figure here means anything" in text
+    assert "equal the reference" in text
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--parts", "none"])
+
+
+def test_a_failed_part_is_noted_and_the_others_go_on(session, monkeypatch):
+    def broken(session):
+        session.add("check", {"ok": True})
+        raise RuntimeError("it broke")
+
+    monkeypatch.setitem(gpu.PARTS, "check", broken)
+    for part in ("check", "sanitize"):
+        gpu.run_part(session, part)
+    data = json.loads(session.args.out.read_text())
+    assert data["parts"]["check"]["errors"][0]["error"] == "check: RuntimeError: it broke"
+    assert data["parts"]["check"]["rows"] == [{"ok": True}]
+    assert data["parts"]["sanitize"]["rows"][0]["ok"]
+    assert gpu.failed(session)
+
+
+def test_nothing_is_begun_when_the_time_is_up(session, monkeypatch):
+    session.deadline = time.monotonic()
+    gpu.run_part(session, "headline")
+    assert session.parts["headline"]["rows"] == []
+    assert "time was up" in session.parts["headline"]["errors"][0]["error"]
+    assert not gpu.failed(session)
+
+
+def test_a_wrong_kernel_is_found(session, monkeypatch):
+    class Wrong(StandIn):
+        def write(self, kernel, s, numbers, pointers):
+            index = pointers[4 if kernel.name == "topk" else 0]
+            super().write(kernel, s, numbers, pointers)
+            if kernel.name == "topk":
+                found = memory(index, (s.batch, s.k), torch.int64)
+                found.copy_(found.flip(1))
+
+    monkeypatch.setattr(torch_ops, "library", lambda device: Wrong())
+    gpu_checks.check_case(session, Case("vlm", "topk", 1, 40, 64, 0.5), torch.float32)
+    assert not all(row["ok"] for row in session.parts["check"]["rows"])
+    assert gpu_checks.sanitized("cpu") == 1
+
+
+def test_near_ties_are_told_from_errors():
+    case = Case("vlm", "topk", 1, 100, 64, 0.5)
+    module = case.module()
+    x, size, score = case.inputs(torch.float32, "cpu")
+    score[:] = torch.arange(100.0) / 100
+    score[:, :, 50] = score[:, :, 49] + 1e-6  # the last kept and the first dropped
+    got = list(module.reference(x, size, score))
+    assert gpu_checks.compare(got, module, (x, size, score))["index"] == "exact"
+    got[1] = torch.cat([torch.tensor([[49]]), got[1][:, 1:]], 1)
+    near = gpu_checks.compare(got, module, (x, size, score))
+    assert (near["index"], near["ok"]) == ("near tie, 0.9800 of the set", True)
+    score[:, :, 50] = 0.5
+    wrong = gpu_checks.compare(got, module, (x, size, score))
+    assert (wrong["index"], wrong["ok"]) == ("wrong, 0.9800 of the set", False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_papers_forms_do_what_the_methods_do(method):
+    """As sets of rows: the published order is another for some."""
+    case = Case("vlm", method, 2, 40, 64, 0.5)
+    given = case.inputs(torch.float32, "cpu")
+    got = gpu_kernels.eager(case, given)()
+    want = case.module().reference(*given)[0]
+    assert got.shape == want.shape
+    for a, b in zip(got, want):
+        nearest = torch.cdist(a, b).min(1)
+        assert nearest.values.max() < 1e-2  # cdist rounds
+        assert len(set(nearest.indices.tolist())) == case.k
+
+
+def test_every_eager_form_is_there_and_every_case_possible():
+    assert set(EAGER) == set(METHODS)
+    args = argparse.Namespace(dry_run=False, quick=False)
+    full = Session(args, "cuda", 0.0, {}, gpu.write)
+    cases = gpu_kernels.headline_cases(full) + gpu_kernels.all_cases(full)
+    assert len(cases) == len(set(cases))
+    language = {(c.batch, c.length, c.dim) for c in cases if c.kind == "vlm"}
+    assert language == {(b, n, d) for b in (1, 8) for n in (576, 2880, 8192) for d in (3584, 4096)}
+    for case in cases:
+        assert case.module().kernel is not None
+        assert case.dim % case.head_dim == 0
+
+
+def test_targets_count_what_was_measured(session):
+    row = {"method": "dart", "B": 1, "N": 2880, "D": 4096, "graph us": 40.0, "floor us": 20.0, "eager over kernel": 9.0}
+    session.part("headline")["rows"].append(row)
+    session.part("models")["rows"].append({"method": "tome", "B": 8, "over flops": 0.04})
+    session.part("models")["rows"].append({"method": "tome", "B": 1, "over flops": 0.04})
+    assert [(t["met"], t["of"]) for t in gpu.targets(session)] == [(1, 1), (0, 1), (0, 0), (1, 1)]
+    assert "| 0 of 0 | not measured |" in gpu.markdown(session)
+
+
+@pytest.mark.slow
+def test_it_runs_from_a_plain_checkout_with_torch_and_numpy_alone(tmp_path):
+    """No installed tokcompile, none of the libraries that only some parts of it need."""
+    hide = tmp_path / "sitecustomize.py"
+    names = ("timm", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "transformers")
+    hide.write_text(f"import sys\nsys.modules |= dict.fromkeys({names})\n")
+    packages = Path(torch.__file__).parents[1]
+    where = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{packages}"}
+    where.pop("TOKCOMPILE_HOST_KERNELS", None)
+    code = (
+        "import sys, runpy; import sitecustomize; sys.argv = ['gpu.py', *sys.argv[1:]]; "
+        f"runpy.run_path({str(gpu.ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')"
+    )
+    # -S: no .pth files, so no editable install of this checkout
+    command = [sys.executable, "-S", "-c", code, "--dry-run", "--parts", "build,sanitize", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=where)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out.json").read_text())["parts"]["sanitize"]["rows"][0]["ok"]

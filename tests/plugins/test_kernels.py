@@ -1,0 +1,375 @@
+"""The CUDA kernels, compiled for the host with a block's threads as threads, against the reductions in plain PyTorch."""
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.plugins.kernels import SOURCES, Case, Guarded, Shape, call, compiled, library, pointer
+from tokcompile.methods import dart, divprune, evit, pitome, tome, topk
+from tokcompile.primitives import apply, top_k
+from tokcompile.recipe import Keep, Merge
+
+HALF = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TYPES = (torch.float32, *HALF)
+
+
+def pitome_options(variant, margin=0.75, alpha=1.0):
+    return {"variant": variant, "margin": margin}, {"all": int(variant == "B"), "margin": margin, "alpha": alpha}
+
+
+METHODS = {  # recipe, kernel, the recipe's options and the kernel's
+    "dart": (dart.DART, "dart", {}, {"pivots": 4}),
+    "dart1": (dart.DART, "dart", {"pivots": 1}, {"pivots": 1}),
+    "dart7": (dart.DART, "dart", {"pivots": 7}, {"pivots": 7}),
+    "topk": (topk.TOPK, "topk", {}, {"fuse": 0}),
+    "evit": (evit.EVIT, "topk", {"fuse": True}, {"fuse": 1}),
+    "tome": (tome.TOME, "tome", {}, {}),
+    "pitome_p": (pitome.PITOME, "pitome", *pitome_options("P")),
+    "pitome_b": (pitome.PITOME, "pitome", *pitome_options("B", 0.3)),
+    "divprune": (divprune.DIVPRUNE, "divprune", {}, {}),
+}
+SHAPES = {
+    "plain": dict(batch=1, n=63, before=1, dim=24, heads=3, head_dim=8),
+    "odd": dict(batch=3, n=50, before=0, after=2, dim=17, heads=2, head_dim=5),
+    "shifted": dict(batch=3, n=33, before=2, after=3, shift=3, dim=8, heads=1, head_dim=16, sizes=False),
+    "groups": dict(batch=1, n=21, before=1, after=1, unit=4, shift=2, dim=16, heads=2, head_dim=8),
+    "odd groups": dict(batch=3, n=20, before=0, unit=4, dim=7, heads=2, head_dim=3),
+}
+
+
+def counts(name, n):
+    """Few, half, all but one, and all of n; merging leaves half at least."""
+    least = n - n // 2 if METHODS[name][1] in ("tome", "pitome") else 1 + (name == "evit")
+    return sorted({least, max(least, n // 3), (n + 1) // 2 + 1, n - 1, n})
+
+
+def compare(case, got, dtype):
+    """Equal indices, sizes and assignments, values within rounding; near ties excused where noise moves them too."""
+    code, out, index, sizes, slots = got
+    assert code == 0
+    new, want_index, want_sizes, want_slots = case.expected()
+    if not torch.equal(index, want_index):
+        assert case.unstable(1)
+        return False
+    if not torch.equal(slots, want_slots):
+        assert case.unstable(3)
+    if want_sizes is not None:
+        torch.testing.assert_close(sizes, want_sizes, rtol=0, atol=0)
+    if dtype in HALF:  # the same in float32, where the selection is the same: the reference's own roundings add up
+        full = case.expected(dtype=torch.float32)
+        new, loose = (full[0], 1) if torch.equal(full[1], index) else (new, 4)
+        torch.testing.assert_close(out.float(), new.float(), rtol=0, atol=loose * HALF[dtype] * new.abs().max().item())
+    else:
+        torch.testing.assert_close(out, new, rtol=0, atol=1e-5 * new.abs().max().item())
+    return True
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_same_as_the_reference(method, shape, dtype):
+    same = []
+    for i, k in enumerate(counts(method, SHAPES[shape]["n"])):
+        case = Case(*METHODS[method], **SHAPES[shape], k=k, dtype=dtype, seed=i)
+        same.append(compare(case, case.run(), dtype))
+    assert sum(same) >= len(same) - 1  # near ties are rare
+
+
+@pytest.mark.parametrize("shape", ["plain", "odd", "groups"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("pitome")])
+def test_ties_go_to_the_lower_index(method, shape):
+    """Cosines of these rows are exact in float32, so equal scores are equal in every order of summing."""
+    size = SHAPES[shape] | dict(dim=16, heads=1, head_dim=16)
+    for k in counts(method, size["n"]):
+        case = Case(*METHODS[method], **size, k=k, kind="ties", seed=k)
+        code, _, index, _, slots = case.run()
+        assert code == 0
+        _, want, _, want_slots = case.expected()
+        assert torch.equal(index, want)
+        assert torch.equal(slots, want_slots)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("pitome")])
+def test_rows_of_zeros(method):
+    """Padding has no direction: its cosines are 0, not NaN."""
+    case = Case(*METHODS[method], n=40, k=21, dim=16, heads=1, head_dim=16, kind="ties")
+    zero = torch.arange(case.x.shape[1]) % 3 == 0
+    case.x[:, zero] = 0
+    for tap in case.taps:
+        (tap if tap.shape[1] == len(zero) else tap[:, 0])[:, zero] = 0
+    assert compare(case, case.run(), torch.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kept_rows_are_copied_bit_by_bit(method):
+    """Around the tokens and among the kept ones; merged and fused ones are not in this comparison."""
+    for dtype in TYPES:
+        case = Case(*METHODS[method], n=30, k=24, before=2, after=3, dtype=dtype)
+        _, out, index, _, slots = case.run()
+        assert torch.equal(out[:, :2], case.x[:, :2])
+        assert torch.equal(out[:, -3:], case.x[:, -3:])
+        members = torch.zeros(1, 24).scatter_add(1, slots, torch.ones(1, 30))
+        alone = (members == 1) if METHODS[method][1] in ("tome", "pitome") else torch.arange(24)[None] < 23
+        kept = case.x[:, 2:32].gather(1, index[..., None].expand(-1, -1, 16))
+        assert torch.equal(out[:, 2:-3][alone], kept[alone])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_of_a_block_do_not_matter(method):
+    case = Case(*METHODS[method], **SHAPES["plain"], k=40)
+    results = []
+    try:
+        for threads in (1, 3, 4, 8, 64):
+            assert library().tc_host_threads(threads) == 0
+            results.append(case.run())
+    finally:
+        library().tc_host_threads(4)
+    for other in results[1:]:
+        assert all(a is b is None or torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_assign(method):
+    case = Case(*METHODS[method], k=21)
+    for a, b in zip(case.run()[1:4], case.run(assign=False)[1:4]):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("method", "size"),
+    [
+        ("dart", dict(n=2880, k=480, dim=8, heads=1, head_dim=4)),
+        ("topk", dict(n=16384, k=4096, dim=1)),
+        ("evit", dict(n=3000, k=1500, dim=8)),
+        ("tome", dict(n=2200, k=1500, dim=2, heads=1, head_dim=16)),
+        ("tome", dict(n=2200, k=1500, dim=2, heads=1, head_dim=16, before=0)),
+        ("pitome_p", dict(n=1100, k=900, dim=2, heads=1, head_dim=16)),
+        ("divprune", dict(n=1100, k=60, dim=16)),
+    ],
+)
+def test_large(method, size):
+    """More than one tile, chunk and thread each; near ties are common here, so the noise test may decide."""
+    case = Case(*METHODS[method], **size)
+    case.module.needs_assign = assign = method not in ("topk", "dart", "evit")
+    code, out, index, _, _ = case.run(assign=assign)
+    assert code == 0
+    new, want, _, _ = case.expected()
+    if torch.equal(index, want):
+        torch.testing.assert_close(out, new, rtol=0, atol=1e-5 * new.abs().max().item())
+    else:
+        assert case.unstable(1)
+
+
+# -- selection -------------------------------------------------------------------------------------------------------------
+
+
+def select(scores, k, is_sorted):
+    b, n = scores.shape
+    index = Guarded((b, k), torch.int64)
+    space = Guarded((library().tc_select_workspace(b, n, k),), torch.uint8)
+    code = library().tc_select(b, n, k, is_sorted, pointer(scores), pointer(index.tensor), pointer(space.tensor), None)
+    index.check()
+    space.check()
+    assert code == 0
+    return index.tensor
+
+
+SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, math.inf, -math.inf, math.nan])
+SCORES = st.lists(SPECIAL | st.floats(width=32), min_size=1, max_size=80)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCORES, st.data())
+def test_select_is_top_k(values, data):
+    """For any floats: -0 equals 0, NaN of either sign ranks highest, equal scores go to the lower index."""
+    scores = torch.tensor([values])
+    if data.draw(st.booleans()):
+        scores = torch.where(scores.isnan(), -scores, scores)
+    k = data.draw(st.integers(1, len(values)))
+    best = top_k(scores, k)
+    assert torch.equal(select(scores, k, 0), best)
+    assert torch.equal(select(scores, k, 1), best.sort(-1).values)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4097, 4096), (16384, 5000), (65536, 100), (1, 1), (5000, 5000)])
+@pytest.mark.parametrize("levels", [3, 1 << 24])
+def test_select_many(n, k, levels):
+    """Above TensorRT's own limit of 3,840, with few different scores and with many."""
+    scores = torch.randint(-levels, levels, (2, n)).float()
+    best = top_k(scores, k)
+    if n * k < 10**8:
+        assert torch.equal(select(scores, k, 0), best)
+    assert torch.equal(select(scores, k, 1), best.sort(-1).values)
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------------
+
+
+def tensors(batch, n, k, widths, dtypes):
+    x = [torch.randn(batch, n, w).to(d) for w, d in zip(widths, dtypes)]
+    out = [Guarded((batch, k, w), d) for w, d in zip(widths, dtypes)]
+    kinds = (ctypes.c_int32 * len(x))(*(TYPES.index(d) for d in dtypes))
+    sizes = (ctypes.c_int32 * len(x))(*widths)
+    both = [(ctypes.c_void_p * len(x))(*(t.data_ptr() for t in ts)) for ts in (x, [o.tensor for o in out])]
+    return x, out, (len(x), batch, n, k, kinds, sizes), both
+
+
+def test_gather_moves_several_tensors():
+    x, out, lead, (given_, wanted) = tensors(3, 29, 12, (1, 6, 64, 7), (*TYPES, torch.float16))
+    index = torch.stack([torch.randperm(29)[:12] for _ in range(3)])
+    assert library().tc_gather(*lead, given_, pointer(index), wanted, None) == 0
+    for t, o in zip(x, out):
+        o.check()
+        assert torch.equal(o.tensor, t.gather(1, index[..., None].expand(-1, -1, t.shape[2])))
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_merge_is_the_weighted_mean(sized):
+    n, k = 37, 9
+    x, out, lead, (given_, wanted) = tensors(3, n, k, (5, 48, 8), TYPES)
+    order = torch.stack([torch.randperm(n) for _ in range(3)])
+    index, sources = (t.contiguous() for t in order.split([k, n - k], 1))
+    slots = torch.randint(0, k, sources.shape)
+    size = torch.randint(1, 6, (3, n)).float() if sized else None
+    new_size = torch.full((3, k), -1.0)
+    arguments = [pointer(t) for t in (size, index, sources, slots)]
+    assert library().tc_merge(*lead, given_, *arguments, wanted, pointer(new_size), None) == 0
+    for t, o in zip(x, out):
+        o.check()
+        want, want_size = apply(Merge(index, sources, slots), t.double(), size)
+        assert torch.equal(new_size, want_size.float())
+        scale = want.abs().max().item() * {torch.float32: 1e-5, **HALF}[t.dtype]
+        torch.testing.assert_close(o.tensor.double(), want, rtol=0, atol=scale)
+
+
+def test_gather_keeps_wild_indices_inside():
+    x, out, lead, (given_, wanted) = tensors(1, 5, 3, (4,), TYPES[:1])
+    index = torch.tensor([[-7, 2, 2**40]])
+    assert library().tc_gather(*lead, given_, pointer(index), wanted, None) == 0
+    assert torch.equal(out[0].tensor, apply(Keep(torch.tensor([[0, 2, 4]])), x[0], None)[0])
+
+
+# -- any input -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(sorted(METHODS)), st.integers(2, 24), st.data())
+def test_any_input_gives_distinct_indices(method, n, data):
+    """NaN and infinity anywhere: k different indices in range, every token assigned, sizes conserved by merging."""
+    k = data.draw(st.integers(counts(method, n)[0], n))
+    dtype = data.draw(st.sampled_from(TYPES))
+    size = dict(batch=2, n=n, k=k, before=data.draw(st.integers(0, 2)), unit=data.draw(st.sampled_from([1, 2])), dim=4)
+    case = Case(*METHODS[method], **size, head_dim=4, dtype=dtype, seed=data.draw(st.integers(0, 99)))
+    for t in (case.x, *case.taps):
+        for value in data.draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 6e4]), max_size=6)):
+            t.view(-1)[data.draw(st.integers(0, t.numel() - 1))] = value
+    code, _, index, sizes, slots = case.run()
+    assert code == 0
+    assert index.min() >= 0
+    assert index.max() < n
+    assert all(len(set(row)) == k for row in index.tolist())
+    assert slots.min() >= 0
+    assert slots.max() < k
+    assert torch.equal(slots.gather(1, index), torch.arange(k).expand(2, -1))
+    if method not in ("tome", "pitome_p", "pitome_b", "evit"):
+        assert torch.equal(index, index.sort(-1).values)
+    if METHODS[method][1] in ("tome", "pitome"):
+        assert torch.equal(sizes, torch.zeros(2, k).scatter_add(1, slots, case.size))
+    elif sizes is not None:
+        assert torch.equal(sizes, case.size.gather(1, index))
+
+
+REFUSED = {
+    "dtype": dict(dtype=3),
+    "no batch": dict(batch=0),
+    "no tokens": dict(n=0),
+    "nothing kept": dict(k=0),
+    "more kept than there are": dict(k=41),
+    "no group": dict(unit=0),
+    "before the first row": dict(start=-1),
+    "past the last row": dict(start=2),
+    "overflow": dict(unit=4096, n=16384, k=16384),
+    "too wide": dict(dim=8193),
+}
+REFUSED_TAPS = {"taps too short": dict(tap_length=40), "before the taps": dict(tap_start=-1), "no heads": dict(heads=0)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments_that_make_no_sense(method):
+    """They give cudaErrorInvalidValue, and nothing is written."""
+    bad = REFUSED | (REFUSED_TAPS if method != "divprune" else {})
+    if METHODS[method][1] in ("tome", "pitome"):
+        bad = bad | {"more merged than half": dict(k=19), "too many": dict(n=16385, k=16000, length=20000, tap_length=20000)}
+    if METHODS[method][1] in ("dart", "tome", "pitome"):
+        bad = bad | {"no width": dict(head_dim=0)}
+    for what, changes in bad.items():
+        case = Case(*METHODS[method], n=40, k=20)
+        shape = Shape(**{f: changes.get(f, getattr(case.shape, f)) for f, _ in Shape._fields_})
+        numbers = {"dart": [4], "topk": [0], "pitome": [1, ctypes.c_float(0), ctypes.c_float(1)]}.get(case.kernel, [])
+        outputs = [torch.full((4,), 7.0) for _ in range(12)]
+        function = getattr(library(), f"tc_{case.kernel}")
+        count = 6 + len(case.taps) + 2 * (case.kernel in ("topk", "tome", "pitome"))
+        assert function(ctypes.byref(shape), *numbers, *map(pointer, outputs[: count - 1]), None) == 1, what
+        assert all((t == 7).all() for t in outputs), what
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_missing_pointers(method):
+    case = Case(*METHODS[method], n=40, k=20)
+    for missing in range(len(case.taps)):
+        taps = [None if i == missing else t for i, t in enumerate(case.taps)]
+        assert call(case.kernel, case.shape, case.x, None, taps, case.kernel_options)[0] == 1
+    assert call("dart", case.shape, case.x, None, [None, None], {"pivots": 0})[0] == 1
+
+
+# -- races, memory and compilers -------------------------------------------------------------------------------------------
+
+
+def run(program, **variables):
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300, env={**os.environ, **variables})
+    text = done.stdout + done.stderr
+    if "unexpected memory mapping" in text:
+        pytest.skip("this kernel's address space randomisation (vm.mmap_rnd_bits) is more than ThreadSanitizer takes")
+    return done.returncode, text
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizer):
+    flags = ("-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    code, text = run(compiled(f"all-{sanitizer}", ["host.cpp", "run_all.cpp"], *flags))
+    assert (code, text.strip()) == (0, "fine")
+
+
+def test_a_missing_barrier_is_found():
+    """The same kernel with and without barriers, so that the silence of the test above means something."""
+    flags = ("-O0", "-g1", "-fsanitize=thread")
+    whole = compiled("race", ["race.cpp"], *flags)
+    broken = compiled("race-broken", ["race.cpp"], *flags, "-DTC_BREAK_BARRIER")
+    assert run(whole)[0] == 0
+    code, text = run(broken, TSAN_OPTIONS="halt_on_error=1")
+    assert code != 0
+    assert "data race" in text
+
+
+ARCHITECTURES = (80, 86, 87, 89, 90, 100, 110, 120)
+
+
+@pytest.mark.slow
+def test_nvcc_takes_the_kernels(tmp_path):
+    """For one architecture, without warnings and without spilled registers; `ARCHITECTURES` are built for a release."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    flags = ["-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-Werror", "all-warnings"]
+    source = SOURCES / "kernels" / "launch.cu"
+    done = subprocess.run([nvcc, *flags, str(source), "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
+    assert not spills
