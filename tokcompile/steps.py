@@ -76,3 +76,8 @@ def once(fraction: float, language: int | None = None) -> Steps:
     """One reduction, at a fraction of the depth; in a language model at the entrance of layer `language`."""
     layer = None if language is None else (lambda depth: (min(language, depth - 1),))
     return Steps(at_fractions(fraction), same_share, language=layer)
+
+
+def last_block() -> Steps:
+    """One reduction, in the last block: at its entrance are the features of layer -2, those that LLaVA takes from its tower."""
+    return Steps(lambda depth: (depth - 1,), same_share)

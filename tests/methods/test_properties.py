@@ -11,14 +11,19 @@ from tokcompile.recipe import Keep, Merge, methods
 
 METHODS = sorted(methods())
 DRAWS = dict(deadline=None, derandomize=True)
-# ToMe reads the parity of positions, grid and random nothing else; DivPrune's first pick ties where the two most
-# isolated tokens are each other's nearest neighbour
-SYMMETRIC = [name for name in METHODS if name not in ("tome", "grid", "random", "divprune")]
+# ToMe reads the parity of positions, VisionZip, PruMerge and HoloV read positions too, grid and random nothing else, M3 the
+# raster; the first pick of DivPrune and ToDRE ties where the two most isolated tokens are each other's nearest neighbour
+POSITIONS = ("tome", "visionzip", "prumerge", "holov", "m3", "grid", "random")
+SYMMETRIC = [name for name in METHODS if name not in (*POSITIONS, "divprune", "todre")]
 TOKEN_AXIS = {"x": 1, "normed": 1, "size": 1}
 OPTIONS = {
     "evit": [{"fuse": False}],
     "pitome": [{"variant": "P"}, {"variant": "B"}],
     "dart": [{"pivots": 1}, {"pivots": 50}],
+    "visionzip": [{"contextual": 0.7}],
+    "holov": [{"groups": 3}],
+    "todre": [{"objective": "min"}],
+    "prumerge": [{"grid": 0.0}, {"neighbours": 3}],
 }
 VARIANTS = [(name, given) for name in METHODS for given in [{}, *OPTIONS.get(name, [])]]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in given.items())]) for name, given in VARIANTS]

@@ -1,3 +1,20 @@
 """The methods we ship, one file each; importing this registers them."""
 
-from tokcompile.methods import dart, divprune, evit, fastv, grid, pitome, random, tome, topk  # noqa: F401
+from tokcompile.methods import (  # noqa: F401
+    dart,
+    divprune,
+    evit,
+    fastervlm,
+    fastv,
+    fopru,
+    grid,
+    holov,
+    m3,
+    pitome,
+    prumerge,
+    random,
+    todre,
+    tome,
+    topk,
+    visionzip,
+)
