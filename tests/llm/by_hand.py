@@ -1,0 +1,75 @@
+"""Generation by hand, in eager mode: the model's own layers over lists of keys and values that grow, one list a layer.
+
+It knows nothing of the package: what is dropped is left out of the lists of the layers that follow, or hidden there.
+"""
+
+import torch
+
+
+class Lists:
+    """keys[i], values[i]: what layer i has stored so far; positions[i]: where those tokens stand in the text."""
+
+    def __init__(self, layers):
+        self.keys, self.values = ([[] for _ in range(layers)] for _ in range(2))
+        self.positions = [[] for _ in range(layers)]
+
+    def update(self, key, value, layer, *args, **kwargs):
+        self.keys[layer].append(key)
+        self.values[layer].append(value)
+        return torch.cat(self.keys[layer], 2), torch.cat(self.values[layer], 2)
+
+
+class ByHand:
+    """A decoder of one sample. dropped: {layer: original positions that are gone from this layer on}. hide: they stay
+    everywhere, and nobody sees them there. padding: positions that nobody ever sees."""
+
+    def __init__(self, model, dropped, hide=False, padding=()):
+        self.model, self.base, self.hide, self.padding = model, model.model, hide, set(padding)
+        self.lists = Lists(len(self.base.layers))
+        self.dropped = dropped
+
+    def gone(self, layer):
+        return {p for i, positions in self.dropped.items() if i <= layer for p in positions}
+
+    def __call__(self, x, positions):
+        """The logits of the last of the tokens x at those positions, which go into the lists."""
+        for i, layer in enumerate(self.base.layers):
+            if not self.hide:
+                stay = [j for j, p in enumerate(positions) if p not in self.gone(i)]
+                x, positions = x[:, stay], [positions[j] for j in stay]
+            there = self.lists.positions[i]
+            there += positions
+            where = torch.tensor([positions])
+            x = layer(
+                x,
+                attention_mask=self.mask(positions, there, i),
+                position_ids=where,
+                position_embeddings=self.base.rotary_emb(x, where),
+                past_key_values=self.lists,
+                use_cache=True,
+            )
+            x = x[0] if isinstance(x, tuple) else x
+        norm = self.base.norm if hasattr(self.base, "norm") else self.base.final_layernorm
+        return self.model.lm_head(norm(x[:, -1]))
+
+    def mask(self, queries, keys, layer):
+        window = getattr(self.base.config, "sliding_window", None) or 10**6
+        hidden = self.padding | (self.gone(layer) if self.hide else set())
+        seen = [[k == q or (0 <= q - k < window and k not in hidden) for k in keys] for q in queries]
+        return torch.tensor(seen)[None, None]
+
+    @torch.no_grad()
+    def generate(self, embeds, count, tokens=None):
+        """(ids, logits) of `count` tokens, the likeliest ones or those given."""
+        length = embeds.shape[1]
+        logits = [self(embeds, list(range(length)))]
+        ids = [int(logits[0].argmax()) if tokens is None else int(tokens[0])]
+        for t in range(count - 1):
+            logits.append(self(self.base.embed_tokens(torch.tensor([[ids[-1]]])), [length + t]))
+            ids.append(int(logits[-1].argmax()) if tokens is None else int(tokens[t + 1]))
+        return ids, logits
+
+
+def dropped(kept, start, stop):
+    """The positions of a span that are not among the kept ones, which are counted from its start."""
+    return set(range(start, stop)) - {start + int(i) for i in kept}

@@ -1,0 +1,141 @@
+"""The decode graph: its inputs and shapes, the prefills it takes, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import build, error, export, run
+from tests.test_language import SPAN
+from tokcompile import InputError, Tokens, TraceError
+from tokcompile.llm import Generator, Prefill, decode_graph
+from tokcompile.llm.generate import program, start
+
+REDUCED = dict(method="dart", budget=Tokens(11), spans=[SPAN], outputs="reduced")
+
+
+def test_buffers_are_static_and_as_long_as_their_stage(generator):
+    _, _, made = generator("hf/llama")
+    shapes = dict(zip(made.decode.input_names, (tuple(v.shape) for v in made.decode.example_inputs)))
+    assert shapes.pop("token") == shapes.pop("position_ids") == (1, 1)
+    assert shapes.pop("step") == (1,)
+    assert {name: shape[2] for name, shape in shapes.items()} == {
+        f"{kind}_{layer}": 72 if layer < 2 else 58 for kind in ("keys", "values") for layer in range(4)
+    }
+
+
+def test_only_windows_and_padding_need_to_know_what_was_kept(generator):
+    assert "kept_s0_index" not in generator("hf/llama")[2].decode.input_names
+    assert "kept_s0_index" in generator("hf/mistral")[2].decode.input_names
+    assert {"kept_s0_index", "attention_mask"} <= {*generator("hf/llama", "random", padded=True)[2].decode.input_names}
+
+
+def test_the_models_own_cache_and_logits_of_all_tokens_are_taken(generator):
+    model, _, kwargs = build("hf/llama_cache")
+    made = Generator(tokcompile.optimize(export("hf/llama_cache"), **REDUCED), model, max_new_tokens=8)
+    assert [s.length for s in made.wiring.stages] == [40, 26]
+    want = generator("hf/llama")[2](inputs_embeds=kwargs["inputs_embeds"], eos=(), max_new_tokens=8)
+    assert made(inputs_embeds=kwargs["inputs_embeds"], eos=()).tokens.tolist() == want.tokens.tolist()
+
+
+def test_given_positions_go_on_after_their_last(generator):
+    """Rotary attention sees differences only: the same text 7 positions later."""
+    model, inputs, _ = generator("hf/llama")
+    inputs = {**inputs, "position_ids": torch.arange(7, 47)[None]}
+    later = Generator(
+        tokcompile.optimize(Prefill(model), kwargs=inputs, method="random", budget=1.0, spans=[SPAN]), model, max_new_tokens=8
+    )
+    plain = generator("hf/llama", "random", 1.0)[2]
+    got = later(**inputs, eos=(), keep_logits=True)
+    want = plain(inputs_embeds=inputs["inputs_embeds"], eos=(), max_new_tokens=8, keep_logits=True)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert error(got.logits, want.logits) < 1e-4
+
+
+def test_the_model_is_left_as_it_was(generator):
+    model, inputs, _ = generator("hf/llama")
+    before = run(model, **inputs).logits
+    decode_graph(model, generator("hf/llama")[2].prefill, max_new_tokens=4)
+    assert torch.equal(run(model, **inputs).logits, before)
+
+
+def refused(match, prefill, model, count=8):
+    with pytest.raises(InputError, match=match) as caught:
+        decode_graph(model, prefill, max_new_tokens=count)
+    assert "\n" in str(caught.value) or ":" in str(caught.value)
+
+
+def test_prefills_that_cannot_be_continued(generator):
+    model, inputs, made = generator("hf/llama")
+    whole = dict(method="random", budget=Tokens(11), spans=[SPAN])
+    refused('optimize it with outputs="reduced"', tokcompile.optimize(Prefill(model), kwargs=inputs, **whole), model)
+    refused("no caches were found", tokcompile.optimize(export("hf/llama"), **whole, outputs="reduced"), model)
+    refused("at least one token", made.prefill, model, 0)
+    refused(
+        "takes x, and neither inputs_embeds nor input_ids",
+        tokcompile.optimize(Renamed(model).eval(), (inputs["inputs_embeds"],), **REDUCED),
+        model,
+    )
+    refused("has 2 layers: it is another one", made.prefill, shallow(model))
+
+
+class Renamed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.prefill = Prefill(model)
+
+    def forward(self, x):
+        return self.prefill(x)
+
+
+def shallow(model):
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 2})
+    return type(model)(config).eval()
+
+
+def test_a_cache_cut_to_its_window_is_refused():
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    register_dynamic_cache_export_support()
+    model, _, kwargs = build("hf/mistral")
+    prefill = tokcompile.optimize(model, kwargs={**kwargs, "use_cache": True}, method="random", budget=1.0, spans=[SPAN])
+    refused("layer 0 holds 15 tokens, and by the plan a layer holds 40", prefill, model)
+
+
+def test_spans_must_be_named(generator):
+    model, inputs, _ = generator("hf/llama")
+    with pytest.raises(tokcompile.UnsupportedGraph, match=r"name them: spans=\[\(start, stop\)\]"):
+        tokcompile.optimize(Prefill(model), kwargs=inputs, method="dart", budget=Tokens(11), outputs="reduced")
+
+
+def test_models_that_cannot_be_decoded(generator):
+    model, _, made = generator("hf/llama")
+    refused("training mode", made.prefill, type(model)(model.config).train())
+    refused("takes no input_ids and no past_key_values and no position_ids", made.prefill, nn.Linear(2, 2).eval())
+
+
+def test_attention_that_does_not_come_by_is_refused(generator, monkeypatch):
+    model, _, made = generator("hf/llama")
+    monkeypatch.setattr("tokcompile.llm.caches.sys.modules", {})
+    with pytest.raises(TraceError, match="does not call transformers' attention functions once a layer"):
+        decode_graph(model, made.prefill, max_new_tokens=8)
+
+
+def test_calls_that_do_not_fit(generator):
+    _, inputs, made = generator("hf/llama")
+    for match, call in {
+        "take 1 to 32 tokens": dict(inputs, max_new_tokens=33),
+        "compiled for 1x40x48 float32": {"inputs_embeds": torch.zeros(1, 41, 48)},
+        "input inputs_embeds is missing: 1x40x48": {},
+        "takes inputs_embeds, and not pixel_values": dict(inputs, pixel_values=torch.zeros(1)),
+    }.items():
+        with pytest.raises(InputError, match=match):
+            made(**call)
+
+
+def test_a_cache_of_another_stage_length_is_refused(generator):
+    _, inputs, made = generator("hf/llama")
+    out = run(program(made.prefill), inputs)
+    out["keys_2"] = out["keys_0"]
+    with pytest.raises(InputError, match=r"keys_2 of layer 2 holds 40 tokens, and layers 2 to 3 hold 26"):
+        start(made.wiring, inputs, out)

@@ -1,0 +1,149 @@
+"""The folder of files: what generates from it in ONNX Runtime, what is in it, and what happens to a broken one."""
+
+import json
+import os
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.conftest import error
+from tests.exports.models import DYNAMIC, all_nodes
+from tokcompile import ExportError, InputError
+from tokcompile.cli import main
+from tokcompile.llm import export, load
+
+COUNT = 32
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, generator):
+    """(model, inputs, generator, folder, report): a sliding window, so that kept indices go from graph to graph."""
+    model, inputs, made = generator("hf/mistral")
+    folder = tmp_path_factory.mktemp("llm") / "folder"
+    return model, inputs, made, folder, export(made.prefill, model, folder, max_new_tokens=COUNT)
+
+
+def test_generates_what_torch_generates(written):
+    _, inputs, made, folder, report = written
+    want = made(**inputs, eos=(), keep_logits=True)
+    got = load(folder, threads=1)(**inputs, eos=(), keep_logits=True)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert error(got.logits, want.logits) < 1e-4
+    assert report.steps == 4
+    assert 0 < report.error < 1e-4
+    assert {name: off < 1e-4 for name, off in report.errors.items()} == {"prefill": True, "decode": True}
+
+
+def test_files_and_their_wiring(written):
+    _, _, _, folder, report = written
+    assert sorted(os.listdir(folder)) == ["decode.onnx", "embeddings.npy", "generate.json", "prefill.onnx"]
+    assert report.bytes == sum(os.path.getsize(folder / name) for name in os.listdir(folder))
+    data = json.loads((folder / "generate.json").read_text())
+    graphs = {name: onnx.load(folder / data[name]).graph for name in ("prefill", "decode")}
+    names = {name: ({v.name for v in g.input}, {v.name for v in g.output}) for name, g in graphs.items()}
+    for wire in data["caches"]:
+        assert wire["from"] in names["prefill"][1]
+        assert wire["into"] in names["decode"][0]
+        assert wire["out"] in names["decode"][1]
+    assert data["kept"] == [{"from": "s0_index", "into": "kept_s0_index"}]
+    assert data["next_position"] == 40
+    assert data["spans"] == [[5, 30]]
+    assert [(s["first"], s["last"], s["length"], s["capacity"]) for s in data["stages"]] == [(0, 1, 40, 72), (2, 3, 26, 58)]
+    assert data["eos"] == [63]
+    assert data["plan"]["reductions"][0]["k"] == 11
+
+
+def test_the_decode_graph_is_static_and_scatters_without_reduction(written):
+    model = onnx.load(written[3] / "decode.onnx")
+    assert not {node.op_type for node in all_nodes(model)} & DYNAMIC
+    for value in [*model.graph.input, *model.graph.output]:
+        assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    scatters = [node for node in all_nodes(model) if node.op_type.startswith("Scatter")]
+    assert len(scatters) == 8
+    assert all(a.s in (b"", b"none") for node in scatters for a in node.attribute if a.name == "reduction")
+
+
+@pytest.mark.parametrize("name", ["hf/gemma", "hf/llama"])
+def test_the_embedding_table_is_what_the_decoder_sees(name, generator, tmp_path):
+    """Gemma scales inside of its embedding module."""
+    from tokcompile.llm.export import write_embeddings
+
+    model = generator(name)[0]
+    write_embeddings(model, str(tmp_path / "e.npy"))
+    table = torch.from_numpy(np.load(tmp_path / "e.npy"))
+    with torch.no_grad():
+        assert torch.equal(table, model.get_input_embeddings()(torch.arange(64)))
+
+
+def test_command_line(written, tmp_path, capsys):
+    model, inputs, made, folder, _ = written
+    np.save(tmp_path / "prompt.npy", inputs["inputs_embeds"][0].numpy())
+    given = ["generate", str(folder), "--ignore-eos", "--json", "--max-new-tokens", "6"]
+    assert main([*given, "--prompt-embeds", str(tmp_path / "prompt.npy")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["tokens"] == made(**inputs, eos=(), max_new_tokens=6).tokens.tolist()
+    assert data["time_to_first_token_ms"] > 0
+    assert data["tokens_per_second"] > 0
+    assert data["cached_tokens"] == {"0-1": 40, "2-3": 26}
+    ids = [(7 * i) % 60 for i in range(40)]
+    assert main([*given, "--ids", ",".join(map(str, ids))]) == 0
+    data = json.loads(capsys.readouterr().out)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(torch.tensor([ids]))
+    assert data["tokens"] == made(inputs_embeds=embeds, eos=(), max_new_tokens=6).tokens.tolist()
+    assert main(["generate", str(folder), "--ids", ",".join(map(str, ids))]) == 0
+    assert "time to first token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ids", "1,2,3"], "inputs_embeds is 1x3x48 float32, and the prefill was compiled for 1x40x48"),
+        (["--ids", "1,x"], "not a list of token ids"),
+        (["--ids", "99"], "the id 99 is not among the 64 of the vocabulary"),
+        (["--ids", ",".join(["1"] * 40), "--max-new-tokens", "33"], "take 1 to 32 tokens"),
+        (["--prompt-embeds", "missing.npy"], "cannot read the embeddings"),
+    ],
+)
+def test_command_line_refuses(arguments, message, written, capsys):
+    assert main(["generate", str(written[3]), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_left_behind_where_it_fails(generator, tmp_path):
+    model, _, made = generator("hf/mistral")
+    with pytest.raises(ExportError, match="verification failed"):
+        export(made.prefill, model, tmp_path / "folder", max_new_tokens=4, tolerance=0.0)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExportError, match="is there already"):
+        export(made.prefill, model, tmp_path / "folder", max_new_tokens=4)
+
+
+def test_broken_folders(written, tmp_path):
+    with pytest.raises(ExportError, match=r"give a folder that tokcompile\.llm\.export wrote"):
+        load(tmp_path)
+    spec = (written[3] / "generate.json").read_text()
+    (tmp_path / "generate.json").write_text(spec[:200])
+    with pytest.raises(ExportError, match="is damaged"):
+        load(tmp_path)
+    (tmp_path / "generate.json").write_text(json.dumps({**json.loads(spec), "format": 7}))
+    with pytest.raises(ExportError, match="format 7"):
+        load(tmp_path)
+    (tmp_path / "generate.json").write_text(spec)
+    with pytest.raises(ExportError, match=r"prefill\.onnx is missing"):
+        load(tmp_path)
+    (tmp_path / "prefill.onnx").write_bytes(b"no graph")
+    for name in ("decode.onnx", "embeddings.npy"):
+        (tmp_path / name).write_bytes((written[3] / name).read_bytes())
+    with pytest.raises(ExportError, match="onnxruntime does not load"):
+        load(tmp_path)
+
+
+def test_prompts_by_number_are_looked_up(written):
+    folder = load(written[3])
+    assert folder.prompt([3] * 40)["inputs_embeds"].shape == (1, 40, 48)
+    with pytest.raises(InputError, match="vocabulary"):
+        folder.prompt([-1])

@@ -1,0 +1,221 @@
+"""The graphs of generation: a prefill that returns its caches, and the decode step that goes on after a reduction in it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.api import OptimizedModel
+from tokcompile.compiler import Analysis, Compiled
+from tokcompile.errors import InputError, TokcompileError, TraceError
+from tokcompile.llm.caches import Collecting, Slots, attention_over, config_of, passing_mask
+from tokcompile.llm.layout import Layout, layout
+from tokcompile.passes.cost import terms
+from tokcompile.passes.find import Structure
+from tokcompile.passes.graph import propagate_shapes
+from tokcompile.passes.plan import Plan
+from tokcompile.passes.trace import trace
+
+
+class Prefill(nn.Module):
+    """A causal language model that returns the last token's logits and the keys and values of every layer.
+
+    model: of transformers, taking past_key_values. Optimize it with outputs="reduced".
+
+    Example:
+        >>> prefill = tokcompile.llm.Prefill(model)                                                  # doctest: +SKIP
+        >>> tokcompile.optimize(prefill, kwargs={"inputs_embeds": embeds}, method="dart", budget=tokcompile.Tokens(64),
+        ...                     spans=[(35, 611)], outputs="reduced")                                # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self.train(model.training)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> dict[str, Any]:
+        cache = Collecting()
+        named = ("inputs_embeds", "attention_mask", "position_ids", "input_ids")
+        given = zip(named, (inputs_embeds, attention_mask, position_ids, input_ids))
+        out = self.model(**{name: v for name, v in given if v is not None}, past_key_values=cache, use_cache=True, **self.last)
+        return {"logits": out.logits, "keys": cache.keys, "values": cache.values}
+
+
+class Decode(nn.Module):
+    """One token in, the next token's logits out; caches go in and come out with the token's entry written.
+
+    layout: of the prefill. step: (1,) how many tokens were decoded before. Which entries a query may see is mostly a matter
+    of counting; beside that sliding windows need `kept`, the prefill's index outputs, and padding its attention mask.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout):
+        super().__init__()
+        self.model, self.layout = model, layout
+        self.padded = "attention_mask" in layout.inputs
+        self.windows: dict[int, int | None] = {}
+        self.train(model.training)
+
+    def forward(
+        self,
+        token: Tensor,
+        position_ids: Tensor,
+        step: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        kept: Mapping[str, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Any]:
+        stages = self.layout.stages
+        slots = [step + stage.length for stage in stages]
+        cache = Slots(keys, values, [slots[self.layout.stage_of(layer)] for layer in range(len(keys))])
+        seen: dict[tuple[int, int | None], Tensor] = {}
+
+        def mask(layer: int, window: int | None) -> Tensor:
+            self.windows[layer] = window
+            window = window if window is not None and window < self.reach else None
+            key = self.layout.stage_of(layer), window
+            if key not in seen:
+                seen[key] = self.visible(key[0], window, step, kept, attention_mask)
+            return seen[key]
+
+        with attention_over(self.model, mask) as layers:
+            out = self.model(
+                input_ids=token, position_ids=position_ids, past_key_values=cache, use_cache=True,
+                attention_mask=passing_mask(),
+            )  # fmt: skip
+        if sorted(layers) != list(range(len(keys))):
+            raise TraceError(
+                f"attention came by for the layers {layers}, and the prefill has {len(keys)} caches: this model does not call "
+                "transformers' attention functions once a layer, or shares caches between layers\n"
+                "  what to do: nothing yet; such a model cannot be decoded after a reduced prefill"
+            )
+        return {"logits": out.logits, "new_keys": cache.keys, "new_values": cache.values}
+
+    @property
+    def reach(self) -> int:
+        """The largest distance there can be between a query and an entry, and one more."""
+        stage = self.layout.stages[0]
+        return self.layout.length + stage.capacity - stage.length
+
+    def visible(
+        self, stage: int, window: int | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None
+    ) -> Tensor:
+        """Which entries of a stage the token may attend to, (1 or B, 1, 1, capacity)."""
+        here = self.layout.stages[stage]
+        made = torch.arange(here.capacity - here.length, device=step.device)[None]
+        after = made <= step
+        before = torch.ones(1, here.length, dtype=torch.bool, device=step.device)
+        if window is not None:  # measured in original positions: what was dropped in between still counts
+            after = after & (step - made < window)
+        if window is not None or padding is not None:
+            rows = here.rows(self.layout.length, kept or {}).to(step.device)
+            if window is not None:
+                before = self.layout.length + step - rows < window
+            if padding is not None:
+                before = before & padding.bool().gather(1, rows.expand(padding.shape[0], -1))
+        after = after.expand(before.shape[0], -1)
+        return torch.cat([before, after], 1)[:, None, None]
+
+    def needed(self) -> list[str]:
+        """Which of the prefill's index outputs the masks are made from, known once it has run."""
+        bound = any(w is not None and w < self.reach for w in self.windows.values())
+        if not bound and not self.padded:
+            return []
+        return list(self.layout.kept)
+
+
+def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: int) -> OptimizedModel:
+    """The decode step that goes with an optimized prefill, as a program that calls, exports and builds like one.
+
+    model: the model of the prefill. It is traced with static buffers of prefill length + max_new_tokens in each stage.
+
+    Raises: InputError, TraceError.
+    """
+    plan = layout(prefill, max_new_tokens)
+    check_model(model, plan)
+    step = Decode(model, plan).eval()
+    example = example_inputs(step)
+    rehearse(step, example)
+    example["kept"] = {name: example["kept"][name] for name in step.needed()} or None
+    return untouched(step, {name: value for name, value in example.items() if value is not None})
+
+
+def rehearse(step: Decode, example: dict[str, Any]) -> None:
+    """One step at the last position there is, which also shows which layers look through a window. Raises: InputError."""
+    try:
+        with torch.no_grad():
+            step(**example)
+    except TokcompileError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"the model does not decode a token at position {int(example['position_ids'].max())}: {type(error).__name__}: "
+            f"{first}\n  what to do: pass a smaller max_new_tokens if its table of positions ends before; else this model "
+            "cannot be decoded after a reduced prefill"
+        ) from error
+
+
+def check_model(model: nn.Module, plan: Layout) -> None:
+    """Raises: InputError."""
+    if model.training:
+        raise InputError("the model is in training mode: call model.eval() first")
+    missing = {"past_key_values", "position_ids", "input_ids"} - set(inspect.signature(model.forward).parameters)
+    if missing:
+        raise InputError(
+            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: positions and caches cannot be "
+            "passed to it\n  what to do: pass a causal language model of transformers"
+        )
+    config = config_of(model)
+    odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if odd:
+        raise InputError(
+            f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
+            "  what to do: nothing yet; only full and sliding attention can be decoded after a reduced prefill"
+        )
+    layers = getattr(config, "num_hidden_layers", len(plan.keys))
+    if layers != len(plan.keys):
+        raise InputError(f"the prefill returns {len(plan.keys)} caches, and this model has {layers} layers: it is another one")
+
+
+def example_inputs(step: Decode) -> dict[str, Any]:
+    plan = step.layout
+    weight = next(step.model.parameters())
+    room = plan.stages[0].capacity - plan.stages[0].length
+
+    def buffer(shape: Sequence[int], layer: int) -> Tensor:
+        size = (shape[0], shape[1], plan.stages[plan.stage_of(layer)].capacity, shape[3])
+        return torch.zeros(size, dtype=plan.dtype, device=weight.device)
+
+    whole: dict[str, Any] = dict(dtype=torch.int64, device=weight.device)
+    made: dict[str, Any] = {
+        "token": torch.zeros(plan.batch, 1, **whole),
+        "position_ids": torch.full((plan.batch, 1), plan.length + room - 1, **whole),
+        "step": torch.full((1,), room - 1, **whole),
+        "keys": [buffer(shape, i) for i, (shape, _) in enumerate(plan.shapes)],
+        "values": [buffer(shape, i) for i, (_, shape) in enumerate(plan.shapes)],
+        "kept": {name: torch.arange(k, device=weight.device).repeat(plan.batch, 1) for name, k in plan.kept.items()},
+    }
+    if step.padded:
+        shape, dtype = plan.inputs["attention_mask"]
+        made["attention_mask"] = torch.ones(shape, dtype=dtype, device=weight.device)
+    return made
+
+
+def untouched(module: nn.Module, kwargs: dict[str, Any]) -> OptimizedModel:
+    """A program without reductions, which is called and exported as an optimized one is; blocks are not looked for."""
+    traced = trace(module, (), kwargs)
+    propagate_shapes(traced.gm, traced.inputs)
+    plan = Plan("none", outputs="keep")
+    return OptimizedModel(Analysis(traced, traced.gm, Structure()), Compiled(plan, None, terms(traced.gm.graph, {})), {})
