@@ -74,10 +74,10 @@ class _Fake(torch.fx.Interpreter):
 
 
 class Builder:
-    """Appends nodes to a new graph; `mode` is the fake mode of the values in the old one."""
+    """Appends nodes to a new graph; `mode` is the fake mode of the values in the old one, `device` where they lie."""
 
-    def __init__(self, root: torch.nn.Module, mode: FakeTensorMode):
-        self.root, self.mode = root, mode
+    def __init__(self, root: torch.nn.Module, mode: FakeTensorMode, device: torch.device):
+        self.root, self.mode, self.device = root, mode, device
         self.graph = Graph()
         self.origin: Node | None = None  # the old node that new ones are written for: they inherit its place in the model
         self._constants: dict[Any, Node] = {}
@@ -105,8 +105,13 @@ class Builder:
         key = (name, value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
         if key not in self._constants:
             target = f"_tokcompile_{name}_{len(self._constants)}"
-            self.root.register_buffer(target, value, persistent=True)
-            self._constants[key] = self.attr(target)
+            # a model without its weights (meta) has its constants all the same; they only pass for meta tensors here
+            meta = self.device.type == "meta"
+            self.root.register_buffer(target, value if meta else value.to(self.device), persistent=True)
+            self._constants[key] = node = self.attr(target)
+            if meta:
+                with self.mode:
+                    node.meta["val"] = torch.empty_like(node.meta["val"], device="meta")
         return self._constants[key]
 
     def attr(self, target: str) -> Node:
@@ -126,6 +131,12 @@ class Builder:
         if isinstance(node.meta.get("val"), FakeTensor) and node.op == "placeholder":
             new.meta["val"] = node.meta["val"]
         return new
+
+
+def device_of(graph: Graph) -> torch.device:
+    """Where the first tensor among the inputs lies."""
+    values = (n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
 
 
 def shape(node: Node) -> tuple[int, ...]:

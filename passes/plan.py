@@ -180,7 +180,7 @@ def choose_slots(
         chosen = [one_block(blocks, b) for b in where]
     else:
         candidates = visual_blocks(structure, spans)
-        chosen = [candidates[i] for i in recipe.steps.at(len(candidates), candidates[0].language)]
+        chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
     refused = [b for b in chosen if b.why_not]
     if refused and (where is not None or len(refused) == len(chosen)):
         raise UnsupportedGraph(

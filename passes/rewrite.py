@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, aten, packet, shape
+from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.passes.rules import RULES, Call, NeedsFull
@@ -37,6 +37,7 @@ class Splice:
     prefix: int = 0  # where the tokens start, in the original sequence
     unit: int = 1
     tap_block: Block | None = None
+    language: bool = False  # whether text stands around the tokens
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Rewriter:
         self.size_weighted_mean = size_weighted_mean
         mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         assert mode is not None, "propagate_shapes comes before"
-        self.builder = Builder(shallow_copy(gm), mode)
+        self.builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
         self.gather = Gatherer(self.builder, batch_of(splices))
         self.env: dict[Node, Any] = {}
         self.labels: dict[Node, Any] = {}
@@ -249,7 +250,7 @@ class Rewriter:
 
     def text_ranges(self, s: Splice) -> tuple[tuple[int, int], ...]:
         """The (start, stop) of text among the tokens that the taps are read over; none in a vision tower."""
-        if not s.block.language or s.unit > 1:
+        if not s.language or s.unit > 1:
             return ()
         label = self.before[s.at][1]
         axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()

@@ -1,5 +1,7 @@
 """Reductions inside a language model against its own layers run by hand on the kept tokens, at their original positions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -73,3 +75,15 @@ def test_equals_the_layers_run_by_hand(name, method, keep, family, program, monk
     assert extra["s0_index"][0].tolist() == kept.tolist()
     assert logits.shape == want.shape
     assert error(logits, want) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["dart", "fastv", "random"])
+def test_a_model_without_its_weights(method, family):
+    model, _, kwargs = family("hf/llama")
+    options = {"method": method, "budget": Tokens(11), "spans": [SPAN]}
+    empty = copy.deepcopy(model).to("meta")
+    bare = tokcompile.optimize(empty, kwargs={**kwargs, "inputs_embeds": kwargs["inputs_embeds"].to("meta")}, **options)
+    assert bare.plan == tokcompile.optimize(model, kwargs=kwargs, **options).plan
+    assert {p.device.type for p in bare.parameters()} == {"meta"}
+    ours = [b for name, b in bare.graph_module.named_buffers() if name.startswith("_tokcompile")]
+    assert all(b.device.type == "cpu" for b in ours)  # what the pass adds is not lost with the weights

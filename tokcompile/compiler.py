@@ -202,7 +202,8 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
         )
         at = block.out if r.place == "attention" else block.entry
         tapped = block if r.place == "attention" else before(block, blocks)
-        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, tapped))
+        language = settings.spans is not None or block.language
+        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
     return out
 
 
