@@ -3,13 +3,14 @@
 All reductions of a method share one function: their bodies are traced and compared, and where they differ only in
 constants (shapes, counts, kept positions) these become attributes c0, c1, ... of the node. Bodies that differ in
 their ops get op types `Tome_2`, `Tome_3`: the ONNX field `overload` would say it better, but TensorRT's parser looks
-functions up by name alone and would run the wrong body. A target that fuses all of them strips the functions and
-renames the nodes to `tokcompile.plugins.contract.op_type(method)`.
+functions up by name alone and would run the wrong body. The plugin form has no functions, and all nodes of a method
+have the name that `tokcompile.plugins.contract.op_type(method)` gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from tokcompile.exports.flat import Reduction
+from tokcompile.plugins import contract
 from tokcompile.plugins.contract import DOMAIN
+from tokcompile.plugins.torch_ops import DTYPES
 
 Slot = tuple[int, int]  # (node, input) at which a body reads a constant
 
@@ -196,6 +199,8 @@ def attach(model: ir.Model, reductions: Sequence[Reduction]) -> dict[str, int]:
         number = node.attributes["number"].as_int()
         group, at = place[number]
         node.op_type, node.name = group.op_type, f"reduction_{number}"
+        for output, name in zip(node.outputs, reductions[number].node.outputs, strict=True):
+            output.name = f"reduction_{number}_{name}"  # by which the layers of an engine are found again
         node.attributes.clear()
         for name, value in reductions[number].node.attributes.items():
             node.attributes.add(attribute(name, value))
@@ -206,3 +211,46 @@ def attach(model: ir.Model, reductions: Sequence[Reduction]) -> dict[str, int]:
         for domain, version in function.opset_imports.items():
             model.opset_imports.setdefault(domain, version)
     return {group.op_type: len(group.members) for group in groups}
+
+
+def describe(model: ir.Model, reductions: Sequence[Reduction]) -> list[dict[str, Any]]:
+    """For each reduction its node, the name and shape of its result in the file, and whether there is a plugin for it."""
+    found = {node.name: node for node in model.graph if node.domain == DOMAIN}
+    out = []
+    for i, reduction in enumerate(reductions):
+        site, x = reduction.module.site, reduction.outputs[0]
+        node = found[f"reduction_{i}"]
+        out.append(
+            {"node": node.name, "method": reduction.module.recipe.name, "block": site.block, "n": site.n, "k": site.k,
+             "tensor": node.outputs[0].name, "shape": list(x.shape), "fused": is_fused(reduction)}
+        )  # fmt: skip
+    return out
+
+
+def is_fused(reduction: Reduction) -> bool:
+    """Whether a plugin stands for it: one of our kernels does what its recipe does, in a dtype that the kernel takes."""
+    return reduction.module.kernel is not None and reduction.outputs[0].dtype in DTYPES
+
+
+def to_plain(model: ir.Model) -> None:
+    """Writes the body of every function where it is called."""
+    if model.functions:
+        passes.InlinePass()(model)
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        passes.DeduplicateInitializersPass()(model)
+        passes.RemoveUnusedOpsetsPass()(model)
+
+
+def to_plugin(model: ir.Model, fused: Collection[str]) -> dict[str, int]:
+    """Leaves the nodes of these names without functions, all others as plain ops: {op_type: nodes}."""
+    nodes = [node for node in model.graph if node.name in fused]
+    for node in nodes:
+        node.op_type = contract.op_type(node.attributes["method"].as_string())
+        for name in [name for name in node.attributes if re.fullmatch(r"c\d+", name)]:
+            del node.attributes[name]  # only the function's body read them
+    called = {node.op_identifier() for node in model.graph if node not in nodes}
+    for key in [key for key in model.functions if key not in called]:
+        del model.functions[key]
+    to_plain(model)
+    names = [node.op_type for node in nodes]
+    return {name: names.count(name) for name in names}

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.errors import ExportError
-from tokcompile.exports.targets import Target, check_opset, get_target
+from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN, Target, check_opset, file_form, get_target
 from tokcompile.files import atomic
 from tokcompile.primitives.forms import use_forms
 
@@ -32,23 +32,33 @@ LARGEST_FILE = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for the grap
 class ExportReport:
     """What was written and how it was checked.
 
-    nodes: how many nodes each reduction op has. errors: relative error of each output in onnxruntime, empty where
-    nothing was compared, which `note` explains.
+    form: how reductions stand in the file. files: all that were written, by form. nodes: how many nodes each reduction op
+    has. reductions: for each one its node, its result's name and shape, and whether a plugin stands for it in the plugin
+    form. errors: relative error of each output in onnxruntime, empty where nothing was compared, which `note` explains.
     """
 
     path: str
     target: str
     opset: int
-    inline: bool
+    form: str
+    precision: str | None = None
+    dynamic_batch: bool = False
+    files: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
     external_data: str | None = None
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     nodes: dict[str, int] = field(default_factory=dict)
+    reductions: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     tolerance: float = 0.0
     note: str = ""
     seconds: float = 0.0
+
+    @property
+    def inline(self) -> bool:
+        """Whether reductions are written as plain ops."""
+        return self.form == PLAIN
 
     @property
     def error(self) -> float | None:
@@ -61,7 +71,8 @@ class ExportReport:
     def __str__(self) -> str:
         reductions = ", ".join(f"{count} {name}" for name, count in self.nodes.items()) or "no reductions"
         checked = f"relative error {self.error:.1e} in onnxruntime" if self.errors else self.note or "not verified"
-        return f"{self.path}: {self.bytes / 1e6:.1f} MB, opset {self.opset}, {reductions}; {checked}"
+        paths = ", ".join(self.files.values())
+        return f"{paths}: {self.bytes / 1e6:.1f} MB, opset {self.opset}, {reductions}; {checked}"
 
 
 def export_onnx(
@@ -70,6 +81,9 @@ def export_onnx(
     *,
     target: str = "onnxruntime",
     inline: bool = False,
+    form: str | None = None,
+    precision: str | None = None,
+    dynamic_batch: bool = False,
     opset: int | None = None,
     verify: bool = True,
     tolerance: float | None = None,
@@ -77,9 +91,14 @@ def export_onnx(
 ) -> ExportReport:
     """Writes an optimized model as ONNX, runs it in onnxruntime against torch, and only then gives it its name.
 
-    target: "onnxruntime", "tensorrt" (10.7 and later), "tensorrt_rtx" or "jetpack6". inline: whether reductions are
-    written as plain ops instead of one node each with a function. tolerance: of the relative error, 1e-4 in float32 and
-    2e-2 in float16 by default. external_data: whether weights go to `path` + ".data"; by default if they must (2 GB).
+    target: "onnxruntime", "tensorrt" (10.7 and later), "tensorrt_10", "tensorrt_11", "tensorrt_rtx", "jetpack6" or
+    "jetpack7". form: how reductions are written: "functions" (one node each with a function), "plain" (plain ops; the
+    same as inline=True), "plugin" (one node each for the plugin, without its function: only TensorRT reads it) or "both"
+    (`m.plain.onnx` and `m.plugin.onnx` for `m.onnx`; the default for TensorRT before 10.7, which jetpack6 has).
+    precision: "fp16" or "bf16" converts the program first, see `exports/precision.py`. dynamic_batch: leaves the batch free,
+    for inputs that share a batch of at least 2 here; needs form "plain" or "plugin". tolerance: of the relative error,
+    1e-4 in float32 and 2e-2 in float16 by default. external_data: whether weights go to `path` + ".data"; by default if
+    they must (2 GB).
 
     Raises: ExportError, and leaves no file behind then.
     """
@@ -87,17 +106,43 @@ def export_onnx(
     require_onnx()
     row = get_target(target)
     opset = check_opset(opset, row)
-    inline = inline or not row.functions
-    report = ExportReport(os.fspath(path), target, opset, inline)
-    with atomic(path) as temporary, quiet():
+    path = os.fspath(path)
+    files = file_names(path, file_form(form or form_of_name(path, row), inline, row))
+    if dynamic_batch and "functions" in files:
+        raise ExportError("dynamic_batch=True needs form='plain' or form='plugin': functions hold the batch in their constants")
+    report = ExportReport(next(iter(files.values())), row.name, opset, next(iter(files)), precision, dynamic_batch, files)
+    with ExitStack() as stack:
+        temporary = {form: stack.enter_context(atomic(name)) for form, name in files.items()}
+        stack.enter_context(quiet())
         from tokcompile.exports.flat import flatten
+        from tokcompile.exports.precision import convert, default_tolerance
 
+        opt = convert(opt, precision)
         flat = flatten(opt)
-        model = build(flat, row, opset, inline, report)
+        model = build(flat, row, opset, report)
         set_metadata(model, opt, row)
-        finish(opt, flat, model, row, verify, tolerance, external_data, temporary, report)
+        tolerance = default_tolerance(precision) if tolerance is None else tolerance
+        for form, name in temporary.items():
+            last = form == list(temporary)[-1]
+            verify_this = verify and not report.errors and not report.note
+            finish(opt, flat, model if last else model.clone(), form, row, verify_this, tolerance, external_data, name, report)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def file_names(path: str, form: str) -> dict[str, str]:
+    """The file of each form that is written."""
+    if form != BOTH:
+        return {form: path}
+    stem, suffix = os.path.splitext(path)
+    return {form: f"{stem}.{form}{suffix}" for form in (PLAIN, PLUGIN)}
+
+
+def form_of_name(path: str, target: Target) -> str | None:
+    """Of a target that takes two files, the one that such a name is for."""
+    if target.file != BOTH:
+        return None
+    return next((form for form in (PLAIN, PLUGIN) if path.endswith(f".{form}.onnx")), None)
 
 
 def require_onnx() -> None:
@@ -122,16 +167,16 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportReport) -> Any:
-    """The model as onnx_ir, with one node and a function, or plain ops, for each reduction."""
+def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:
+    """The model as onnx_ir, with one node and a function for each reduction."""
     import onnx_ir.passes.common as passes
 
-    from tokcompile.exports.functions import attach
+    from tokcompile.exports.functions import attach, describe
     from tokcompile.exports.names import rename_outputs
     from tokcompile.exports.simplify import simplify
 
     bodies = [torch.zeros(v.shape, dtype=v.dtype) for r in flat.reductions for v in r.inputs]
-    forms = target.forms
+    forms = replace(target.forms, gather="elements", merge="onehot") if report.dynamic_batch else target.forms
     if any(r.outputs[0].dtype.itemsize < 4 for r in flat.reductions):
         forms = replace(forms, merge="onehot")  # onnxruntime adds while scattering in float32 only
     with use_forms(forms):
@@ -142,11 +187,7 @@ def build(flat: Flat, target: Target, opset: int, inline: bool, report: ExportRe
     rename_outputs(model, flat.output_names)
     report.inputs = [v.name for v in model.graph.inputs]
     report.outputs = [v.name for v in model.graph.outputs]
-    if inline and flat.reductions:
-        passes.InlinePass()(model)
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.DeduplicateInitializersPass()(model)
-        passes.RemoveUnusedOpsetsPass()(model)
+    report.reductions = describe(model, flat.reductions)
     passes.ClearMetadataAndDocStringPass()(model)
     return model
 
@@ -188,48 +229,88 @@ def set_metadata(model: Any, opt: OptimizedModel, target: Target) -> None:
 
 
 def finish(
-    opt: OptimizedModel, flat: Flat, model: Any, target: Target, verify: bool, tolerance: float | None,
+    opt: OptimizedModel, flat: Flat, model: Any, form: str, target: Target, verify: bool, tolerance: float | None,
     external: bool | None, temporary: str, report: ExportReport,
 ) -> None:  # fmt: skip
-    """Checks the model, writes it beside its final place, and runs it there."""
+    """Gives the model its form, checks it, writes it beside its final place, and runs it there."""
     import onnx
 
-    from tokcompile.exports.verify import compare, refuse_forbidden
+    from tokcompile.exports.batch import check_example, free_batch
+    from tokcompile.exports.functions import to_plain, to_plugin
+    from tokcompile.exports.verify import refuse_forbidden
 
-    refuse_forbidden(model, target)
+    fused = [r["node"] for r in report.reductions if r["fused"]] if form == PLUGIN else []
+    refuse_forbidden(model, target, fused)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = size > LARGEST_FILE if external is None else external
     if size > LARGEST_FILE and not external:
         raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True")
+    path = report.files[form]
+    batch = check_example(flat.input_names, flat.inputs) if report.dynamic_batch else 0
     with ExitStack() as stack:
-        file = write(model, temporary, report, stack if external else None)
+        if form == PLUGIN:
+            if verify:  # onnxruntime has no such plugin: what runs there is the same graph with the functions
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".tokcompile.", dir=os.path.dirname(temporary)))
+                file = os.path.join(folder, "functions.onnx")
+                copy = model.clone()
+                if report.dynamic_batch:
+                    to_plain(copy)
+                    free_batch(copy, batch)
+                save(copy, file, external)
+                run_it(opt, flat, file, tolerance, report)
+            report.nodes = to_plugin(model, fused)
+        elif form == PLAIN:
+            to_plain(model)
+        if report.dynamic_batch:
+            free_batch(model, batch)
+        file = write(model, temporary, path, stack) if external else save(model, temporary, False)
         try:
             onnx.checker.check_model(file, full_check=True)
         except Exception as error:
             raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
-        if verify:
-            with torch.no_grad():
-                values = opt.graph_module(*opt.example_inputs)
-            expected = {name: values[i] for name, i in zip(flat.output_names, flat.kept_outputs, strict=True)}
-            check = compare(file, flat.input_names, flat.inputs, expected, tolerance)
-            report.errors, report.tolerance, report.note = check.errors, check.tolerance, check.note
-        report.bytes = os.path.getsize(file)
+        if verify and form != PLUGIN:
+            run_it(opt, flat, file, tolerance, report)
+        report.bytes += os.path.getsize(file)
         if external:
-            data = os.path.join(os.path.dirname(file), os.path.basename(report.path) + ".data")
+            report.external_data = report.external_data or f"{path}.data"
+            data = os.path.join(os.path.dirname(file), os.path.basename(path) + ".data")
             report.bytes += os.path.getsize(data)
-            os.replace(data, stack.enter_context(atomic(report.external_data or "")))
+            os.replace(data, stack.enter_context(atomic(f"{path}.data")))
             os.replace(file, temporary)
 
 
-def write(model: Any, temporary: str, report: ExportReport, stack: ExitStack | None) -> str:
-    """Writes to `temporary`, or, with weights aside, to a folder in which the weights have their final name."""
+def run_it(opt: OptimizedModel, flat: Flat, file: str, tolerance: float | None, report: ExportReport) -> None:
+    """Compares the file in onnxruntime with torch. Raises: ExportError where they differ."""
+    from tokcompile.exports.batch import check_batches
+    from tokcompile.exports.verify import compare
+
+    def in_torch(inputs: Sequence[Any]) -> dict[str, Any]:
+        given = iter(inputs)
+        with torch.no_grad():
+            values = opt.graph_module(*(next(given) if isinstance(v, torch.Tensor) else v for v in opt.example_inputs))
+        return {name: values[i] for name, i in zip(flat.output_names, flat.kept_outputs, strict=True)}
+
+    check = compare(file, flat.input_names, flat.inputs, in_torch(flat.inputs), tolerance, half=report.precision)
+    report.errors, report.tolerance, report.note = check.errors, check.tolerance, check.note
+    if report.dynamic_batch and check.note:
+        raise ExportError(
+            f"a free batch counts only once it was run, and this model was {check.note}\n  what to do: fp16 or float32; or "
+            "verify=False, after one of these was exported with dynamic_batch=True"
+        )
+    if report.dynamic_batch:
+        others = check_batches(file, in_torch, flat.input_names, flat.inputs, list(check.errors), check.tolerance)
+        report.errors = {name: max(off, others[name]) for name, off in check.errors.items()}
+
+
+def save(model: Any, path: str, external: bool) -> str:
     import onnx_ir as ir
 
-    if stack is None:
-        ir.save(model, temporary)
-        return temporary
-    report.external_data = report.path + ".data"
-    name = os.path.basename(report.path)
+    ir.save(model, path, external_data=f"{os.path.basename(path)}.data" if external else None)
+    return path
+
+
+def write(model: Any, temporary: str, path: str, stack: ExitStack) -> str:
+    """Writes to a folder beside `temporary`, in which the file and its weights have their final names."""
+    name = os.path.basename(path)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{name}.", dir=os.path.dirname(temporary)))
-    ir.save(model, os.path.join(folder, name), external_data=f"{name}.data")
-    return os.path.join(folder, name)
+    return save(model, os.path.join(folder, name), True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,14 @@ def all_nodes(model: Any) -> Iterator[Any]:
         yield from function.all_nodes()
 
 
-def refuse_forbidden(model: Any, target: Target) -> None:
-    """Raises: ExportError that names the first node which the target does not take."""
-    for node in all_nodes(model):
+def refuse_forbidden(model: Any, target: Target, fused: Collection[str] = ()) -> None:
+    """Raises: ExportError that names the first node which the target does not take.
+
+    fused: the names of nodes that a plugin stands for, whose functions do not count.
+    """
+    called = {n.op_identifier() for n in model.graph.all_nodes() if n.name not in fused}
+    functions = [f for key, f in model.functions.items() if key in called]
+    for node in [*model.graph.all_nodes(), *(n for f in functions for n in f.all_nodes())]:
         if node.domain not in ("", "ai.onnx"):
             continue
         how = node.attributes.get("reduction")
@@ -47,11 +52,12 @@ def refuse_forbidden(model: Any, target: Target) -> None:
             )
     if target.top_k is not None:
         for node, k in top_ks(model):
-            if k > target.top_k:
+            if k > target.top_k and node.name not in fused:
                 raise ExportError(
                     f"node {node.name or node.op_type!r} selects the top {k} tokens, but {target.name} stops at "
-                    f"{target.top_k}\n  what to do: a smaller budget, a method that ranks fewer tokens at once "
-                    "(random, grid), or fewer tokens going in"
+                    f"{target.top_k}\n  what to do: form='plugin', whose kernels have no such limit, if the node belongs to "
+                    "a reduction; or a smaller budget, a method that ranks fewer tokens at once (random, grid), or fewer "
+                    "tokens going in"
                 )
 
 
@@ -110,15 +116,23 @@ def from_ort(value: Any) -> Tensor:
 
 
 def compare(
-    path: str, names: Sequence[str], inputs: Sequence[Tensor], expected: dict[str, Tensor], tolerance: float | None
+    path: str,
+    names: Sequence[str],
+    inputs: Sequence[Tensor],
+    expected: dict[str, Tensor],
+    tolerance: float | None,
+    half: str | None = None,
 ) -> Check:
-    """The errors of a file's outputs. Raises: ExportError where one is out of tolerance."""
+    """The errors of a file's outputs; `half` is the precision inside, if it differs from that of the inputs.
+
+    Raises: ExportError where one is out of tolerance.
+    """
     floats = [v.dtype for v in [*inputs, *expected.values()] if v.is_floating_point()]
     check = Check(tolerance=max((TOLERANCES[d] for d in floats), default=0.0) if tolerance is None else tolerance)
     try:
         got = run(path, names, inputs)
     except Exception as error:
-        if torch.bfloat16 in floats:
+        if torch.bfloat16 in floats or half == "bf16":
             check.note = f"not run: onnxruntime on the CPU lacks a bfloat16 kernel ({first_line(error)})"
             return check
         raise ExportError(f"onnxruntime does not run the exported model: {first_line(error)}") from error

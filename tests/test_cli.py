@@ -144,7 +144,7 @@ def test_onnx_file_is_written_and_reported(cli, tmp_path):
     code, out, _ = cli("optimize", TINY, "--where", "1", "--onnx", path, "--target", "onnxruntime", "--inline", "--json")
     assert code == 0
     report = json.loads(out)["files"]["onnx"]
-    assert (report["path"], report["inline"], report["target"]) == (str(path), True, "onnxruntime")
+    assert (report["path"], report["form"], report["target"]) == (str(path), "plain", "onnxruntime")
     assert path.stat().st_size > 1000
 
 

@@ -1,11 +1,12 @@
 """tokcompile: static token reduction, compiled into any vision transformer."""
 
 import tokcompile.methods  # noqa: F401  (before the function of that name, which then stands for it)
-from tokcompile import primitives, steps
+from tokcompile import llm, primitives, steps
 from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.errors import (
     BudgetError,
+    EngineError,
     ExportError,
     InputError,
     MethodError,
@@ -14,6 +15,7 @@ from tokcompile.errors import (
     TraceError,
     UnsupportedGraph,
 )
+from tokcompile.exports.session import session_options
 from tokcompile.oracles import Check, check
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.rules import Call, NeedsFull, register_rule
@@ -25,6 +27,7 @@ __all__ = [
     "BudgetError",
     "Call",
     "Check",
+    "EngineError",
     "ExportError",
     "Flops",
     "InputError",
@@ -49,11 +52,13 @@ __all__ = [
     "TraceError",
     "UnsupportedGraph",
     "check",
+    "llm",
     "load",
     "methods",
     "optimize",
     "primitives",
     "register_method",
     "register_rule",
+    "session_options",
     "steps",
 ]

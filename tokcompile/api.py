@@ -86,6 +86,18 @@ class OptimizedModel(torch.nn.Module):
 
         return export_onnx(self, path, **options)
 
+    def build_engine(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Builds a TensorRT or TensorRT-RTX engine; see `tokcompile.exports.engine.build_engine`."""
+        from tokcompile.exports.engine import build_engine
+
+        return build_engine(self, path, **options)
+
+    def bundle(self, path: str | os.PathLike[str], *, target: str, **options: Any) -> Any:
+        """Writes a folder and archive to deploy on a device; see `tokcompile.exports.bundle.bundle`."""
+        from tokcompile.exports.bundle import bundle
+
+        return bundle(self, path, target=target, **options)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the original program and the plan in one `.pt2`, from which `tokcompile.load` makes this model again.
 

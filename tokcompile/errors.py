@@ -33,6 +33,10 @@ class ExportError(TokcompileError):
     """A file could not be written, read or verified."""
 
 
+class EngineError(TokcompileError):
+    """A TensorRT engine could not be built, or what was built is not what was planned."""
+
+
 class UnsupportedGraph(TokcompileError):
     """The graph holds something the pass refuses to guess about; the message names the node and the way out."""
 

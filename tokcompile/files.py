@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,39 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[str]:
+    """The same for a folder: what is in the temporary one gets the name `path` once the block has ended well.
+
+    Raises: ExportError for a name that is taken, unless it is a folder that may be overwritten.
+    """
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    if os.path.lexists(path) and not (overwrite and os.path.isdir(path) and not os.path.islink(path)):
+        raise ExportError(f"{path} is there already\n  what to do: choose another name, or pass overwrite=True for a folder")
+    try:
+        temporary = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}; create the folder or choose another place") from error
+    old = os.path.join(temporary, "old")
+    new = os.path.join(temporary, name)
+    try:
+        os.mkdir(new)
+        yield new
+        if os.path.lexists(path):
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def current_umask() -> int:

@@ -33,6 +33,15 @@ def pointwise(call: Call) -> Any:
     return call.emit(label, **{name: call.coerce(name, label) for name in names})
 
 
+@rule(
+    "quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor",
+    "aten.fake_quantize_per_tensor_affine",
+)  # fmt: skip
+def quantize(call: Call) -> Any:
+    """One scale for the whole tensor: it acts on each element."""
+    return call.emit(call.label(call.tensors()[0]))
+
+
 @rule("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
 def last_axes_norm(call: Call) -> Any:
     """Normalises the last axes of each token."""

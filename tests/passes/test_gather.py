@@ -18,7 +18,9 @@ class Bench:
 
     def __init__(self, batch, sort=True):
         self.batch = batch
-        self.builder = Builder(torch.nn.Module(), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True))
+        self.builder = Builder(
+            torch.nn.Module(), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True), torch.device("cpu")
+        )
         self.gather = Gatherer(self.builder, batch)
         self.inputs = []
         self.first = subset(batch, N, K, sort, seed=1)

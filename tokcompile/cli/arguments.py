@@ -8,7 +8,7 @@ from typing import Any
 
 import tokcompile
 from tokcompile.bench import RUNTIMES
-from tokcompile.cli import commands, values
+from tokcompile.cli import commands, generate, values
 from tokcompile.models import FORMS
 
 DESCRIPTION = "Compiles static visual-token reduction into a vision transformer, and says what it did."
@@ -29,6 +29,18 @@ examples:
   tokcompile optimize decoder.pt2 --method dart --span 5:30 --onnx decoder.onnx --inline
   tokcompile optimize timm:vit_base_patch16_224 --save-plan plan.json     # edit the plan, then
   tokcompile optimize timm:vit_base_patch16_224 --plan plan.json"""
+
+BUILD = """\
+examples:
+  tokcompile build timm:vit_base_patch16_224 --backend tensorrt_rtx --precision fp16 --engine vit.engine
+  tokcompile build mypackage.models:build --plan plan.json --plugins --engine model.plan     # on the machine with the GPU"""
+
+BUNDLE = """\
+examples:
+  tokcompile bundle timm:vit_base_patch16_224 --target jetson-orin --precision fp16 --out vit-orin
+  tokcompile bundle mypackage.models:build --plan plan.json --target x86 --out vit-x86
+
+It writes a folder and an archive; on the device its README.md says how to go on: ./build.sh, ./verify.py, ./run.py."""
 
 INSPECT = """\
 examples:
@@ -76,7 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def conflict(args: argparse.Namespace) -> str | None:
     """Which options do not go together."""
-    if args.command != "optimize":
+    if args.command not in ("optimize", "build", "bundle"):
         return None
     if args.plan:
         given = {"--method": args.method, "--budget": args.budget, "--where": args.where, "--span": args.span}
@@ -84,7 +96,7 @@ def conflict(args: argparse.Namespace) -> str | None:
         both = [name for name, value in given.items() if value]
         if both:
             return f"--plan says all that {', '.join(both)} would say: edit the plan file instead"
-    if not args.onnx and (args.target or args.inline):
+    if args.command == "optimize" and not args.onnx and (args.target or args.inline):
         return f"{'--target' if args.target else '--inline'} goes with --onnx FILE"
     return None
 
@@ -96,10 +108,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokcompile {tokcompile.__version__}")
     made = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_optimize(command(made, "optimize", commands.optimize, "insert token reduction and save the result", OPTIMIZE))
+    add_build(command(made, "build", commands.build, "build a TensorRT or TensorRT-RTX engine", BUILD))
+    add_bundle(command(made, "bundle", commands.bundle, "write a folder to deploy on a Jetson or a server", BUNDLE))
     model_arguments(command(made, "inspect", commands.inspect, "show the blocks and tokens found in a model", INSPECT))
     add_check(command(made, "check", commands.check, "check that the pass understands a model", CHECK))
     command(made, "methods", commands.methods, "list the reduction methods", None)
     add_bench(command(made, "bench", commands.bench, "time the original against optimized models", BENCH))
+    text = "generate text from a folder that tokcompile.llm.export wrote"
+    generate.add_generate(command(made, "generate", generate.generate, text, generate.EXAMPLES))
     add_demo(command(made, "demo", commands.demo, "run everything on a trained model and a photograph", DEMO))
     return parser
 
@@ -149,12 +165,48 @@ def span_argument(parser: Any) -> None:
     )  # fmt: skip
 
 
-def add_optimize(parser: argparse.ArgumentParser) -> None:
+def method_arguments(parser: argparse.ArgumentParser) -> None:
+    """All that `commands.optimize_as_asked` reads."""
     model_arguments(parser)
     group = reduction_arguments(parser)
     group.add_argument("--method", metavar="NAME", help="see `tokcompile methods` (default tome)")
     group.add_argument("--budget", metavar="BUDGET", help="how many tokens are left (default 0.5)")
     group.add_argument("--plan", metavar="FILE", help="carry out this plan instead")
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    method_arguments(parser)
+    group = parser.add_argument_group("engine")
+    group.add_argument("--engine", required=True, metavar="FILE", help="the engine to write")
+    group.add_argument(
+        "--backend", default="tensorrt", choices=("tensorrt", "tensorrt_rtx"),
+        help="tensorrt builds for the GPU of this machine (default); tensorrt_rtx needs none",
+    )  # fmt: skip
+    group.add_argument("--target", metavar="NAME", help="what the engine is for, such as jetpack6 (default: the backend)")
+    group.add_argument("--precision", metavar="NAME", help="fp16 or bf16 converts the model (default: as it is)")
+    group.add_argument(
+        "--plugins", action=argparse.BooleanOptionalAction, help="one plugin layer per reduction (default: with a library)"
+    )
+    group.add_argument("--plugin-library", metavar="FILE.so", help="the plugin library (default: built for this machine)")
+    group.add_argument("--compute-capability", action="append", metavar="SM..", help="for tensorrt_rtx; repeat for several")
+    group.add_argument("--profile", metavar="MIN:BEST:MAX", help="batch sizes that the engine takes (default: one, as given)")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    method_arguments(parser)
+    group = parser.add_argument_group("bundle")
+    group.add_argument("--out", required=True, metavar="DIR", help="the folder to write; DIR.tar.gz goes beside it")
+    group.add_argument("--target", required=True, metavar="NAME", help="jetson-orin, jetson-thor or x86")
+    group.add_argument("--precision", metavar="NAME", help="fp16 or bf16 converts the model (default: as it is)")
+    group.add_argument("--form", metavar="NAME", help="plugin or plain writes one ONNX file only (default: both)")
+    group.add_argument("--name", metavar="NAME", help="of the model in Triton (default: that of the folder)")
+    group.add_argument("--plugin-library", metavar="FILE.so", help="add this library, which was built for the target")
+    group.add_argument("--no-archive", action="store_true", help="write no DIR.tar.gz")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier bundle of that name")
+
+
+def add_optimize(parser: argparse.ArgumentParser) -> None:
+    method_arguments(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--save", metavar="FILE.pt2", help="save the optimized model, for tokcompile.load")
     files.add_argument("--save-plan", metavar="FILE.json", help="save the plan, which --plan reads")

@@ -46,14 +46,7 @@ def common(args: Namespace) -> dict[str, Any]:
 def optimize(args: Namespace) -> Result:
     """Compiles, saves what was asked for, and shows the plan and the report."""
     values.check_writable(args.save, args.save_plan, args.onnx)
-    wanted = {**common(args), **values.options(args.option)}
-    if args.plan:
-        wanted["plan"] = tokcompile.Plan.load(args.plan)
-    else:
-        recipe = get_method(args.method or "tome")
-        values.check_types(recipe, values.options(args.option))
-        wanted |= {"method": recipe, "budget": values.budget(args.budget or "0.5")}
-    optimized = tokcompile.optimize(*named(args), **wanted)
+    optimized = optimize_as_asked(args)
     data = {
         "model": args.model,
         "plan": json.loads(optimized.plan.json()),
@@ -65,6 +58,18 @@ def optimize(args: Namespace) -> Result:
         data["files"][kind] = json.loads(report.json()) if report else {"path": path}
         parts.append(f"{kind}: {report or path}")
     return Result(data, parts)
+
+
+def optimize_as_asked(args: Namespace) -> tokcompile.OptimizedModel:
+    """The model with the reductions that the arguments or the plan file say."""
+    wanted = {**common(args), **values.options(args.option)}
+    if args.plan:
+        wanted["plan"] = tokcompile.Plan.load(args.plan)
+    else:
+        recipe = get_method(args.method or "tome")
+        values.check_types(recipe, values.options(args.option))
+        wanted |= {"method": recipe, "budget": values.budget(args.budget or "0.5")}
+    return tokcompile.optimize(*named(args), **wanted)
 
 
 def write(optimized: tokcompile.OptimizedModel, args: Namespace) -> list[tuple[str, str, Any]]:
@@ -81,6 +86,30 @@ def write(optimized: tokcompile.OptimizedModel, args: Namespace) -> list[tuple[s
         options = {"target": args.target} if args.target else {}
         written.append(("onnx", args.onnx, optimized.export_onnx(args.onnx, inline=args.inline, **options)))
     return written
+
+
+def build(args: Namespace) -> Result:
+    """Builds an engine."""
+    values.check_writable(args.engine)
+    profiles = values.profile(args.profile) if args.profile else None
+    report = optimize_as_asked(args).build_engine(
+        args.engine, backend=args.backend, target=args.target, precision=args.precision, plugins=args.plugins,
+        plugin_library=args.plugin_library, compute_capabilities=args.compute_capability, profiles=profiles,
+    )  # fmt: skip
+    return Result({"model": args.model, **json.loads(report.json())}, [report, *(f"warning: {w}" for w in report.warnings)])
+
+
+def bundle(args: Namespace) -> Result:
+    """Writes a bundle for a device."""
+    from tokcompile.exports.trtexec import get_device
+
+    get_device(args.target)  # before any work is done
+    values.check_folder(args.out, args.overwrite)
+    report = optimize_as_asked(args).bundle(
+        args.out, target=args.target, precision=args.precision, form=args.form, name=args.name,
+        plugin_library=args.plugin_library, archive=not args.no_archive, overwrite=args.overwrite,
+    )  # fmt: skip
+    return Result({"model": args.model, **json.loads(report.json())}, [report, f"next: {report.path}/README.md"])
 
 
 def inspect(args: Namespace) -> Result:

@@ -80,6 +80,14 @@ def span(text: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
+def profile(text: str) -> tuple[int, int, int]:
+    """ "1:4:8" as (1, 4, 8)."""
+    parts = text.split(":")
+    if len(parts) != 3 or not all(p.isdecimal() for p in parts):
+        raise InputError(f"--profile {text!r} is not MIN:BEST:MAX, such as 1:4:8 for batches of 1 to 8")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
 def options(texts: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE pairs; values are numbers, true, false, null or text. Raises: MethodError."""
     out: dict[str, Any] = {}
@@ -103,6 +111,17 @@ def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
         if default is not None and not right:
             kind = type(default).__name__
             raise MethodError(f"{recipe.name}'s {name} takes a {kind} such as {json.dumps(default)}, not {value!r}")
+
+
+def check_folder(path: str, overwrite: bool) -> None:
+    """Refuses a folder that could not be made, before any work is done. Raises: ExportError."""
+    if os.path.lexists(path) and not overwrite:
+        raise ExportError(f"{path} is there already; choose another name, or pass --overwrite")
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        raise ExportError(f"cannot write {path}: there is no folder {parent}")
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"cannot write {path}: the folder {parent} is read-only")
 
 
 def check_writable(*paths: str | None) -> None:
