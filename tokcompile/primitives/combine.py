@@ -68,19 +68,24 @@ def whole(index: Tensor, start: int, n: int, length: int) -> Tensor:
 
 def merge_rows(plan: Merge, x: Tensor, size: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of each slot's members, x'_b = (s_b x_b + sum s_a x_a) / (s_b + sum s_a), written as an update
-    of the merged rows only, on flat rows throughout: what stands around the tokens is copied in the same gather."""
+    of the merged rows only, on flat rows throughout: what stands around the tokens is copied in the same gather, and has
+    sizes of 1 here so that the same indices serve for both."""
     (b, k), n, length = plan.index.shape, size.shape[1], x.shape[1]
-    rows, sizes = x.reshape(b * length, -1), size.reshape(-1)
-    kept = rows.index_select(0, flat_index(whole(plan.index, start, n, length), length))
-    weight = sizes.index_select(0, flat_index(plan.sources, n))
-    slots = flat_index(plan.slots, k)
-    total = sizes.index_select(0, flat_index(plan.index, n)).index_add(0, slots, weight)
+    left, pads = length - n + k, [size.new_ones(b, count) for count in (start, length - start - n)]
+    rows, sizes = x.reshape(b * length, -1), size
+    if n < length:
+        sizes = torch.cat([part for part in (pads[0], size, pads[1]) if part.shape[1]], 1)
+    sizes = sizes.reshape(-1)
+    index = flat_index(whole(plan.index, start, n, length), length)
+    sources = flat_index(plan.sources + start if start else plan.sources, length)
+    slots = flat_index(plan.slots + start if start else plan.slots, left)
+    kept, weight = rows.index_select(0, index), sizes.index_select(0, sources)
+    total = sizes.index_select(0, index).index_add(0, slots, weight)
     work = torch.promote_types(x.dtype, torch.float32)  # float64 models keep their precision
     share = weight.to(work) / total.index_select(0, slots).to(work)
-    to = flat_index(plan.slots + start if start else plan.slots, length - n + k)
-    source = rows.index_select(0, flat_index(plan.sources + start if start else plan.sources, length))
-    update = share[:, None].to(x.dtype) * (source - kept.index_select(0, to))
-    return kept.index_add(0, to, update).reshape(b, length - n + k, -1), total.reshape(b, k)
+    update = share[:, None].to(x.dtype) * (rows.index_select(0, sources) - kept.index_select(0, slots))
+    new = kept.index_add(0, slots, update).reshape(b, left, -1)
+    return new, total.reshape(b, left)[:, start : start + k]
 
 
 def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
