@@ -9,47 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """What a value is if it is a constant."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that made a value, if it is of this type."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
-
-
-def only_user(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, if it is of this type and the value is no output."""
-    users = [] if value is None or value.is_graph_output() else list(value.consumers())
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
-
-
-def named(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    """A new initializer."""
-    while name in graph.initializers:
-        name += "_"
-    tensor = ir.tensor(value, name=name)
-    made = ir.Value(name=name, const_value=tensor, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(made)
-    return made
-
-
-def replace(graph: ir.Graph, old: ir.Value, nodes: list[ir.Node]) -> None:
-    """Puts nodes before the one that made `old`; the last one's result takes its place."""
-    before, new, name = old.producer(), nodes[-1].outputs[0], old.name
-    assert before is not None
-    new.shape = old.shape
-    for i, node in enumerate(nodes):
-        node.outputs[0].type = old.type
-        node.outputs[0].name = f"{name}.{i}"  # torch numbers with underscores
-        node.name = f"node_{name}.{i}"
-    graph.insert_before(before, nodes)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name, new.name = f"{name}.old", name
+from tokcompile.exports.batch_one import drop_batch
+from tokcompile.exports.indices import look_up
+from tokcompile.exports.rewriting import constant, is_full, maker, named, only_user, replace
 
 
 @dataclass
@@ -131,30 +93,55 @@ def part_read(user: ir.Node) -> tuple[int, ir.Value] | None:
     return int(start[0]), squeeze.outputs[0]
 
 
-def mean_first(graph: ir.Graph) -> int:
-    """The mean over heads of a slice of tokens becomes a slice of the mean: less is copied."""
+def slice_last(graph: ir.Graph) -> int:
+    """What is done to most tokens is done to all before these are taken, and what is taken twice is taken once.
+
+    Means over heads and normalisation come before one Slice, which copies less.
+    """
     count = 0
     for node in list(graph):
+        narrow = maker(node.inputs[0], "Slice") if node.inputs else None
+        if narrow is None or (at := taken(narrow)) is None:
+            continue
+        (axis, rows), source, out = at, narrow.inputs[0], node.outputs[0]
+        assert source is not None
+        assert source.shape is not None
+        shape = list(source.shape.numpy())
         axes = constant(node.inputs[1]) if node.op_type == "ReduceMean" and len(node.inputs) == 2 else None
-        narrow = maker(node.inputs[0], "Slice") if axes is not None and axes.tolist() == [1] else None
-        if narrow is None or len(narrow.inputs) < 4 or node.attributes["keepdims"].value:
+        over_heads = axes is not None and axes.tolist() == [1] and axis == 2 and not node.attributes["keepdims"].value
+        if node.op_type == "Slice" and (then := taken(node)) is not None and then[0] == axis:
+            rows = rows[then[1].start : then[1].stop : then[1].step]
+            replace(graph, out, [take(graph, source, axis, rows, out)])
+        elif 2 * len(rows) > shape[axis] and (over_heads or (node.op_type == "LpNormalization" and axis < len(shape) - 1)):
+            whole = ir.Node("", node.op_type, [source, *node.inputs[1:]], list(node.attributes.values()))
+            whole.outputs[0].shape = ir.Shape([shape[0], *shape[2:]] if over_heads else shape)
+            replace(graph, out, [whole, take(graph, whole.outputs[0], axis - over_heads, rows, out)])
+        else:
             continue
-        at, source = constant(narrow.inputs[3]), narrow.inputs[0]
-        if at is None or at.tolist() != [2] or source is None or source.shape is None or len(source.shape) != 4:
-            continue
-        mean = ir.Node("", "ReduceMean", [source, node.inputs[1]], list(node.attributes.values()))
-        one = named(graph, f"{node.outputs[0].name}_axis", np.array([1]))
-        replace(graph, node.outputs[0], [mean, ir.Node("", "Slice", [mean.outputs[0], *narrow.inputs[1:3], one])])
         count += 1
     return count
+
+
+def taken(node: ir.Node) -> tuple[int, range] | None:
+    """(axis, which ones) of a Slice along one axis."""
+    given, source = [constant(v) for v in node.inputs[1:]], node.inputs[0]
+    if len(given) < 3 or any(v is None or v.size != 1 for v in given) or source is None or source.shape is None:
+        return None
+    start, stop, axis, step = (int(v.item()) for v in [*given, np.array(1)][:4] if v is not None)
+    return (axis, range(source.shape.numpy()[axis])[start:stop:step]) if axis >= 0 and step > 0 else None
+
+
+def take(graph: ir.Graph, source: ir.Value, axis: int, which: range, out: ir.Value) -> ir.Node:
+    """A Slice that takes these."""
+    given = {"start": which.start, "stop": which.stop, "axis": axis, "step": which.step}
+    return ir.Node("", "Slice", [source, *(named(graph, f"{out.name}_{k}", np.array([v])) for k, v in given.items())])
 
 
 def reshape_once(graph: ir.Graph) -> int:
     """Of two reshapes in a row only the last one counts, and one to the shape that is there already does nothing."""
     count = 0
     for node in list(graph):
-        shape = constant(node.inputs[1]) if node.op_type == "Reshape" else None
-        if shape is None or (shape == 0).any():
+        if node.op_type != "Reshape" or not is_full(constant(node.inputs[1])):
             continue
         if before := maker(node.inputs[0], "Reshape"):
             node.replace_input_with(0, before.inputs[0])
@@ -189,8 +176,10 @@ def lp_norm(graph: ir.Graph) -> int:
 
 RULES: Mapping[str, Callable[[ir.Graph], int]] = {
     "split_qkv": split_qkv,
-    "mean_first": mean_first,
     "lp_norm": lp_norm,
+    "slice_last": slice_last,
+    "drop_batch": drop_batch,
+    "look_up": look_up,
     "reshape_once": reshape_once,
 }
 

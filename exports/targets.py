@@ -47,10 +47,13 @@ TENSORRT = Target(
     "tensorrt", FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=3840, tensorrt="10.7", sm=(80, 86, 89, 90, 100, 120)
 )
 
+# in this order; the last one passes by the reshapes that the others leave
+RULES = ("split_qkv", "lp_norm", "slice_last", "drop_batch", "reshape_once", "look_up")
+
 TARGETS = {
     t.name: t
     for t in (
-        Target("onnxruntime", FORMS["onnxruntime"], rules=("split_qkv", "mean_first", "lp_norm", "reshape_once")),
+        Target("onnxruntime", FORMS["onnxruntime"], rules=RULES),
         TENSORRT,
         # before 10.7 the function would win over the plugin, so there is a file for each
         replace(TENSORRT, name="tensorrt_10", tensorrt="10.0", newest_opset=20, file=BOTH),

@@ -5,6 +5,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tokcompile.exports.onnx import to_onnx
 from tokcompile.exports.simplify import RULES, simplify
@@ -31,34 +32,116 @@ class Metric(nn.Module):
         return unit
 
 
+class Pairs(nn.Module):
+    """Even and odd ones of all tokens but the first, normalised."""
+
+    def forward(self, x):
+        unit = x[:, 1:] / torch.linalg.vector_norm(x[:, 1:], dim=-1, keepdim=True).clamp_min(1e-12)
+        return unit[:, 1::2], unit[:, ::2]
+
+
+class Indices(nn.Module):
+    """Places in a whole sequence, from ranks among its even tokens, and sums in a row."""
+
+    def forward(self, x):
+        best, first = x.topk(3).indices, x.argmax(-1)
+        body = torch.cat([best * 2 + 1, torch.arange(3).expand(*x.shape[:2], 3) * 2], 2)
+        whole = torch.cat([torch.zeros(*x.shape[:2], 1, dtype=torch.int64), body + 4], 2)
+        return whole, first + 3 + 4, best + 7
+
+
 CASES = {
     "split_qkv": (Packed(True), {"MatMul": (3, 5)}),
     "split_qkv without bias": (Packed(False), {"MatMul": (3, 5)}),
-    "mean_first": (Metric(), {"ReduceMean": (1, 1)}),
+    "slice_last": (Metric(), {"ReduceMean": (1, 1)}),
     "lp_norm": (Metric(), {"LpNormalization": (0, 1), "Div": (1, 0)}),
+    "lp_norm slice_last": (Pairs(), {"LpNormalization": (0, 1), "Slice": (3, 2)}),
+    "look_up": (Indices(), {"Mul": (1, 0), "Add": (5, 2), "Gather": (0, 1), "Concat": (2, 1)}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rules(case):
     module, counts = CASES[case]
-    x = torch.randn(2, 5, 12)
+    before, after, _ = rewritten(module, torch.randn(2, 5, 12), *(word for word in case.split() if word in RULES))
+    assert {op: (before.count(op), after.count(op)) for op in counts} == counts
+
+
+def rewritten(module, x, *rules):
+    """(ops before, ops after, the model), after a run that gives what torch gives."""
     program = torch.export.export(module.eval(), (x,))
     model = to_onnx(program.module(check_guards=False), [x], 20)
     before = [node.op_type for node in model.graph]
-    simplify(model, (case.split()[0],))
+    simplify(model, rules)
     after = [node.op_type for node in model.graph]
-    assert {op: (before.count(op), after.count(op)) for op in counts} == counts
-    (got,) = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x), rtol=0, atol=1e-5)
+    got = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"x": x.numpy()})
+    for value, want in zip(got, tree_leaves(module(x)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), want, rtol=0, atol=1e-5)
+    return before, after, model
 
 
 def test_a_slice_of_the_mean_is_taken_after_it():
     program = torch.export.export(Metric(), (torch.randn(2, 5, 12),))
     model = to_onnx(program.module(check_guards=False), [torch.randn(2, 5, 12)], 20)
-    simplify(model, ("mean_first",))
+    simplify(model, ("slice_last",))
     ops = [node.op_type for node in model.graph]
     assert ops.index("ReduceMean") < ops.index("Slice")
+
+
+class Named(nn.Module):
+    """Gives the input its name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+class Block(nn.Module):
+    """A block whose keys are also read by another op, and a selection of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.head = nn.LayerNorm(12), nn.Linear(12, 36), nn.Linear(12, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).reshape(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + torch.cat([y[:, :1], nn.functional.gelu(y[:, 1:])], 1)
+        index = (k.cumsum(2).mean(1).amax(-1) + k.abs().sum((1, 3))).topk(2).indices
+        return self.head(x), index, x.index_select(1, index[0])
+
+
+def test_a_batch_of_one_is_dropped():
+    rules = ("split_qkv", "drop_batch", "reshape_once")
+    _, with_batch, _ = rewritten(Block(), torch.randn(2, 5, 12), *rules)
+    _, ops, model = rewritten(Block(), torch.randn(1, 5, 12), *rules)
+    ranks = {op: {len(node.inputs[0].shape) for node in model.graph if node.op_type == op} for op in ops}
+    assert ranks["LayerNormalization"] == ranks["Gelu"] == ranks["Gather"] == {2}
+    assert ranks["Softmax"] == {3}
+    assert ranks["MatMul"] == {2, 3}
+    assert ranks["ReduceSum"] == {3}
+    assert ranks["TopK"] == {1}
+    assert ranks["CumSum"] == {4}  # an op that is not known stays as it is
+    assert sorted(ops) != sorted(with_batch)
+    assert [list(v.shape) for v in model.graph.outputs] == [[1, 5, 4], [1, 2], [1, 2, 12]]
+
+
+def test_images_of_a_batch_of_one_keep_it():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Sigmoid())
+    before, after, _ = rewritten(Named(module), torch.randn(1, 3, 8, 8), "drop_batch")
+    assert before == after
+
+
+def test_few_tokens_are_taken_first():
+    class Few(nn.Module):
+        def forward(self, x):
+            return x[:, :2] / torch.linalg.vector_norm(x[:, :2], dim=-1, keepdim=True).clamp_min(1e-12)
+
+    _, after, _ = rewritten(Few(), torch.randn(2, 5, 12), "lp_norm", "slice_last")
+    assert after == ["Slice", "LpNormalization"]
 
 
 def test_only_the_last_of_two_reshapes_is_left():
