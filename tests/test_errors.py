@@ -28,9 +28,9 @@ def optimized():
 
 
 @pytest.mark.parametrize(("method", "message"), [
-    ("tme", r"unknown method 'tme'; did you mean tome, pitome\?"),
+    ("tme", r"unknown method 'tme'; did you mean tome, pitome, todre\?"),
     ("topkk", r"unknown method 'topkk'; did you mean topk\?"),
-    ("xyz", r"unknown method 'xyz'; there are dart, divprune, evit, grid, pitome, random, tome, topk"),
+    ("xyz", r"unknown method 'xyz'; there are dart, divprune, evit, .*, tome, topk, visionzip"),
 ], ids=["two", "one", "far"])  # fmt: skip
 def test_an_unknown_method_is_answered_with_the_nearest(method, message):
     with pytest.raises(MethodError, match=message):
