@@ -111,6 +111,8 @@ def make_functions(reductions: Sequence[Reduction], graphs: Sequence[BodyGraph])
     taken: dict[str, int] = {}
     for i, (reduction, graph) in enumerate(zip(reductions, graphs, strict=True)):
         name = reduction.node.op_type
+        if name in contract.PLUGINS and not is_fused(reduction):
+            name += "Plain"  # under the plugin's name TensorRT would hand it to the plugin, which refuses it
         node = reduction.node
         key = repr((name, node.inputs, node.outputs, sorted(node.attributes), graph.structure()))
         if key not in groups:

@@ -40,6 +40,7 @@ DOMAIN = "tokcompile"
 DOMAIN_VERSION = 1
 PLUGIN_NAMESPACE = "tokcompile"
 PLUGIN_VERSION = "1"
+PLUGINS = frozenset({"Dart", "Topk", "Evit", "Tome", "Pitome", "Divprune"})  # the op types that the plugin library holds
 INPUTS = ("x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention")
 OUTPUTS = ("x", "index", "size", "assign")
 ATTRIBUTES: Mapping[str, type] = {

@@ -87,3 +87,10 @@ def test_a_model_without_its_weights(method, family):
     assert {p.device.type for p in bare.parameters()} == {"meta"}
     ours = [b for name, b in bare.graph_module.named_buffers() if name.startswith("_tokcompile")]
     assert all(b.device.type == "cpu" for b in ours)  # what the pass adds is not lost with the weights
+
+
+@pytest.mark.parametrize(("text_pivots", "name"), [(4, "DartPlain"), (0, "Dart")])
+def test_what_the_plugin_cannot_do_has_another_op_type(text_pivots, name, family, program, tmp_path):
+    options = {"method": "dart", "budget": Tokens(11), "spans": [SPAN], "text_pivots": text_pivots}
+    optimized = tokcompile.optimize(program("hf/llama"), **options)
+    assert optimized.export_onnx(tmp_path / "llama.onnx", target="tensorrt_rtx").nodes == {name: 1}
