@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, bind, copy_graph, get_attr, packet, propagate_shapes, user_dependent
+from tokcompile.passes.placeholders import fix_placeholders
 
 ASSERTS = {
     "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
@@ -32,6 +33,7 @@ VIEWS = {
     "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.movedim", "aten.swapaxes", "aten.diagonal",
     "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "aten._unsafe_view", "getitem",
 }  # fmt: skip
+FIXED = "fixed_placeholders"  # the key in the graph module's meta
 LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
 
 
@@ -49,6 +51,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     drop_no_ops(gm)
     share_equal_views(gm)
     drop_true_masks(gm)
+    gm.meta[FIXED] = fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)
     gm.recompile()

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
 from tokcompile.passes.graph import bind, get_attr, packet, shape, to_int, user_dependent
+from tokcompile.passes.placeholders import SPANS, WRITES
 
 SDPA = "aten.scaled_dot_product_attention"
 SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax"}
@@ -45,7 +46,10 @@ class Attention:
 
 @dataclass
 class Stage:
-    """A run of blocks over the same tokens: `length` in all, of which `n` between prefix and suffix are visual."""
+    """A run of blocks over the same tokens: `length` in all, of which `n` between prefix and suffix are visual.
+
+    text: whether it is the stream of a language model; spans: where image features were written into it, if anywhere.
+    """
 
     length: int
     prefix: int
@@ -53,6 +57,7 @@ class Stage:
     grid: tuple[int, ...] | None
     visual: bool
     text: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def n(self) -> int:
@@ -308,15 +313,25 @@ def common_path(*nodes: Node) -> str:
 
 
 def make_stage(entry: Node, axis: int, length: int, dependent: set[Node]) -> Stage:
+    upstream = ancestors(entry, dependent, 0, {n: i for i, n in enumerate(entry.graph.nodes)})
+    spans = placeholder_spans(upstream, length)
+    if spans:
+        return Stage(length, spans[0][0], length - spans[-1][1], None, visual=False, text=True, spans=spans)
     prefix, suffix, grid, source = origin(entry, axis, dependent)
     body = length - prefix - suffix
     if grid is not None and body != _prod(grid):
         grid = None
-    above = {packet(n) for n in ancestors(entry, dependent, 0, {n: i for i, n in enumerate(entry.graph.nodes)})}
+    above = {packet(n) for n in upstream}
     # in a language model that image features were written into, nothing says which positions are visual
-    text = packet(source) == "aten.embedding" or bool(above & {"aten.masked_scatter", "aten.index_put"})
+    text = packet(source) == "aten.embedding" or bool(above & WRITES)
     visual = not text and bool(above & {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"})
     return Stage(length, prefix, suffix, grid, visual, text)
+
+
+def placeholder_spans(upstream: set[Node], length: int) -> tuple[tuple[int, int], ...]:
+    """The places of image features in a prompt of that length, from all writes that lie before."""
+    written = [n for n in upstream if SPANS in n.meta and shape(n)[-2] == length]
+    return tuple(sorted({span for n in written for span in n.meta[SPANS]}))
 
 
 def _prod(sizes: tuple[int, ...]) -> int:

@@ -178,8 +178,11 @@ def choose_slots(
         where = sorted(budget.counts)
     if where is not None:
         chosen = [one_block(blocks, b) for b in where]
+        unsaid = [b for b in chosen if b.language and not b.stage.visual and not spans and not b.stage.spans]
+        if unsaid:
+            raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
     else:
-        candidates = visual_blocks(structure, spans)
+        candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
         chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
     refused = [b for b in chosen if b.why_not]
     if refused and (where is not None or len(refused) == len(chosen)):
@@ -242,18 +245,24 @@ def one_block(blocks: Sequence[Block], index: Any) -> Block:
     return blocks[index]
 
 
-def visual_blocks(structure: Structure, spans: Any) -> list[Block]:
-    """The blocks whose tokens are visual: those after a patch embedding; all of them where the user names spans."""
+NOT_SAID = "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)"
+NAME_THEM = "name them: spans=[(start, stop)]"
+
+
+def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> list[Block]:
+    """The blocks whose tokens are visual: those after a patch embedding; all of them where the user names spans.
+
+    language: whether those of a language model come first, where the graph says which of its positions are visual.
+    """
     blocks = structure.blocks
-    if spans is None:
+    prompted = [b for b in blocks if b.stage.spans]
+    if spans is None and prompted and (language or not any(b.stage.visual for b in blocks)):
+        blocks = prompted
+    elif spans is None:
         visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
         causal = [b for b in visual if any(a.causal for a in b.attentions)]
         if not visual or causal:
-            raise UnsupportedGraph(
-                "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)",
-                (causal or blocks)[0].mid,
-                "name them: spans=[(start, stop)]",
-            )
+            raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
         blocks = visual
     else:  # spans name positions of a text stream, where the graph has one
         blocks = [b for b in blocks if b.stage.text] or blocks
@@ -271,7 +280,7 @@ def kind(block: Block) -> tuple[int, int, str]:
 
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
     stage, unit = block.stage, layout.unit
-    spans = list(spans) if spans else [(stage.prefix, stage.length - stage.suffix)]
+    spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
     at = 0
     for start, stop in spans:
         if not at <= start < stop <= stage.length:

@@ -31,8 +31,6 @@ ANYWHERE = [
     "hf/eomt",
     "hf/groupvit_vision",
     "hf/internvl",
-    "hf/llava",
-    "hf/paligemma",
     "hf/pvt",
     "hf/sam_vision",
     "hf/segformer",

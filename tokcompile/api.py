@@ -51,6 +51,7 @@ class OptimizedModel(torch.nn.Module):
         self.extra_outputs = compiled.rewritten.extra_outputs if compiled.rewritten else []
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
+        self._fixed = analysis.fixed if compiled.rewritten else []
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
         self._source, self._spec = traced.program, spec
         self._program: ExportedProgram | None = None
@@ -58,7 +59,11 @@ class OptimizedModel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
-        values = self.graph_module(*self._flatten(*args, **kwargs))
+        inputs = self._flatten(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for fixed in self._fixed:
+                fixed.check(inputs)
+        values = self.graph_module(*inputs)
         count = len(values) - len(self.extra_outputs)
         output = pytree.tree_unflatten(values[:count], self._out_spec)
         if self.plan.outputs == "reduced":

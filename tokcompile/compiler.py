@@ -12,11 +12,12 @@ from torch.fx import GraphModule
 
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
-from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
 from tokcompile.passes.graph import propagate_shapes
+from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.plan import Layout, Plan, Reduction, Slot, apportion, before, fit_plan, make_plan, reductions
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
 from tokcompile.passes.tokens import Space
@@ -35,6 +36,16 @@ class Analysis:
     graph: GraphModule
     structure: Structure
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> list[Fixed]:
+        """The places of image features in a prompt, which were fixed from the example inputs."""
+        return list(self.graph.meta.get(FIXED, ()))
+
+    @property
+    def guards(self) -> list[str]:
+        """All that is right only for inputs like the example."""
+        return [*self.traced.guards, *(f.guard for f in self.fixed)]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, unders
 from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr
 from tokcompile.passes.plan import Reduction, make_slot, one_block, visual_blocks
 from tokcompile.passes.rewrite import Rewritten
@@ -111,15 +112,15 @@ def check(
             "a bug in tokcompile.passes.canonicalise"
         )
     structure = analysis.structure
-    report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), traced.guards)
+    report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), analysis.guards)
     report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
     try:
-        sites = [b for b in visual_blocks(structure, spans) if not b.why_not] if structure.blocks else []
+        sites = places(structure, spans)
     except TokcompileError as error:
         sites, report.unrecognised = [], [*report.unrecognised, str(error)]
     if not sites:
         report.ok = False
-    chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else [sites[i] for i in depths(len(sites))]
+    chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else sites
     for block in chosen:
         for oracle in (permutation, masked_keys):
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
@@ -132,6 +133,15 @@ def check(
             report.results.append(result)
             report.ok &= result.ok
     return report
+
+
+def places(structure: Structure, spans: Sequence[tuple[int, int]] | None) -> list[Block]:
+    """A first, a middle and a last block of the vision tower, and of the language model where its visual tokens are known."""
+    chosen: dict[int, Block] = {}
+    for language in (False, True) if structure.blocks else ():
+        sites = [b for b in visual_blocks(structure, spans, language) if not b.why_not]
+        chosen |= {sites[i].index: sites[i] for i in depths(len(sites))}
+    return list(chosen.values())
 
 
 def depths(count: int) -> list[int]:

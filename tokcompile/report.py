@@ -83,6 +83,6 @@ def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) ->
         rewritten.overhead_flops if rewritten else 0,
         [asdict(r) for r in rewritten.recoveries] if rewritten else [],
         analysis.structure.unrecognised,
-        analysis.traced.guards,
+        analysis.guards,
         dict(analysis.seconds),
     )

@@ -132,7 +132,7 @@ def inspect(args: Namespace) -> Result:
         "refused": [{"block": b.index, "path": b.path, "reason": b.why_not} for b in structure.blocks if b.why_not],
         "unrecognised": structure.unrecognised,
         "hint": hint,
-        "guards": analysis.traced.guards,
+        "guards": analysis.guards,
         "seconds": analysis.seconds,
     }
     headers = ("block", "tokens", "prefix", "visual", "suffix", "grid", "module", "reducible")
@@ -149,7 +149,7 @@ def inspect(args: Namespace) -> Result:
         parts.append("no residual attention block was found: tokcompile has nothing to reduce here")
     parts += [f"note: {text}" for text in [hint] if text]
     parts += [f"not recognised: {text}" for text in structure.unrecognised]
-    parts += [f"fixed while tracing: {text}" for text in analysis.traced.guards]
+    parts += [f"fixed while tracing: {text}" for text in analysis.guards]
     return Result(data, parts)
 
 

@@ -1,0 +1,200 @@
+"""Placeholders: where a prompt says "image here", features are joined in between the text instead of scattered over it.
+
+A vision-language model writes image features over the embeddings of placeholder ids: masked_scatter, or an assignment at
+positions. Which positions these are follows from the example inputs and is fixed. As a concatenation of text, features and
+text, the prompt gets shorter with its features, and the passes know where the visual tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from tokcompile.errors import InputError
+from tokcompile.passes.graph import aten, bind, get_attr, packet, shape
+
+Spans = tuple[tuple[int, int], ...]
+SPANS = "placeholder_spans"  # the key in a node's meta
+WRITES = {"aten.masked_scatter", "aten.index_put"}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A mask of placeholders that was fixed: `program` computes it from the flat inputs, `mask` is what it has to give."""
+
+    program: GraphModule
+    mask: Tensor
+    spans: Spans
+
+    @property
+    def guard(self) -> str:
+        places = ", ".join(f"{a} to {b}" for a, b in self.spans)
+        return f"the prompt holds image features at positions {places}, as in the example inputs"
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Raises: InputError where these inputs have their placeholders elsewhere."""
+        if not torch.equal(self.program(*inputs).expand(self.mask.shape).to(self.mask.device), self.mask):
+            raise InputError(
+                f"in these inputs the image placeholders stand at other positions than in the example ({self.guard}): "
+                "positions are static, optimize once per prompt layout"
+            )
+
+
+def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
+    """Turns writes of features at fixed positions, and reads from such, into cat and slice, in place.
+
+    A write that is no run of positions common to all rows of the batch stays what it is.
+    """
+    fixed = []
+    for node in list(gm.graph.nodes):
+        if packet(node) == "aten.masked_scatter":
+            mask = value_of(gm, node.args[1], inputs)
+            spans = None if mask is None else spans_of_mask(mask, shape(node))
+            if spans and numel(node.args[2]) == written(spans, shape(node)):
+                program = program_of(gm, node.args[1])
+                joined(gm, node, node.args[0], node.args[2], spans)
+                if any(n.op == "placeholder" and n.users for n in program.graph.nodes):
+                    fixed.append(Fixed(program, mask, spans))
+        elif packet(node) in ("aten.index_put", "aten.index"):
+            at_positions(gm, node, inputs)
+    return fixed
+
+
+def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
+    """`x[rows, positions]` and its assignment, where the index tensors are constants that name whole runs."""
+    a = bind(node)
+    base, indices = a["self"], a["indices"]
+    reads = packet(node) == "aten.index"
+    if not isinstance(base, Node) or len(shape(base)) < 2 or (not reads and a["accumulate"]):
+        return
+    if len(indices) != len(shape(base)) - 1 or not all(isinstance(i, Node) for i in indices):
+        return
+    positions = [value_of(gm, i, inputs, constant=True) for i in indices]
+    spans = spans_of_positions(positions, shape(base))
+    if not spans:
+        return
+    if reads:
+        taken(gm, node, base, spans)
+    elif numel(a["values"]) == written(spans, shape(base)):
+        joined(gm, node, base, a["values"], spans)
+
+
+def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:
+    """`base` with `features` in the place of its tokens at `spans`."""
+    sizes = shape(base)
+    axis, lead = len(sizes) - 2, list(sizes[:-2])
+    emit = emitter(gm, node)
+    count = sum(stop - start for start, stop in spans)
+    rows = emit(aten.reshape.default, features, [*lead, count, sizes[-1]])
+    pieces, at, done = [], 0, 0
+    for start, stop in spans:
+        if start > at:
+            pieces.append(emit(aten.slice.Tensor, base, axis, at, start))
+        whole = stop - start == count
+        pieces.append(rows if whole else emit(aten.slice.Tensor, rows, axis, done, done + stop - start))
+        at, done = stop, done + stop - start
+    if at < sizes[axis]:
+        pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
+    new = emit(aten.cat.default, pieces, axis)
+    new.meta[SPANS] = spans
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
+    """The tokens of `base` at `spans`, as rows (rows of the batch * tokens, D)."""
+    sizes, emit = shape(base), emitter(gm, node)
+    pieces = [emit(aten.slice.Tensor, base, len(sizes) - 2, start, stop) for start, stop in spans]
+    rows = pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, len(sizes) - 2)
+    count = sum(stop - start for start, stop in spans)
+    new = emit(aten.reshape.default, rows, [prod(sizes[:-2]) * count, sizes[-1]])
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def emitter(gm: GraphModule, origin: Node) -> Any:
+    """Adds calls before `origin` that inherit its place in the model."""
+
+    def emit(target: Any, *args: Any) -> Node:
+        with gm.graph.inserting_before(origin):
+            new = gm.graph.call_function(target, args)
+        new.meta = {k: v for k, v in origin.meta.items() if k != "val"}
+        return new
+
+    return emit
+
+
+def spans_of_mask(mask: Tensor, sizes: tuple[int, ...]) -> Spans | None:
+    """The runs of True along the token axis, where all channels and all rows agree."""
+    full = mask.expand(sizes)
+    rows = full.any(-1)
+    if not torch.equal(rows, full.all(-1)):
+        return None
+    rows = rows.reshape(-1, sizes[-2])
+    return runs(rows[0]) if bool((rows == rows[0]).all()) else None
+
+
+def spans_of_positions(positions: Sequence[Tensor | None], sizes: tuple[int, ...]) -> Spans | None:
+    """The runs that index tensors (one per leading axis) name, where they name them row by row, the same in each."""
+    if any(p is None or p.dim() != 1 or p.dtype not in (torch.int64, torch.int32) for p in positions):
+        return None
+    mask = torch.zeros(sizes[:-1], dtype=torch.bool)
+    if any(bool((p < 0).any() | (p >= size).any()) for p, size in zip(positions, sizes) if p is not None):
+        return None
+    mask[tuple(p.long() for p in positions if p is not None)] = True
+    named = mask.nonzero(as_tuple=True)
+    if any(p is not None and not torch.equal(p.long(), n) for p, n in zip(positions, named)):
+        return None
+    return spans_of_mask(mask.unsqueeze(-1), (*sizes[:-1], 1))
+
+
+def runs(row: Tensor) -> Spans:
+    edges = torch.diff(row.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
+    starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return tuple(zip(starts, stops))
+
+
+def written(spans: Spans, sizes: tuple[int, ...]) -> int:
+    return sum(stop - start for start, stop in spans) * prod(sizes[:-2]) * sizes[-1]
+
+
+def numel(node: Node) -> int:
+    return prod(shape(node))
+
+
+def value_of(gm: GraphModule, node: Node, inputs: Sequence[Any], constant: bool = False) -> Tensor | None:
+    """The value of a node on the example inputs; None where it would need weights or inputs that are not there."""
+    program = program_of(gm, node)
+    used = [n for n in program.graph.nodes if n.op == "placeholder"]
+    needed = [v for n, v in zip(used, inputs) if n.users]
+    attributes = [get_attr(gm, n.target) for n in program.graph.nodes if n.op == "get_attr"]
+    absent = any(
+        isinstance(v, Tensor) and (v.is_meta or type(v) not in (Tensor, torch.nn.Parameter)) for v in [*needed, *attributes]
+    )
+    if absent or (constant and needed):
+        return None
+    with torch.no_grad():
+        value = program(*inputs)
+    return value.detach().cpu() if isinstance(value, Tensor) else None
+
+
+def program_of(gm: GraphModule, node: Node) -> GraphModule:
+    """The graph that computes one node from the flat inputs."""
+    wanted, todo = set(), [node]
+    while todo:
+        n = todo.pop()
+        if n not in wanted:
+            wanted.add(n)
+            todo.extend(n.all_input_nodes)
+    graph, env = Graph(), {}
+    for n in gm.graph.nodes:
+        if n in wanted or n.op == "placeholder":
+            env[n] = graph.node_copy(n, env.__getitem__)
+    graph.output(env[node])
+    return GraphModule(gm, graph)

@@ -1,0 +1,123 @@
+"""Image features written at placeholders: a concatenation in the graph, spans for the plan, a guard for later calls."""
+
+import pytest
+import torch
+
+import tokcompile
+from tests.conftest import counts, error, leaves, run
+from tests.passes.graphs import canonical, ops
+from tokcompile import Tokens
+from tokcompile.passes.canonicalise import FIXED
+from tokcompile.passes.placeholders import SPANS, runs
+
+IDS = torch.tensor([[1, 9, 9, 9, 2, 9, 9, 3], [4, 9, 9, 9, 5, 9, 9, 6]])
+TEXT, FEATURES = torch.randn(2, 8, 6), torch.randn(10, 6)
+
+
+def scatter(ids, text, features):
+    return text.masked_scatter((ids == 9).unsqueeze(-1).expand_as(text), features)
+
+
+def some_channels(ids, text, features):
+    return text.masked_scatter(ids.unsqueeze(-1) > torch.arange(6), text * 2)
+
+
+def spans(gm):
+    return [n.meta[SPANS] for n in gm.graph.nodes if SPANS in n.meta]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_masked_scatter_becomes_a_concatenation(rows):
+    inputs = IDS[:rows], TEXT[:rows], FEATURES[: 5 * rows]
+    gm = canonical(scatter, *inputs)
+    assert "masked_scatter.default" not in ops(gm)
+    assert spans(gm) == [((1, 4), (5, 7))]
+    assert torch.equal(gm(*inputs)[0], scatter(*inputs))
+    assert [f.spans for f in gm.meta[FIXED]] == [((1, 4), (5, 7))]
+
+
+def test_positions_named_by_constants_are_joined_and_taken():
+    rows, places = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([2, 3, 4, 2, 3, 4])
+
+    def deep_stack(text, features):
+        text = text.clone()
+        text[rows, places] = text[rows, places] + features
+        return text
+
+    inputs = TEXT, FEATURES[:6]
+    gm = canonical(deep_stack, *inputs)
+    assert spans(gm) == [((2, 5),)]
+    assert not {"index.Tensor", "index_put.default"} & set(ops(gm))
+    assert torch.equal(gm(*inputs)[0], deep_stack(*inputs))
+    assert not gm.meta[FIXED]  # constants do not change from call to call
+
+
+@pytest.mark.parametrize("case", ["rows differ", "features left over", "channels differ"])
+def test_other_writes_stay_what_they_are(case):
+    ids, features, fn = IDS.clone(), FEATURES, scatter
+    if case == "rows differ":
+        ids[1] = ids[1].roll(1)
+    elif case == "features left over":
+        features = torch.randn(11, 6)
+    else:
+        fn = some_channels
+    gm = canonical(fn, ids, TEXT, features)
+    assert "masked_scatter.default" in ops(gm)
+    assert not spans(gm)
+    assert torch.equal(gm(ids, TEXT, features)[0], fn(ids, TEXT, features))
+
+
+@pytest.mark.parametrize("row", [[], [True], [False] * 3, [True, False, True, True], [False, True, True, False]])
+def test_runs(row):
+    found = runs(torch.tensor(row, dtype=torch.bool))
+    assert [i for a, b in found for i in range(a, b)] == [i for i, r in enumerate(row) if r]
+    assert all(b1 < a2 for (_, b1), (a2, _) in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize("name", ["hf/llava", "hf/paligemma"])
+def test_fewer_image_tokens_make_a_shorter_prompt(name, family, program):
+    fast = tokcompile.optimize(program(name), method="random", budget=Tokens(20), where=[1], outputs="reduced")
+    out, kept = run(fast, *family(name).args, **family(name).kwargs)
+    assert kept["s0_index"].shape == (1, 20)
+    assert out["logits"].shape[1] == 5 + 20 + 7
+    lengths = {n.meta["val"].shape[-2] for n in fast.graph_module.graph.nodes if "scaled_dot" in str(n.target)}
+    assert 5 + 20 + 7 in lengths
+    assert 5 + 49 + 7 not in lengths
+
+
+def test_the_prompt_says_where_the_image_is(program):
+    inside = tokcompile.optimize(program("hf/llava"), method="dart", budget=Tokens(20))
+    assert counts(inside) == [(5, 49, 20)]  # layer 2 of the language model, after three blocks of the tower
+    assert inside.plan.reductions[0].prefix == 5
+    assert inside.plan.reductions[0].suffix == 7
+    tower = tokcompile.optimize(program("hf/llava"), method="divprune", budget=Tokens(20))
+    assert "vision_tower" in tower.plan.reductions[0].path
+    named = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20), where=[3])
+    by_hand = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20), where=[3], spans=[(5, 54)])
+    assert named.plan == by_hand.plan
+    assert any("positions 5 to 54" in guard for guard in named.report.guards)
+
+
+def test_placeholders_elsewhere_are_refused(family, program):
+    model, args, kwargs = family("hf/llava")
+    fast = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20))
+    moved = {**kwargs, "input_ids": kwargs["input_ids"].roll(1, 1)}
+    with pytest.raises(tokcompile.InputError, match="placeholders stand at other positions"):
+        fast(*args, **moved)
+    other = {**kwargs, "input_ids": torch.where(kwargs["input_ids"] == 60, 60, kwargs["input_ids"] % 50 + 1)}
+    assert run(fast, *args, **other)["logits"].shape[1] == 61
+    whole = tokcompile.optimize(program("hf/llava"), budget=1.0)  # untouched: any prompt will do
+    assert error(run(whole, *args, **moved)["logits"], run(model, *args, **moved)["logits"]) < 1e-5
+
+
+def test_a_language_block_without_an_image_is_refused(family):
+    with pytest.raises(tokcompile.UnsupportedGraph, match="which positions are visual") as refusal:
+        tokcompile.optimize(family("hf/llama").model, kwargs=family("hf/llama").kwargs, method="random", where=[1])
+    assert "spans=[(start, stop)]" in str(refusal.value)
+
+
+def test_leaves_of_outputs_are_kept(family, program):
+    fast = tokcompile.optimize(program("hf/llava"), method="tome", budget=0.5)
+    want = leaves(run(family("hf/llava").model, **family("hf/llava").kwargs))
+    got = leaves(run(fast, **family("hf/llava").kwargs))
+    assert [g.shape for g in got] == [w.shape for w in want]
