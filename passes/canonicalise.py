@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, bind, copy_graph, get_attr, packet, propagate_shapes, user_dependent
 from tokcompile.passes.placeholders import fix_placeholders
+from tokcompile.passes.rejoin import rejoin
 
 ASSERTS = {
     "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
@@ -51,6 +52,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     drop_no_ops(gm)
     share_equal_views(gm)
     drop_true_masks(gm)
+    rejoin(gm)
     gm.meta[FIXED] = fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)

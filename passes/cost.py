@@ -39,7 +39,7 @@ def axis_size(axis: Axis, counts: Mapping[Space, int]) -> int:
     out = 1
     for atom in axis:
         if isinstance(atom, Seq):
-            out *= sum(p if isinstance(p, int) else counts.get(p, p.k) for p in atom.parts)
+            out *= sum(p if isinstance(p, int) else counts.get(p.sample[0] if p.sample else p, p.k) for p in atom.parts)
         else:
             out *= atom.size if isinstance(atom, Batch) else atom
     return out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -28,11 +29,12 @@ from tokcompile.passes.tokens import (
 class Gatherer:
     """Emits gathers into the graph under construction; index tensors are built once and shared."""
 
-    def __init__(self, builder: Builder, batch: int):
-        self.b, self.batch = builder, batch
+    def __init__(self, builder: Builder):
+        self.b = builder
         self._index: dict[tuple[Seq, Seq], Node] = {}
         self._assign: dict[Seq, Node] = {}
         self._size: dict[Seq, Node] = {}
+        self._sample: dict[tuple[Space, int], Space] = {}
 
     # -- index tensors of whole token axes ---------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ class Gatherer:
                 if isinstance(target, Space) and target is not part:
                     pieces.append(self.shifted(self.within(part, target), start))
                 else:
-                    pieces.append(self.arange(start, start + length(part)))
+                    pieces.append(self.arange(start, start + length(part), samples(want)))
                 start += length(part)
             self._index[have, want] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._index[have, want]
@@ -68,7 +70,7 @@ class Gatherer:
                 if isinstance(part, Space):
                     pieces.append(self.shifted(self.slots(part), start))
                 else:
-                    pieces.append(self.arange(start, start + part))
+                    pieces.append(self.arange(start, start + part, samples(seq)))
                 start += length(part)
             self._assign[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._assign[seq]
@@ -86,15 +88,36 @@ class Gatherer:
                 if isinstance(part, Space) and part.size is not None:
                     pieces.append(part.size)
                 else:
-                    pieces.append(self.b.constant(torch.ones(self.batch, length(part)), "ones"))
+                    pieces.append(self.b.constant(torch.ones(samples(seq), length(part)), "ones"))
             self._size[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._size[seq]
 
-    def arange(self, start: int, stop: int) -> Node:
-        return self.b.constant(torch.arange(start, stop).expand(self.batch, -1).contiguous(), "positions")
+    def arange(self, start: int, stop: int, batch: int) -> Node:
+        return self.b.constant(torch.arange(start, stop).expand(batch, -1).contiguous(), "positions")
 
     def shifted(self, index: Node, by: int) -> Node:
         return self.b.emit(aten.add.Tensor, index, by) if by else index
+
+    def sample(self, space: Space, i: int) -> Space:
+        """What sample i of the batch chose, as a space of its own."""
+        if (space, i) not in self._sample:
+            take = lambda value: self.b.emit(aten.slice.Tensor, value, 0, i, i + 1)  # noqa: E731
+            self._sample[space, i] = Space(
+                f"{space.name}_{i}",
+                space.root_n,
+                space.k,
+                index=take(self.within(space.root_n, space)),
+                assign=once(lambda: take(self.slots(space))),
+                size=take(space.size) if space.size is not None else None,
+                proportional=space.proportional,
+                ordered=space.ordered,
+                sample=(space, i),
+            )
+        return self._sample[space, i]
+
+    def sample_of(self, seq: Seq, i: int) -> Seq:
+        """The token axis of one sample."""
+        return Seq(tuple(self.sample(p, i) if isinstance(p, Space) else p for p in seq.parts))
 
     # -- gathers -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +148,8 @@ class Gatherer:
     ) -> tuple[Node, list[Atom]]:
         """x[..., index, ...] along atom `at`, per sample; x has one dimension per atom."""
         sizes = [new((a,)) for a in atoms]
-        if self.batch == 1 or shape(index)[0] == 1:
+        batch = shape(index)[0]
+        if batch == 1:
             flat = self.b.emit(aten.reshape.default, index, [count])
             return self.b.emit(aten.index_select.default, x, at, flat), atoms
         where = next((i for i, a in enumerate(atoms) if isinstance(a, (Batch, BatchSlot))), None)
@@ -135,17 +159,17 @@ class Gatherer:
         batched = sizes[where] != 1
         front = self.b.emit(aten.permute.default, x, [where, at, *rest])
         flat = self.b.emit(aten.reshape.default, front, [sizes[where] * sizes[at], prod(sizes[i] for i in rest)])
-        rows = self.b.emit(aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [self.batch * count])
+        rows = self.b.emit(aten.reshape.default, self.rows(index, sizes[at]) if batched else index, [batch * count])
         taken = self.b.emit(aten.index_select.default, flat, 0, rows)
-        wide = self.b.emit(aten.reshape.default, taken, [self.batch, count, *(sizes[i] for i in rest)])
+        wide = self.b.emit(aten.reshape.default, taken, [batch, count, *(sizes[i] for i in rest)])
         order = [where, at, *rest]
         back = self.b.emit(aten.permute.default, wide, [order.index(i) for i in range(len(order))])
-        atoms[where] = Batch(self.batch)
+        atoms[where] = Batch(batch)
         return back, atoms
 
     def rows(self, index: Node, n: int) -> Node:
         """(B, k) positions as rows of a (B*n)-row table."""
-        offset = self.b.constant(torch.arange(self.batch)[:, None] * n, "offsets")
+        offset = self.b.constant(torch.arange(shape(index)[0])[:, None] * n, "offsets")
         return self.b.emit(aten.add.Tensor, index, offset)
 
     def recover(self, x: Node, label: Label, origin: Node | None) -> Node:
@@ -161,6 +185,23 @@ class Gatherer:
 
 class BatchSlot(int):
     """A broadcast batch factor of size 1, remembered as the place where the batch goes."""
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A thunk that is run at most once."""
+    made: list[Any] = []
+
+    def get() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+def samples(seq: Seq) -> int:
+    """How many samples choose tokens of their own."""
+    return max((shape(s.index)[0] for s in seq.spaces if s.index is not None), default=1)
 
 
 def length(part: int | Space) -> int:

@@ -174,14 +174,16 @@ def value_of(gm: GraphModule, node: Node, inputs: Sequence[Any], constant: bool 
     used = [n for n in program.graph.nodes if n.op == "placeholder"]
     needed = [v for n, v in zip(used, inputs) if n.users]
     attributes = [get_attr(gm, n.target) for n in program.graph.nodes if n.op == "get_attr"]
-    absent = any(
-        isinstance(v, Tensor) and (v.is_meta or type(v) not in (Tensor, torch.nn.Parameter)) for v in [*needed, *attributes]
-    )
-    if absent or (constant and needed):
+    if (constant and needed) or any(absent(v) for v in [*needed, *attributes]):
         return None
     with torch.no_grad():
         value = program(*inputs)
     return value.detach().cpu() if isinstance(value, Tensor) else None
+
+
+def absent(value: Any) -> bool:
+    """Whether a tensor has a shape but no data."""
+    return isinstance(value, Tensor) and (value.is_meta or type(value) not in (Tensor, torch.nn.Parameter))
 
 
 def program_of(gm: GraphModule, node: Node) -> GraphModule:

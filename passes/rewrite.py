@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
-from tokcompile.passes.gather import Gatherer
+from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.reduction import ReductionModule
@@ -39,6 +39,10 @@ class Splice:
     tap_block: Block | None = None
     language: bool = False  # whether text stands around the tokens
 
+    @property
+    def batch(self) -> int:
+        return shape(self.at)[self.block.batch_axis] if self.block.batch_axis is not None else 1
+
 
 @dataclass
 class Rewritten:
@@ -51,7 +55,6 @@ class Rewritten:
     recovered: set[Node]
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
-    batch: int = 1
     overhead_flops: int = 0  # of the reductions themselves
 
 
@@ -73,7 +76,7 @@ class Rewriter:
         mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         assert mode is not None, "propagate_shapes comes before"
         self.builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
-        self.gather = Gatherer(self.builder, batch_of(splices))
+        self.gather = Gatherer(self.builder)
         self.env: dict[Node, Any] = {}
         self.labels: dict[Node, Any] = {}
         self.before: dict[Node, tuple[Node, Label | None]] = {}  # at a splice: the value as it was before the reduction
@@ -110,7 +113,6 @@ class Rewriter:
             self.recovered,
             output_labels,
             extra,
-            self.gather.batch,
             self.overhead_flops,
         )
 
@@ -267,8 +269,8 @@ class Rewriter:
     def label_after(self, s: Splice, seq: Seq) -> Label:
         label = list(self.labels.get(s.at) or plain(shape(s.at)))
         label[s.block.token_axis] = normal((seq, s.unit))
-        if s.block.batch_axis is not None and self.gather.batch > 1:
-            label[s.block.batch_axis] = (Batch(self.gather.batch),)
+        if s.block.batch_axis is not None and s.batch > 1:
+            label[s.block.batch_axis] = (Batch(s.batch),)
         return tuple(label)
 
     def standard(self, x: Node, block: Block) -> Node:
@@ -284,18 +286,6 @@ class Rewriter:
         return x if block.token_axis == 1 else self.builder.emit(aten.transpose.int, x, 0, 1)
 
 
-def batch_of(splices: Sequence[Splice]) -> int:
-    """The batch size of the residual stream where tokens are reduced; all places must agree."""
-    sizes = {shape(s.at)[s.block.batch_axis] if s.block.batch_axis is not None else 1 for s in splices}
-    if len(sizes) > 1:
-        raise UnsupportedGraph(
-            f"the blocks to reduce in run over different batches: {sorted(sizes)}",
-            splices[0].at,
-            "reduce in blocks of one kind: where=[...]",
-        )
-    return sizes.pop()
-
-
 def shallow_copy(gm: GraphModule) -> torch.nn.Module:
     """A module that holds the same weights, to which constants and reductions are added without touching `gm`."""
     root = torch.nn.Module()
@@ -304,15 +294,3 @@ def shallow_copy(gm: GraphModule) -> torch.nn.Module:
         if isinstance(value, torch.Tensor):
             setattr(root, name, value)
     return root
-
-
-def once(make: Any) -> Any:
-    """A thunk that is run at most once."""
-    made: list[Any] = []
-
-    def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get

@@ -96,8 +96,7 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
     if [*lead, token, channel] != list(range(rank)):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
     count = prod(sizes[d] for d in lead)
-    b = rw.gather.batch if s.block.batch_axis is not None else 1
-    value = rw.gather.reshape(value, [b, count // b, wanted, sizes[channel]])
+    value = rw.gather.reshape(value, [s.batch, count // s.batch, wanted, sizes[channel]])
     return restricted(rw, s, value, 2) if wanted == full != length else value
 
 
@@ -106,8 +105,8 @@ def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:
     seq = next(a for a in (rw.before[s.at][1] or ())[s.block.token_axis] if isinstance(a, Seq))
     have = plain(shape(value))
     want = [*have[:dim], (seq,), *have[dim + 1 :]]
-    if rw.gather.batch > 1:
-        want[0] = (Batch(rw.gather.batch),)
+    if s.batch > 1:
+        want[0] = (Batch(s.batch),)
     return rw.gather.coerce(value, have, tuple(want), s.at)
 
 
@@ -200,8 +199,7 @@ def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
             attention.node,
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
-    b = rw.gather.batch if s.block.batch_axis is not None else 1
-    return rw.gather.reshape(value, [b, prod(sizes[:-2]) // b, *sizes[-2:]])
+    return rw.gather.reshape(value, [s.batch, prod(sizes[:-2]) // s.batch, *sizes[-2:]])
 
 
 def masked(rw: Rewriter, attention: Attention, scores: Node, row: int | None) -> Node:

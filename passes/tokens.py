@@ -23,6 +23,7 @@ class Space:
     assign: (B, n) the new token that each token of the parent space went to; a thunk, since few graphs need it.
     size:   (B, k) how many original tokens each one holds, or None where nothing was merged.
     ordered: whether `index` ascends, so that causal masks and the like stay what they were.
+    sample: (space, i) where this is what sample i of another space chose, its batch taken apart.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Space:
     size: Node | None = None
     proportional: bool = False
     ordered: bool = True
+    sample: tuple[Space, int] | None = None
 
     @property
     def root_n(self) -> int:

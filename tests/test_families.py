@@ -104,7 +104,7 @@ WHY = {
     "it writes at positions": "image features are written into the prompt",
     "it joins groups of tokens": "time and space take turns",
     "it gives positions of tokens": "tokens are grouped by argmax",
-    "it handles each token or sample by itself": "images are handled one by one",
+    "it handles each token by itself": "images are handled one by one",
 }
 
 

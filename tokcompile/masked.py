@@ -28,7 +28,7 @@ class MaskedRun(Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.labels, self.recovered = rewritten.labels, rewritten.recovered
-        self.kept, self.batch = kept, rewritten.batch
+        self.kept = kept
         self.outputs: list[Any] = []
         self.dirty: set[Node] = set()
 
@@ -129,12 +129,22 @@ class MaskedRun(Interpreter):
 
     def keep(self, seq: Seq) -> Tensor:
         parts = []
+        batch = rows_in(seq, self.kept)
         for part in seq.parts:
             if isinstance(part, int):
-                parts.append(torch.ones(self.batch, part, dtype=torch.bool))
+                parts.append(torch.ones(batch, part, dtype=torch.bool))
             else:
-                parts.append(torch.zeros(self.batch, part.root_n, dtype=torch.bool).scatter(1, self.kept[part], True))
+                parts.append(torch.zeros(batch, part.root_n, dtype=torch.bool).scatter(1, chosen(part, self.kept), True))
         return torch.cat(parts, 1)
+
+
+def chosen(space: Space, kept: dict[Space, Tensor]) -> Tensor:
+    """(B, k) what a space kept, or one sample of it."""
+    return kept[space] if space.sample is None else chosen(space.sample[0], kept)[space.sample[1]][None]
+
+
+def rows_in(seq: Seq, kept: dict[Space, Tensor]) -> int:
+    return max((chosen(s, kept).shape[0] for s in seq.spaces), default=1)
 
 
 def as_list(dim: Any) -> list[int]:
@@ -146,16 +156,15 @@ def kept_rows(value: Tensor, label: Label, kept: dict[Space, Tensor]) -> Tensor:
     atoms = [a for axis in label for a in axis]
     x = value.reshape([old((a,)) for a in atoms])
     where = next((i for i, a in enumerate(atoms) if isinstance(a, Batch)), None)
-    batch = next(iter(kept.values())).shape[0]
     for at, atom in enumerate(atoms):
         if isinstance(atom, Seq):
-            index, start = [], 0
+            index, start, batch = [], 0, rows_in(atom, kept)
             for part in atom.parts:
                 if isinstance(part, int):
                     index.append(torch.arange(start, start + part).expand(batch, -1))
                     start += part
                 else:
-                    index.append(kept[part] + start)
+                    index.append(chosen(part, kept) + start)
                     start += part.root_n
             rows = torch.cat(index, 1)
             if where is None:

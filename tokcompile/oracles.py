@@ -21,7 +21,7 @@ from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Block, Structure
-from tokcompile.passes.graph import copy_graph, get_attr
+from tokcompile.passes.graph import copy_graph, get_attr, shape
 from tokcompile.passes.plan import Reduction, make_slot, one_block, visual_blocks
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.trace import trace
@@ -283,7 +283,7 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, output
     settings = Settings(subset(seed), {}, outputs="reduced")
     out = rewritten(result, analysis, settings, reduced_to(slot, unit, 0.5))
     reduced = run(out.gm, analysis.traced.inputs)
-    kept = {space: subset_index(space.n, space.k, out.batch, seed, sort=True) for space in out.spaces}
+    kept = {space: subset_index(space.n, space.k, shape(space.index)[0], seed, sort=True) for space in out.spaces}
     masked = MaskedRun(analysis.graph, out, kept)
     with torch.no_grad():
         masked.run(*analysis.traced.inputs)

@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.rules.core import Axis, Call, Label, has_tokens, old, plain, rule, tokens_of
-from tokcompile.passes.tokens import Batch, Seq, new
+from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.tokens import Seq, new
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -93,17 +93,18 @@ def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> N
         if d == dim:
             sizes.append(shape(value)[1])
         else:
-            sizes.append(call.batch if any(isinstance(a, Batch) for a in one) else 1)
+            sizes.append(shape(value)[0] if has_batch(one) else 1)
     repeat = [a for a in axis if not isinstance(a, Seq)]
     if repeat:  # groups of u rows share their token's size
         value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
         sizes[dim] = shape(value)[1]
-    merged = next((d for d, one in enumerate(like) if any(isinstance(a, Batch) for a in one) and len(one) > 1), None)
+    merged = next((d for d, one in enumerate(like) if has_batch(one) and len(one) > 1), None)
     if merged is None:
         return call.op(aten.reshape.default, value, sizes)
-    heads = old(like[merged]) // call.batch
+    batch = shape(value)[0]
+    heads = old(like[merged]) // batch
     value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
-    sizes[merged] = call.batch * heads
+    sizes[merged] = batch * heads
     return call.op(aten.reshape.default, value, sizes)
 
 

@@ -77,7 +77,6 @@ class Call:
         self.old_args = bind(node)
         self.args = torch.fx.node.map_aggregate(self.old_args, lambda a: rewriter.env[a] if isinstance(a, Node) else a)
         self.gather = rewriter.gather
-        self.batch = rewriter.gather.batch
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Batch, Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 from tokcompile.passes.tokens import Axis, Seq, Space, make_seq, new_shape, normal
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: Call) -> Any:
-    labels, values = call.labels("tensors"), call["tensors"]
     rank = len(call.old_shape)
     dim = call["dim"] % rank
+    labels, values = [samples_in_line(call, one, dim) for one in call.labels("tensors")], call["tensors"]
+    if any(has_batch(one[dim]) for one in labels):
+        raise NeedsFull("it puts samples together")
     joined = call.join([with_axis(one, dim, ()) for one in labels])
     if not any(has_tokens(one[dim]) for one in labels):
         out = with_axis(joined, dim, plain(call.old_shape[dim : dim + 1])[0])
@@ -36,6 +38,10 @@ def widened(call: Call, value: Any, joined: Label, dim: int) -> Any:
     return value if list(shape(value)) == sizes else call.op(aten.expand.default, value, sizes)
 
 
+def is_batch(axis: Axis) -> bool:
+    return len(axis) == 1 and isinstance(axis[0], Batch)
+
+
 def with_axis(label: Label, dim: int, axis: Axis) -> Label:
     return (*label[:dim], axis, *label[dim + 1 :])
 
@@ -51,17 +57,19 @@ def stack(call: Call) -> Any:
 
 @rule("aten.slice", "aten.narrow")
 def slice_(call: Call) -> Any:
-    label = call.label("self")
-    dim = (call["dim"] or 0) % len(label)
+    dim = (call["dim"] or 0) % len(call.label("self"))
+    label = samples_in_line(call, call.label("self"), dim)
     size = old(label[dim])
     if "length" in call.args:
         start, stop, step = call["start"] % size, call["start"] % size + call["length"], 1
     else:
         start, stop, step = slice(call["start"], call["end"], call["step"]).indices(size)
-    if not has_tokens(label[dim]):
-        return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
     if (start, stop, step) == (0, size, 1):
         return call["self"], label
+    if has_batch(label[dim]):
+        return some_samples(call, label, dim, start, stop)
+    if not has_tokens(label[dim]):
+        return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
     value, axis = cut(call, call["self"], label, dim, start, stop, step)
     return call.typed(value, with_axis(label, dim, axis))
 
@@ -91,6 +99,30 @@ def cut(call: Call, value: Any, label: Label, dim: int, start: int, stop: int, s
     return call.op(aten.slice.Tensor, value, dim, new_start * unit, (new_start + new_length) * unit), axis
 
 
+def samples_in_line(call: Call, label: Label, dim: int) -> Label:
+    """Where an axis is the tokens of a whole batch, one after the other, each sample's become a run of their own."""
+    axis = label[dim]
+    if len(axis) < 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
+        return label
+    runs = [part for i in range(axis[0].size) for part in call.gather.sample_of(axis[1], i).parts]
+    return with_axis(label, dim, (make_seq(runs), *axis[2:]))
+
+
+def one_sample(call: Call, value: Any, label: Label, dim: int, index: int) -> Any:
+    """Sample `index` of the batch that axis `dim` is."""
+    rest = label[:dim] + label[dim + 1 :]
+    alone = [tuple(call.gather.sample_of(a, index) if isinstance(a, Seq) else a for a in axis) for axis in rest]
+    return call.typed(call.op(aten.select.int, value, dim, index), tuple(alone))
+
+
+def some_samples(call: Call, label: Label, dim: int, start: int, stop: int) -> Any:
+    """Samples start:stop of the batch, which can be followed one at a time only."""
+    if not is_batch(label[dim]) or stop - start != 1:
+        raise NeedsFull("it takes some of the samples")
+    value, alone = one_sample(call, call["self"], label, dim, start)
+    return call.typed(call.op(aten.unsqueeze.default, value, dim), (*alone[:dim], (), *alone[dim:]))
+
+
 def grouped(axis: Axis) -> tuple[Seq | None, int]:
     """The tokens of an axis of tokens, or of groups of `unit` rows each."""
     if len(axis) == 2 and isinstance(axis[0], Seq) and isinstance(axis[1], int):
@@ -108,11 +140,11 @@ def select(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
     index = call["index"] % old(label[dim])
-    if not has_tokens(label[dim]) and old(label[dim]) != call.batch:
-        return call.emit(with_axis(label, dim, ())[:dim] + label[dim + 1 :])
+    if is_batch(label[dim]):
+        return one_sample(call, call["self"], label, dim, index)
     if not has_tokens(label[dim]):
-        if any(not isinstance(a, int) for a in label[dim]):
-            raise NeedsFull("it picks one sample out of the batch")
+        if has_batch(label[dim]):
+            raise NeedsFull("it picks one of several rows of each sample")
         return call.emit(label[:dim] + label[dim + 1 :])
     value, axis = cut(call, call["self"], label, dim, index, index + 1)
     if any(isinstance(a, Seq) for a in axis):
@@ -132,9 +164,12 @@ def select(call: Call) -> Any:
     "aten.dsplit",
 )
 def split(call: Call) -> Any:
-    label = call.label("self")
-    dim = call.args.get("dim", 0) % len(label)
+    dim = call.args.get("dim", 0) % len(call.label("self"))
+    label = samples_in_line(call, call.label("self"), dim)
     pieces = [v.shape for v in call.node.meta["val"]]
+    if has_batch(label[dim]):
+        starts = [sum(p[dim] for p in pieces[:i]) for i in range(len(pieces))]
+        return [some_samples(call, label, dim, at, at + piece[dim]) for at, piece in zip(starts, pieces)]
     if not has_tokens(label[dim]):
         return call.emit([with_axis(label, dim, plain((piece[dim],))[0]) for piece in pieces])
     out, at = [], 0
@@ -149,8 +184,10 @@ def split(call: Call) -> Any:
 def unbind(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
-    if has_tokens(label[dim]) or any(not isinstance(a, int) for a in label[dim]):
-        raise NeedsFull("it handles each token or sample by itself")
+    if is_batch(label[dim]):
+        return [one_sample(call, call["self"], label, dim, i) for i in range(old(label[dim]))]
+    if has_tokens(label[dim]) or has_batch(label[dim]):
+        raise NeedsFull("it handles each token by itself")
     return call.emit([label[:dim] + label[dim + 1 :]] * old(label[dim]))
 
 

@@ -5,6 +5,7 @@ import torch
 
 import tokcompile
 from tests.conftest import counts, error, leaves, run
+from tests.models.family import noise, tokens
 from tests.passes.graphs import canonical, ops
 from tokcompile import Tokens
 from tokcompile.passes.canonicalise import FIXED
@@ -121,3 +122,18 @@ def test_leaves_of_outputs_are_kept(family, program):
     want = leaves(run(family("hf/llava").model, **family("hf/llava").kwargs))
     got = leaves(run(fast, **family("hf/llava").kwargs))
     assert [g.shape for g in got] == [w.shape for w in want]
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_two_images_in_one_prompt(gap, family):
+    text, image = tokens(1, 15, 60), torch.full((1, 49), 60)
+    ids = torch.cat([text[:, :5], image, text[:, 5 : 5 + gap], image, text[:, 8:]], 1)
+    kwargs = dict(input_ids=ids, pixel_values=noise(2, 3, 56, 56), attention_mask=torch.ones_like(ids), use_cache=False)
+    model = family("hf/llava").model
+    check = tokcompile.check(model, kwargs=kwargs, blocks=[1, 5])
+    assert check.ok, str(check)
+    assert not any(r.note for r in check.results), str(check)
+    fast = tokcompile.optimize(model, kwargs=kwargs, method="tome", budget=Tokens(20), outputs="reduced")
+    out, kept = run(fast, **kwargs)
+    assert out.logits.shape[1] == ids.shape[1] - 2 * 29
+    assert torch.equal(torch.cat([kept["s2_0_index"], kept["s2_1_index"]]), kept["s2_index"])

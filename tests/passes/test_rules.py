@@ -236,7 +236,7 @@ NEED_ALL = {
     "every-other-token": (lambda x: x[:, ::2], "it takes every other token"),
     "one-token": (lambda x: x[:, 4], "it picks one of the reduced tokens|it cuts through"),
     "first-half": (lambda x: x[:, :6], "it cuts through the reduced tokens"),
-    "unbind": (lambda x: x.unbind(1)[0], "it handles each token or sample by itself"),
+    "unbind": (lambda x: x.unbind(1)[0], "it handles each token by itself"),
     "grid": (lambda x: x.view(x.shape[0], 3, 4, 16).mean(2), "it views the tokens as a grid"),
     "index-select": (lambda x: x.index_select(1, torch.tensor([5, 3])), "it reorders tokens by position"),
     "index": (lambda x: x[:, torch.tensor([5, 3])], "it picks tokens by position"),
