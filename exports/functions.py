@@ -231,7 +231,9 @@ def describe(model: ir.Model, reductions: Sequence[Reduction]) -> list[dict[str,
 
 def is_fused(reduction: Reduction) -> bool:
     """Whether a plugin stands for it: one of our kernels does what its recipe does, in a dtype that the kernel takes."""
-    return reduction.module.kernel is not None and reduction.outputs[0].dtype in DTYPES
+    module = reduction.module
+    sizes = "size" in reduction.node.inputs and not module.recipe.track_size  # tracked by an earlier method
+    return module.kernel is not None and not sizes and reduction.outputs[0].dtype in DTYPES
 
 
 def to_plain(model: ir.Model) -> None:

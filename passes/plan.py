@@ -14,6 +14,7 @@ from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, 
 from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Stage, Structure
 from tokcompile.passes.graph import shape
+from tokcompile.passes.tokens import Seq
 from tokcompile.recipe import Recipe
 
 VERSION = 1
@@ -25,8 +26,8 @@ RECOVER = ("end", "anywhere", "never")
 class Reduction:
     """One reduction. block: its number. place: "attention" (between attention and MLP) or "block" (at the entrance).
 
-    n, k: tokens before and after, in units of `unit` neighbours. prefix, suffix: protected tokens around them. path: the
-    module path of the block, for the reader.
+    n, k: tokens before and after, in units of `unit` neighbours. prefix, suffix: protected tokens around them, counted in
+    the original sequence. path: the module path of the block, for the reader. method, options: where they are not the plan's.
     """
 
     block: int
@@ -37,6 +38,8 @@ class Reduction:
     suffix: int = 0
     unit: int = 1
     path: str = ""
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,12 @@ class Plan:
         return replace(self, **changes)
 
     def __str__(self) -> str:
-        title = f"{self.method}, {len(self.reductions)} reduction{'s' * (len(self.reductions) != 1)}"
+        names = list(dict.fromkeys([self.method, *(r.method for r in self.reductions if r.method)]))
+        title = f"{' and '.join(names)}, {len(self.reductions)} reduction{'s' * (len(self.reductions) != 1)}"
+        several = len(names) > 1
         rows = [
-            f"  block {r.block:>3} {r.place:<9} {r.n:>5} -> {r.k:<5} {f'x{r.unit} ' * (r.unit > 1)}{r.path}"
+            f"  block {r.block:>3} {r.place:<9} {r.n:>5} -> {r.k:<5} {f'x{r.unit} ' * (r.unit > 1)}"
+            f"{f'{r.method or self.method} ' * several}{r.path}"
             for r in self.reductions
         ]
         return "\n".join([title, *rows])
@@ -107,16 +113,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of the layout's unit."""
+    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of the layout's unit,
+    `left`: how many of each earlier reductions left."""
 
     block: Block
     place: str
     stage: Stage
     spans: tuple[tuple[int, int], ...]
+    left: tuple[int, ...]
 
     @property
     def n(self) -> int:
-        return sum(stop - start for start, stop in self.spans)
+        return sum(self.left)
 
 
 SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], list[int]]
@@ -132,10 +140,14 @@ def make_plan(
     options: Mapping[str, Any] | None = None,
     layout: Layout = Layout(),
     solve_flops: SolveFlops | None = None,
+    labels: Mapping[Any, Any] | None = None,
 ) -> tuple[Reduction, ...]:
-    """Decides at which blocks to reduce, and to how many tokens. Raises: BudgetError, MethodError, UnsupportedGraph."""
+    """Decides at which blocks to reduce, and to how many tokens; `labels` say what earlier reductions left.
+
+    Raises: BudgetError, MethodError, UnsupportedGraph.
+    """
     budget = as_budget(budget)
-    slots = choose_slots(structure, recipe, budget, where, spans, layout)
+    slots = [after_others(s, labels or {}) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
     if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
         return ()
     n = slots[0].n
@@ -295,7 +307,30 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
     for start, stop in spans:
         edges = [start // unit, *(c for c in layout.cuts if start < c * unit < stop), stop // unit]
         pieces += list(zip(edges, edges[1:]))
-    return Slot(block, place, stage, tuple(pieces))
+    return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces))
+
+
+def after_others(slot: Slot, labels: Mapping[Any, Any]) -> Slot:
+    """The slot with what earlier reductions left of its spans, cut where those are cut. Raises: UnsupportedGraph."""
+    label = labels.get(slot.block.entry)
+    axis = label[slot.block.token_axis] if label is not None else ()
+    seq = next((a for a in axis if isinstance(a, Seq)), None)
+    if seq is None:
+        return slot
+    spans, left, at = [], [], 0
+    for part in seq.parts:
+        end = at + (part if isinstance(part, int) else part.root_n)
+        inside = [(max(start, at), min(stop, end)) for start, stop in slot.spans if start < end and stop > at]
+        if not isinstance(part, int) and inside not in ([], [(at, end)]):
+            raise UnsupportedGraph(
+                f"the tokens {slot.spans} are not those that were reduced before, {at} to {end}",
+                slot.block.mid,
+                "leave spans out, or name the same ones",
+            )
+        spans += inside
+        left += [stop - start if isinstance(part, int) else part.k for start, stop in inside]
+        at = end
+    return replace(slot, spans=tuple(spans), left=tuple(left))
 
 
 def apportion(k: int, sizes: Sequence[int]) -> list[int]:
@@ -348,7 +383,7 @@ def reductions(
 ) -> tuple[Reduction, ...]:
     """The counts as reductions, one per segment; steps that remove nothing are left out. Raises: BudgetError."""
     out = []
-    current = [stop - start for start, stop in slots[0].spans]
+    current = list(slots[0].left)
     for slot, k in zip(slots, counts):
         if not len(current) <= k <= sum(current):
             raise BudgetError(f"block {slot.block.index}: {sum(current)} tokens come in, {k} cannot be left")
@@ -383,7 +418,10 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
                 f"{block.stage.length} tokens"
             )
         key = (block.stage.length, r.prefix)
-        n = current.get(key, (block.stage.length - r.prefix - r.suffix) // r.unit)
+        shorter = (block.stage.length - r.prefix - r.suffix) // r.unit
+        if out and one_block(structure.blocks, out[-1].block).stage is not block.stage and r.n < shorter:
+            shorter = r.n  # tokens are gone before this stage begins; the rewrite checks that it is so
+        n = current.get(key, shorter)
         if not 1 <= r.k <= n:
             raise PlanError(f"the plan leaves {r.k} tokens at block {r.block}, where {n} come in")
         if r.n != n and key not in current:

@@ -244,7 +244,8 @@ class Rewriter:
                         "reduce within one stack of blocks: where=[...]",
                     )
                 return part, parts[:i], parts[i + 1 :]
-            if isinstance(part, int) and at <= start and start + s.site.n <= at + width:
+            fits = isinstance(part, int) and at <= start and start + s.site.n <= at + width
+            if fits and s.prefix // s.unit + s.site.n + s.site.suffix == shape(s.at)[s.block.token_axis] // s.unit:
                 rest = at + width - start - s.site.n
                 return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
             at += width

@@ -82,7 +82,8 @@ def op_type(method: str) -> str:
 def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> ReductionNode:
     """The node of one reduction that gives these of `OUTPUTS`."""
     recipe, site = module.recipe, module.site
-    inputs = ("x", *(("size",) if recipe.track_size else ()), *module.names)
+    # a method that merges nothing hands on the sizes that an earlier one tracks
+    inputs = ("x", *(("size",) if recipe.track_size or "size" in outputs else ()), *module.names)
     attributes: dict[str, Any] = {
         "plugin_namespace": PLUGIN_NAMESPACE,
         "plugin_version": PLUGIN_VERSION,

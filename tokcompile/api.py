@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tokcompile.compiler import Analysis, Compiled, analyse, compile_plan, settings_for
+from tokcompile.compiler import Analysis, Compiled, Settings, analyse, compile_plan, settings_for
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms
@@ -38,7 +38,7 @@ class OptimizedModel(torch.nn.Module):
     plan: the reductions that were carried out. report: what was found, done and what it costs.
     """
 
-    def __init__(self, analysis: Analysis, compiled: Compiled, spec: dict[str, Any]):
+    def __init__(self, analysis: Analysis, compiled: Compiled, spec: dict[str, Any], recipes: dict[str, Recipe] | None = None):
         super().__init__()
         traced = analysis.traced
         # without reductions the untouched traced graph is kept: bit for bit the original
@@ -54,6 +54,7 @@ class OptimizedModel(torch.nn.Module):
         self._fixed = analysis.fixed if compiled.rewritten else []
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
         self._source, self._spec = traced.program, spec
+        self._analysis, self._compiled, self._recipes = analysis, compiled, recipes or {}
         self._program: ExportedProgram | None = None
         super().train(False)
 
@@ -132,7 +133,8 @@ def optimize(
 ) -> OptimizedModel:
     """Compiles static token reduction into a model.
 
-    model: an nn.Module in eval mode, an ExportedProgram, or the path of a `.pt2`. args, kwargs: example inputs, which fix
+    model: an nn.Module in eval mode, an ExportedProgram, the path of a `.pt2`, or an OptimizedModel, to whose reductions
+    later ones are added (first in the vision tower, then inside the language model). args, kwargs: example inputs, which fix
     every shape. method: a name from `tokcompile.methods()` or a Recipe. budget: a share of the patch tokens in (0, 1], or
     Tokens, Flops, KeepRate, Remove, Schedule. where: blocks (numbers or module paths), the method's own by default.
     spans: the (start, stop) of the visual tokens, where the graph does not say. outputs: "keep" (names, order and shapes
@@ -164,9 +166,30 @@ def optimize(
         method, method_options, outputs=outputs, recover=recover, size_weighted_mean=size_weighted_mean, spans=spans
     )
     where = [where] if isinstance(where, (int, str)) else where
-    analysis = analyse(model, args, kwargs)
-    compiled = compile_plan(analysis, settings, budget, where, plan)
-    return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean})
+    first = model if isinstance(model, OptimizedModel) else None
+    if first is not None:
+        refuse_again(first, args, kwargs, plan, settings)
+        settings.recipes = first._recipes
+    analysis = first._analysis if first is not None else analyse(model, args, kwargs)
+    compiled = compile_plan(analysis, settings, budget, where, plan, first and first._compiled)
+    recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
+    return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+
+
+def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:
+    """What cannot be asked of a model that is optimized already. Raises: InputError, PlanError."""
+    if args is not None or kwargs:
+        raise InputError("an optimized model brings its example inputs along: leave args and kwargs out")
+    if plan is not None:
+        raise PlanError("a plan is for the original model: pass that one, not an optimized one")
+    if first.plan.reductions and (first.plan.outputs, first._spec["size_weighted_mean"]) != (
+        settings.outputs,
+        settings.size_weighted_mean,
+    ):
+        raise InputError(
+            f"the model was optimized with outputs={first.plan.outputs!r} and size_weighted_mean="
+            f"{first._spec['size_weighted_mean']}: pass the same again"
+        )
 
 
 def load(path: str | os.PathLike[str]) -> OptimizedModel:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.budget import as_budget, to_data
-from tokcompile.errors import BudgetError, UnsupportedGraph
+from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
@@ -58,6 +58,14 @@ class Settings:
     recover: str = "end"
     size_weighted_mean: bool = True
     spans: Sequence[tuple[int, int]] | None = None
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)  # of earlier methods that are not registered
+
+    def method_of(self, r: Reduction) -> tuple[Recipe, Mapping[str, Any]]:
+        """The recipe and the options of one reduction."""
+        if not r.method:
+            return self.recipe, self.options
+        recipe = self.recipe if r.method == self.recipe.name else self.recipes.get(r.method) or get_method(r.method)
+        return recipe, recipe.with_options(r.options)
 
 
 @dataclass
@@ -99,9 +107,15 @@ def timed(seconds: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
 
 
 def compile_plan(
-    analysis: Analysis, settings: Settings, budget: Any, where: Sequence[int | str] | None, plan: Plan | None
+    analysis: Analysis,
+    settings: Settings,
+    budget: Any,
+    where: Sequence[int | str] | None,
+    plan: Plan | None,
+    earlier: Compiled | None = None,
 ) -> Compiled:
-    """Passes 4 to 7: plan, rewrite with recovery, cost."""
+    """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: reductions that are there already and stay."""
+    before = named(earlier.plan) if earlier else ()
 
     def attempt(layout: Layout) -> Compiled:
         if plan is not None:
@@ -118,17 +132,40 @@ def compile_plan(
                     spans=settings.spans,
                     options=settings.options,
                     layout=layout,
-                    solve_flops=lambda *a: solve_flops(analysis, settings, layout, *a),
+                    solve_flops=lambda *a: solve_flops(analysis, settings, layout, before, *a),
+                    labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
                 ),
             )
+            chosen = joined(before, settings, chosen)
         data = plan.budget if plan is not None else to_data(as_budget(budget))
         made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
+        if before and earlier:
+            made = made.replace(method=earlier.plan.method, options=earlier.plan.options)
         if not chosen:
             return Compiled(made, None, terms(analysis.graph.graph, {}))
         rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen))
         return Compiled(made, rewritten, terms(analysis.graph.graph, rewritten.labels, rewritten.recovered))
 
     return with_layout(attempt)
+
+
+def named(plan: Plan) -> tuple[Reduction, ...]:
+    """The reductions of a plan, each with its method and options."""
+    return tuple(r if r.method else replace(r, method=plan.method, options=dict(plan.options)) for r in plan.reductions)
+
+
+def joined(before: tuple[Reduction, ...], settings: Settings, chosen: tuple[Reduction, ...]) -> tuple[Reduction, ...]:
+    """Earlier reductions and then the new ones, each under its method's name. Raises: PlanError."""
+    if not before:
+        return chosen
+    last, recipe = before[-1], settings.recipe
+    if chosen and (chosen[0].block, chosen[0].place == "attention") <= (last.block, last.place == "attention"):
+        raise PlanError(
+            f"this model is already reduced at block {last.block}; {recipe.name!r} would be placed at block "
+            f"{chosen[0].block}, not after it\n  what to do: optimize for the earlier place first, or name later blocks: "
+            "where=[...]"
+        )
+    return (*before, *(replace(r, method=recipe.name, options=dict(settings.options)) for r in chosen))
 
 
 class NeedsLayout(Exception):
@@ -194,10 +231,10 @@ def layout_hint(rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | Non
 def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> list[Splice]:
     """The reductions of a plan with the graph nodes they stand for."""
     blocks = analysis.structure.blocks
-    order = list(dict.fromkeys(r.block for r in chosen))
     out = []
     for r in chosen:
-        block = blocks[r.block]
+        block, (recipe, options) = blocks[r.block], settings.method_of(r)
+        order = list(dict.fromkeys(one.block for one in chosen if one.method == r.method))
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
         site = Site(
             r.n,
@@ -209,12 +246,12 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             r.block,
             len(blocks),
             grid,
-            options=settings.options,
+            options=options,
         )
         at = block.out if r.place == "attention" else block.entry
         tapped = block if r.place == "attention" else before(block, blocks)
-        language = settings.spans is not None or block.language
-        out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
+        language = block.language or (settings.spans is not None and not block.stage.visual)
+        out.append(Splice(recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
     return out
 
 
@@ -222,6 +259,7 @@ def solve_flops(
     analysis: Analysis,
     settings: Settings,
     layout: Layout,
+    earlier: Sequence[Reduction],
     slots: list[Slot],
     counts: Callable[[int], list[int]],
     ratio: float,
@@ -235,13 +273,15 @@ def solve_flops(
     stand_in = Recipe("probe", first_tokens, place=settings.recipe.place)
     steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
     probe = reductions(steps, slots, stand_in, {}, layout.unit)
-    probed = rewrite(analysis, replace(settings, recipe=stand_in, options={}), probe)
+    recipes = {**settings.recipes, stand_in.name: stand_in}
+    probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
+    probed = rewrite(analysis, replace(settings, recipes=recipes), probing)
     cost = terms(analysis.graph.graph, probed.labels, probed.recovered)
 
     def share(final: int) -> float:
         wanted: dict[Space, int] = {}
-        current = [stop - start for start, stop in slots[0].spans]
-        by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces)}
+        current = list(slots[0].left)
+        by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces[len(earlier) :])}
         for slot, k in zip(slots, counts(final)):
             current = apportion(k, current)
             for k_span, (start, _) in zip(current, slot.spans):

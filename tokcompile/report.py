@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tokcompile.passes.cost import Term, total
+from tokcompile.passes.tokens import new
 
 if TYPE_CHECKING:
     from tokcompile.compiler import Analysis, Compiled
+    from tokcompile.passes.find import Block
+    from tokcompile.passes.rewrite import Rewritten
 
 
 @dataclass
 class Report:
-    """blocks: one row per block found. flops, original_flops: of the whole model, without the reductions' own work, which
+    """blocks: one row per block found, with the tokens that come in and those that are left. flops, original_flops: of the whole model, without the reductions' own work, which
     is overhead_flops. recoveries: where tokens were given back, and whether blocks follow. guards: what was fixed from
     the example inputs while tracing. seconds: time spent in each pass."""
 
@@ -37,17 +41,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{'block':<8}{'tokens':>8}{'left':>8}  module"]
-        gone: dict[int, int] = {}
-        for r in self.reductions:
-            gone[r["block"]] = gone.get(r["block"], 0) + (r["n"] - r["k"]) * r["unit"]
-        tokens: dict[int, int] = {}
         for b in self.blocks:
-            now = tokens.get(b["length"], b["length"])
-            after = now - gone.get(b["index"], 0)
-            tokens[b["length"]] = after
-            lines.append(
-                f"{b['index']:<8}{now:>8}{after:>8}  {b['path']}{'  not reducible: ' + b['why_not'] if b['why_not'] else ''}"
-            )
+            why = "  not reducible: " + b["why_not"] if b["why_not"] else ""
+            lines.append(f"{b['index']:<8}{b['tokens']:>8}{b['left']:>8}  {b['path']}{why}")
         lines.append(
             f"FLOPs {self.flops / 1e9:.3f} G of {self.original_flops / 1e9:.3f} G ({self.flops_ratio:.3f}); "
             f"selection and merging {self.overhead_flops / 1e9:.4f} G"
@@ -60,8 +56,18 @@ class Report:
         return "\n".join(lines)
 
 
+def tokens_left(block: Block, rewritten: Rewritten | None) -> int:
+    """The length of a block's token axis after its own reduction."""
+    label = rewritten.labels.get(block.out) if rewritten else None
+    return new(label[block.token_axis]) if label is not None else block.stage.length
+
+
 def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) -> Report:
     rewritten = compiled.rewritten
+    left = {b.index: tokens_left(b, rewritten) for b in analysis.structure.blocks}
+    gone = Counter(dict.fromkeys(left, 0))
+    for r in compiled.plan.reductions:
+        gone[r.block] += (r.n - r.k) * r.unit
     blocks = [
         {
             "index": b.index,
@@ -72,6 +78,8 @@ def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) ->
             "grid": b.stage.grid,
             "why_not": b.why_not,
             "parallel": b.parallel,
+            "tokens": left[b.index] + gone[b.index],
+            "left": left[b.index],
         }
         for b in analysis.structure.blocks
     ]

@@ -21,7 +21,7 @@ class Bench:
         self.builder = Builder(
             torch.nn.Module(), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True), torch.device("cpu")
         )
-        self.gather = Gatherer(self.builder, batch)
+        self.gather = Gatherer(self.builder)
         self.inputs = []
         self.first = subset(batch, N, K, sort, seed=1)
         second = subset(batch, K, J, sort, seed=2)
@@ -234,7 +234,7 @@ def test_a_lost_batch_is_an_error():
 
 def test_constants_are_shared_by_value():
     bench = Bench(3)
-    assert bench.gather.arange(0, 4) is bench.gather.arange(0, 4)
-    assert bench.gather.arange(0, 4) is not bench.gather.arange(1, 5)
-    assert shape(bench.gather.arange(0, 4)) == (3, 4)
+    assert bench.gather.arange(0, 4, 3) is bench.gather.arange(0, 4, 3)
+    assert bench.gather.arange(0, 4, 3) is not bench.gather.arange(1, 5, 3)
+    assert shape(bench.gather.arange(0, 4, 3)) == (3, 4)
     assert ascending(bench.first)

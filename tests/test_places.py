@@ -1,0 +1,89 @@
+"""Several methods in one model: in the vision tower, and at a layer of the language model behind it."""
+
+import pytest
+import torch
+
+import tokcompile
+from tests.conftest import counts, error, run
+from tokcompile import Flops, InputError, Keep, Plan, PlanError, Recipe, Tokens
+
+LLAVA = "hf/llava"
+
+
+@pytest.fixture(scope="module")
+def both(program):
+    tower = tokcompile.optimize(program(LLAVA), method="tome", budget=Tokens(30), outputs="reduced")
+    return tower, tokcompile.optimize(tower, method="dart", budget=Tokens(12), outputs="reduced")
+
+
+def test_the_second_place_goes_on_from_the_first(both, family):
+    tower, two = both
+    assert counts(two) == [*counts(tower), (5, 30, 12)]
+    assert str(two.plan).startswith("tome and dart, 4 reductions")
+    assert [(b["tokens"], b["left"]) for b in two.report.blocks[3:]] == [(42, 42), (42, 42), (42, 24), (24, 24)]
+    out, kept = run(two, **family(LLAVA).kwargs)
+    assert out["logits"].shape[1] == 24
+    assert kept["s3_index"].shape == (1, 12)
+    assert counts(tower) == [(0, 49, 43), (1, 43, 37), (2, 37, 30)]  # the first one is what it was
+
+
+def test_the_second_method_sees_what_the_first_left(both, family):
+    """A method inside the language model that keeps everything changes nothing but the order of its own tokens."""
+    tower, _ = both
+    same = Recipe("all of them", lambda t, s: Keep(torch.arange(s.k).expand(t.x.shape[0], -1)), place="block")
+    again = tokcompile.optimize(tower, method=same, budget=Tokens(29), where=[5], outputs="reduced")
+    out, kept = run(again, **family(LLAVA).kwargs)
+    want, before = run(tower, **family(LLAVA).kwargs)
+    assert torch.equal(kept["s3_index"], before["s2_index"][:, :29])
+    text = error(out["logits"][:, :5], want["logits"][:, :5])  # before the image: causal, so untouched
+    assert text < 1e-5
+
+
+def test_files_hold_both(both, program, family, tmp_path):
+    _, two = both
+    again = tokcompile.optimize(program(LLAVA), plan=Plan.from_json(two.plan.json()))
+    assert again.plan == two.plan
+    kwargs = family(LLAVA).kwargs
+    assert error(run(again, **kwargs), run(two, **kwargs)) == 0
+    again.save(tmp_path / "two.pt2")
+    loaded = tokcompile.load(tmp_path / "two.pt2")
+    assert loaded.plan == two.plan
+    assert error(run(loaded, **kwargs), run(two, **kwargs)) == 0
+    report = two.export_onnx(tmp_path / "two.onnx")
+    assert report.nodes == {"Tome": 3, "DartPlain": 1}
+
+
+def test_flops_of_both(both):
+    tower, _ = both
+    two = tokcompile.optimize(tower, method="random", budget=Flops(0.6), where=[4], outputs="reduced")
+    assert two.report.flops_ratio <= 0.6 < tower.report.flops_ratio
+    more = two.plan.reductions[-1].k + 1
+    beyond = tokcompile.optimize(tower, method="random", budget=Tokens(more), where=[4], outputs="reduced")
+    assert beyond.report.flops_ratio > 0.6
+
+
+def test_two_methods_in_one_tower(program, family, tmp_path):
+    first = tokcompile.optimize(program("timm/vit"), method="tome", budget=0.5, where=[0, 1])
+    two = tokcompile.optimize(first, method="evit", budget=0.5, where=[3])
+    assert counts(two) == [(0, 49, 37), (1, 37, 25), (3, 25, 13)]
+    assert two.export_onnx(tmp_path / "vit.onnx").nodes == {"Tome": 2, "EvitPlain": 1}  # evit's plugin knows no sizes
+    assert run(two, *family("timm/vit").args).shape == run(first, *family("timm/vit").args).shape
+
+
+def test_nothing_more(both, family):
+    tower, _ = both
+    same = tokcompile.optimize(tower, method="dart", budget=1.0, outputs="reduced")
+    assert error(run(same, **family(LLAVA).kwargs), run(tower, **family(LLAVA).kwargs)) == 0
+
+
+@pytest.mark.parametrize(("error", "options", "message"), [
+    (PlanError, dict(method="topk", budget=Tokens(5), where=[1]), "already reduced at block 5.*'topk' would be placed at block 1"),
+    (InputError, dict(method="topk", outputs="keep", where=[6]), "pass the same again"),
+    (InputError, dict(kwargs={"x": 1}), "brings its example inputs along"),
+    (PlanError, dict(plan=Plan("tome")), "a plan is for the original model"),
+    (tokcompile.UnsupportedGraph, dict(method="random", where=[6], spans=[(7, 40)]), "are not those that were reduced before"),
+])  # fmt: skip
+def test_refusals(error, options, message, both):
+    _, two = both
+    with pytest.raises(error, match=message):
+        tokcompile.optimize(two, **{"outputs": "reduced", **options})
