@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 @dataclass
 class Report:
     """blocks: one row per block found, with the tokens that come in and those that are left. flops, original_flops: of the
-    whole model, without the reductions' own work, which
-    is overhead_flops. recoveries: where tokens were given back, and whether blocks follow. guards: what was fixed from
-    the example inputs while tracing. seconds: time spent in each pass."""
+    whole model, without the reductions' own work, which is overhead_flops. recoveries: where tokens were given back, and
+    whether blocks follow. guards: what was fixed from the example inputs while tracing. seconds: time spent in each pass."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     reductions: list[dict[str, Any]] = field(default_factory=list)
