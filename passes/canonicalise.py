@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, bind, copy_graph, get_attr, packet, propagate_shapes, user_dependent
+from tokcompile.passes.vmap import flatten_vmap
 
 ASSERTS = {
     "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
@@ -32,6 +33,10 @@ VIEWS = {
     "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.movedim", "aten.swapaxes", "aten.diagonal",
     "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "aten._unsafe_view", "getitem",
 }  # fmt: skip
+TRUE_VIEWS = {  # never a copy
+    "aten.view", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice",
+    "aten.select", "aten.expand_as", "aten.narrow", "aten.diagonal",
+}  # fmt: skip
 LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
 
 
@@ -39,6 +44,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     """Returns an equal graph: functional, no asserts, no no-ops, constants folded, all-true masks gone; `gm` is kept."""
     gm = copy_graph(gm)
     inline_regions(gm)
+    flatten_vmap(gm)
     drop_asserts(gm)
     refuse_random(gm)
     drop_identities(gm)
@@ -154,7 +160,8 @@ def functional_overload(node: Node) -> Any:
     name = node.target._schema.name.replace("aten::", "")
     if not name.endswith("_") or not isinstance(node.args[0], Node):
         return None
-    overloads = getattr(aten, name[:-1], None)
+    functional = f"__{name[3:]}" if name.startswith("__i") else name[:-1]  # __ior__ is the in-place form of __or__
+    overloads = getattr(aten, functional, None)
     return getattr(overloads, node.target._overloadname, None) if overloads else None
 
 
@@ -180,13 +187,10 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         return False
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
-    if any(
-        order.get(u, 0) > order[node]
-        for v in gm.graph.nodes
-        if packet(v) in VIEWS and base_of(v) is base and v not in (node, node.args[0]) and order.get(v, 0) < order[node]
-        for u in v.users
-    ):
-        return False  # an older view of the same memory is read after the write
+    older = [v for v in gm.graph.nodes if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)
+             and packet(v) in VIEWS and base_of(v) is base]  # fmt: skip
+    if not all(packet(w) in TRUE_VIEWS for v in older for w in views_from(base, v)):
+        return False
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
             value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
@@ -202,6 +206,14 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
             scatter = aten.slice_scatter.default if packet(view) == "aten.slice" else aten.select_scatter.default
             value = gm.graph.call_function(scatter, (view.args[0], value, *view.args[1:]), view.kwargs)
         value.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        for old in older:  # it sees the write too
+            new = value
+            for view in views_from(base, old):
+                new = gm.graph.call_function(view.target, (new, *view.args[1:]), view.kwargs)
+                new.meta = dict(view.meta)
+                order[new] = order[node]
+            for user in [u for u in old.users if order.get(u, 0) > order[node]]:
+                user.replace_input_with(old, new)
     for user in [u for u in base.users if order.get(u, 0) > order[node]]:
         user.replace_input_with(base, value)
     for user in [u for u in node.args[0].users if order.get(u, 0) > order[node]]:
@@ -209,6 +221,19 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     return True
+
+
+def read_later(view: Node, write: Node, order: dict[Node, int]) -> bool:
+    return any(order.get(u, 0) > order[write] for u in view.users)
+
+
+def views_from(base: Node, view: Node) -> list[Node]:
+    """The views that lead from `base` to `view`, in order."""
+    out = []
+    while view is not base:
+        out.append(view)
+        view = view.args[0]
+    return out[::-1]
 
 
 def whole(view: Node) -> bool:
@@ -296,12 +321,10 @@ def fold_constants(gm: GraphModule) -> None:
     The constant part is run in graph order, so that in-place ops inside it need no rewriting; a value is taken at the
     moment it is first used by what depends on the inputs.
     """
-    dependent = user_dependent(gm.graph)
+    # what the inputs write into is folded as it is before the write; all that is computed from it stays in the graph
+    dependent, written = influenced(gm)
     constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
     frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
-    # what the inputs write into is folded as it is before the write; all that is computed from it stays in the graph
-    written = written_to(gm, dependent)
-    frontier -= reachable_from(written)
     frontier |= {n for n in written if n in set(constant) and n.op != "get_attr" and foldable(n)}
     needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
     if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
@@ -326,6 +349,15 @@ def fold_constants(gm: GraphModule) -> None:
     for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def influenced(gm: GraphModule) -> tuple[set[Node], set[Node]]:
+    """What depends on the inputs, directly or through memory that they write into, and the tensors written into."""
+    dependent, written = user_dependent(gm.graph), set[Node]()
+    while new := written_to(gm, dependent) - written:
+        written |= new
+        dependent |= reachable_from(new)
+    return dependent, written - dependent
 
 
 def written_to(gm: GraphModule, dependent: set[Node]) -> set[Node]:

@@ -1,19 +1,27 @@
 """Record and replay: lets torch.export trace a model that reads tensor values back into Python.
 
-One eager run records, in order, what `.item()`, `.tolist()`, `bool()`, `nonzero()` and boolean masks gave; while tracing
-the same calls return the recorded VALUES. What was fixed that way is reported as a guard: the traced graph is right for
-inputs that give the same values.
+One eager run, in which the model sees the same `torch.compiler.is_exporting()` as in the trace, records what `.item()`,
+`.tolist()`, `bool()`, `nonzero()` and boolean masks gave, each with the place in the model's source that asked. While
+tracing, the same place is given the recorded VALUES in the same order. The traced graph is right for inputs that give the
+same values.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from tokcompile.errors import TraceError
 
 _SCALARS = {
     torch.Tensor.item,
@@ -21,8 +29,12 @@ _SCALARS = {
     torch.Tensor.__int__,
     torch.Tensor.__float__,
     torch.Tensor.__index__,
+    torch.Tensor.__contains__,
+    torch.is_nonzero,
     torch.equal,
     torch.Tensor.equal,
+    torch.allclose,
+    torch.Tensor.allclose,
 }
 _POSITIONS = {
     torch.nonzero,
@@ -30,25 +42,69 @@ _POSITIONS = {
     torch.argwhere,
     torch.Tensor.argwhere,
     torch.unique_consecutive,
+    torch.Tensor.unique_consecutive,
     torch.unique,
     torch.Tensor.unique,
+    torch.bincount,
+    torch.Tensor.bincount,
+}
+_REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
+_MASKED = {torch.masked_select, torch.Tensor.masked_select}
+_INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+_FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.empty, torch.full}
+_SIZED = {  # methods whose arguments after the tensor itself are sizes
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+    torch.Tensor.expand,
+    torch.Tensor.repeat,
+    torch.Tensor.narrow,
+    torch.Tensor.split,
+    torch.Tensor.unflatten,
+    torch.Tensor.new_zeros,
+    torch.Tensor.new_ones,
+    torch.Tensor.new_empty,
+    torch.reshape,
+    torch.narrow,
+    torch.split,
+    torch.nn.functional.pad,
+    torch.nn.functional.interpolate,
 }
 
-_REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
+# frames of torch, of these passes, of decorators and of generated code differ between the two runs
+_IGNORED = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__)) + (
+    contextlib.__file__,
+    "<",
+)
+
+Site = tuple[tuple[str, int], ...]
+
+
+class Read(NamedTuple):
+    """One value read back into Python: the source lines that led to it (innermost first), what was called, what it gave."""
+
+    site: Site
+    name: str
+    value: Any
 
 
 @dataclass
 class Recording:
-    """The values of one eager run, as (what was called, value) in order."""
+    """The values of one eager run, in order."""
 
-    values: list[tuple[str, Any]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
 
     def guards(self) -> list[str]:
+        """What was fixed, one line a place and value."""
         out = []
-        for name, value in self.values:
+        for site, name, value in self.reads:
             text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-            out.append(f"{name} gave {text[:80]}")
-        return out
+            out.append(f"{name} gave {text[:60]}{place(site)}")
+        return list(dict.fromkeys(out))
+
+
+def place(site: Site) -> str:
+    """` (modeling_x.py:12)`."""
+    return f" ({os.path.basename(site[0][0])}:{site[0][1]})" if site else ""
 
 
 def record(run: Callable[[], Any]) -> Recording:
@@ -59,86 +115,170 @@ def record(run: Callable[[], Any]) -> Recording:
     return recording
 
 
-@contextmanager
-def replay(recording: Recording) -> Iterator[None]:
-    """While tracing, gives each such call the value that it had in the recorded run."""
-    with _Replay(recording):
+def replay(recording: Recording) -> _Replay:
+    """A context in which each such call has the value that it had in the recorded run. Raises: TraceError."""
+    return _Replay(recording)
+
+
+@contextlib.contextmanager
+def as_if_exporting() -> Iterator[None]:
+    """Models ask whether they are being exported and then skip checks or take another branch: here they do too."""
+    flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
+    before = [getattr(torch.compiler, name) for name in flags]
+    try:
+        for name in flags:
+            setattr(torch.compiler, name, True)
         yield
+    finally:
+        for name, value in zip(flags, before):
+            setattr(torch.compiler, name, value)
 
 
-def _has_boolean_mask(func: Any, args: tuple[Any, ...]) -> bool:
-    if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-        return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(i, torch.Tensor) and i.dtype is torch.bool for i in index)
+class _Reads(TorchFunctionMode):
+    """Calls `read(name, compute)` for everything that asks for values; the subclasses record or replay."""
+
+    outermost: FrameType | None = None
+
+    def __enter__(self) -> Any:
+        self.outermost = sys._getframe(1)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.outermost = None
+        super().__exit__(*exception)
+
+    def site(self) -> Site:
+        """The source lines below the `with` statement, without torch's own: they are the same in both runs."""
+        out, frame = [], sys._getframe(1)
+        while frame is not None and frame is not self.outermost:
+            if not frame.f_code.co_filename.startswith(_IGNORED):
+                out.append((frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back  # type: ignore[assignment]
+        return tuple(out)
+
+    def read(self, name: str, compute: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+    def numbers(self, value: Any) -> Any:
+        """`value` with each one-element tensor that stands for a number replaced by the number."""
+        return tree_map(lambda v: self.read("item", v.item) if isinstance(v, torch.Tensor) and v.ndim == 0 else v, value)
+
+    def positions(self, name: str, mask: torch.Tensor) -> list[torch.Tensor]:
+        return _copies(self.read(f"{name}(mask)", lambda: list(mask.nonzero(as_tuple=True))))
+
+    def index(self, name: str, index: Any) -> tuple[Any, ...]:
+        """An index with boolean masks as positions and with tensors that bound slices as numbers."""
+        out: list[Any] = []
+        for i in index if isinstance(index, tuple) else (index,):
+            if _is_mask(i):
+                out += self.positions(name, i)
+            elif isinstance(i, slice):
+                out.append(slice(*(self.numbers(bound) for bound in (i.start, i.stop, i.step))))
+            elif isinstance(i, torch.Tensor) and i.ndim == 0:
+                out.append(self.numbers(i))
+            else:
+                out.append(i)
+        return tuple(out)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if func is torch.Tensor.tolist:  # while tracing, torch turns some of them into one item() per element
+            leaves, spec = tree_flatten(torch.empty(args[0].shape, device="cpu").tolist())
+            values = self.all_items(args[0], len(leaves))
+            return tree_unflatten(values, spec)
+        if func in _SCALARS:
+            return self.read(name, lambda: func(*args, **kwargs))
+        if func in _POSITIONS or (func is torch.where and len(args) == 1 and not kwargs):
+            return _copies(self.read(name, lambda: func(*args, **kwargs)))
+        if func in _INDEXED and _reads_values(args[1]):
+            return func(args[0], self.index(name, args[1]), *args[2:], **kwargs)
+        if func in _MASKED:
+            values, mask = torch.broadcast_tensors(args[0], kwargs.get("mask", args[-1]))
+            return values[tuple(self.positions(name, mask))]
+        if _repeats_by_tensor(func, args, kwargs):
+            return func(
+                *args, **{**kwargs, "output_size": self.read(name, lambda: _repeated(func(*args, **kwargs), args, kwargs))}
+            )
+        if (
+            func is torch.tensor
+            and isinstance(args[0], (list, tuple))
+            and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(args[0]))
+        ):
+            return _stacked(args[0], **kwargs)  # it would read the elements, though no shape depends on them
+        if func in _FACTORIES:
+            return func(*self.numbers(args), **self.numbers(kwargs))
+        if func in _SIZED:
+            return func(args[0], *self.numbers(args[1:]), **self.numbers(kwargs))
+        return func(*args, **kwargs)
+
+    def all_items(self, tensor: torch.Tensor, count: int) -> list[Any]:
+        raise NotImplementedError
+
+
+class _Record(_Reads):
+    def __init__(self, recording: Recording):
+        super().__init__()
+        self.recording = recording
+
+    def read(self, name: str, compute: Callable[[], Any]) -> Any:
+        value = compute()
+        self.recording.reads.append(Read(self.site(), name, _copies(value)))
+        return value
+
+    def all_items(self, tensor: torch.Tensor, count: int) -> list[Any]:
+        return [self.read("item", lambda v=v: v) for v in tree_leaves(tensor.tolist())]  # type: ignore[misc]
+
+
+class _Replay(_Reads):
+    def __init__(self, recording: Recording):
+        super().__init__()
+        self.values: dict[tuple[Site, str], deque[Any]] = defaultdict(deque)
+        for site, name, value in recording.reads:
+            self.values[site, name].append(value)
+
+    def read(self, name: str, compute: Callable[[], Any]) -> Any:
+        site = self.site()
+        values = self.values.get((site, name))
+        if not values:
+            raise TraceError(
+                f"the trace called {name}{place(site)}, the eager run had not: the model takes another way while it is traced"
+            )
+        return values.popleft()
+
+    def all_items(self, tensor: torch.Tensor, count: int) -> list[Any]:
+        return [self.read("item", lambda: None) for _ in range(count)]
+
+
+def _copies(value: Any) -> Any:
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
+
+
+def _stacked(data: Any, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> torch.Tensor:
+    """`torch.tensor` of nested lists with tensors in them."""
+    parts = [torch.as_tensor(part) if not isinstance(part, (list, tuple)) else _stacked(part) for part in data]
+    return torch.stack(parts).to(dtype=dtype, device=device)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) and index.ndim > 0
+
+
+def _reads_values(index: Any) -> bool:
+    """Whether what an index selects, and so the shape of the result, depends on the values of tensors."""
+    for i in index if isinstance(index, tuple) else (index,):
+        if _is_mask(i) or (isinstance(i, torch.Tensor) and i.ndim == 0):
+            return True
+        if isinstance(i, slice) and any(isinstance(bound, torch.Tensor) for bound in (i.start, i.stop, i.step)):
+            return True
+    return False
 
 
 def _repeats_by_tensor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return func in _REPEATS and isinstance(kwargs.get("repeats", args[-1] if len(args) < 2 else args[1]), torch.Tensor)
 
 
-def _positions(mask: torch.Tensor) -> list[torch.Tensor]:
-    return [p.clone() for p in mask.nonzero(as_tuple=True)]
-
-
-def _substitute(args: tuple[Any, ...], positions: list[list[torch.Tensor]]) -> tuple[Any, ...]:
-    """The same indexing with each boolean mask replaced by the positions of its True entries."""
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    out: list[Any] = []
-    for i in index:
-        out.extend(positions.pop(0) if isinstance(i, torch.Tensor) and i.dtype is torch.bool else [i])
-    return (args[0], tuple(out), *args[2:])
-
-
-class _Record(TorchFunctionMode):
-    def __init__(self, recording: Recording):
-        super().__init__()
-        self.values = recording.values
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if _has_boolean_mask(func, args):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            masks = [i for i in index if isinstance(i, torch.Tensor) and i.dtype is torch.bool]
-            self.values.append((f"{name}(mask)", [_positions(m) for m in masks]))
-            return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.tolist:  # while tracing, torch turns it into one item() per element
-            self.values += [("item", v) for v in torch.utils._pytree.tree_leaves(result)]
-        elif func in _SCALARS:
-            self.values.append((name, result))
-        elif _repeats_by_tensor(func, args, kwargs):
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-            self.values.append((name, result.shape[dim] if dim is not None else result.numel()))
-        elif func in _POSITIONS:
-            self.values.append((name, torch.utils._pytree.tree_map(lambda t: t.clone(), result)))
-        return result
-
-
-class _Replay(TorchFunctionMode):
-    def __init__(self, recording: Recording):
-        super().__init__()
-        self.values = iter(list(recording.values))
-
-    def next(self, name: str) -> Any:
-        recorded, value = next(self.values, (None, None))
-        if recorded != name:
-            raise RuntimeError(f"replay is out of step: the trace called {name}, the eager run had called {recorded}")
-        return value
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if _has_boolean_mask(func, args):
-            return func(*_substitute(args, [[p.clone() for p in m] for m in self.next(f"{name}(mask)")]), **kwargs)
-        if func is torch.Tensor.tolist:
-            leaves, spec = torch.utils._pytree.tree_flatten(torch.empty(args[0].shape, device="cpu").tolist())
-            return torch.utils._pytree.tree_unflatten([self.next("item") for _ in leaves], spec)
-        if func in _SCALARS:
-            return self.next(name)
-        if _repeats_by_tensor(func, args, kwargs):
-            return func(*args, **{**kwargs, "output_size": self.next(name)})
-        if func in _POSITIONS:
-            return torch.utils._pytree.tree_map(lambda t: t.clone(), self.next(name))
-        return func(*args, **kwargs)
+def _repeated(result: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How long `repeat_interleave` made its axis."""
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+    return result.shape[dim] if dim is not None else result.numel()

@@ -9,7 +9,8 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
 from tokcompile.passes.graph import copy_graph
-from tokcompile.passes.replay import Recording, record, replay
+from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
 
 
 @dataclass
@@ -108,31 +109,38 @@ def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
 
 def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
     """torch.export, plainly if that gives a static graph, else with values recorded in one eager run and replayed."""
-    first: Exception | None = None
+    plain: Exception | None = None
+    failures: list[Exception] = []
     try:
         with quiet():
             program = plain_export(model, args, kwargs)
         if not data_dependent(program):
             return program, []
     except Exception as error:  # torch.export raises many kinds; all of them lead to the second try
-        first = error
-    try:
-        recording = record(lambda: model(*args, **kwargs))
-    except Exception as error:
-        raise InputError(
-            f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
-            "  what to do: pass inputs that model(*args, **kwargs) accepts"
-        ) from error
-    if recording.values:
+        plain = error
+    recording = Recording()
+    for flags in (as_if_exporting, nullcontext):
+        try:
+            with flags(), unchanged(model):
+                recording = record(lambda: model(*args, **kwargs))
+        except Exception as error:
+            if flags is as_if_exporting:  # it may refuse to run so, without being traced
+                continue
+            raise InputError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
+                "  what to do: pass inputs that model(*args, **kwargs) accepts"
+            ) from error
+        if not recording.reads:
+            continue
         try:
             with replay(recording), quiet():
                 program = plain_export(model, args, kwargs)
             if not data_dependent(program):
                 return program, recording.guards()
         except Exception as error:
-            first = error
-    reason = first or RuntimeError("shapes in the traced graph depend on the values of tensors")
-    raise TraceError(refusal(reason, recording)) from first
+            failures.append(error)
+    reason = next(iter(failures), plain) or RuntimeError("shapes in the traced graph depend on the values of tensors")
+    raise TraceError(refusal(reason, recording)) from reason
 
 
 def data_dependent(program: ExportedProgram) -> bool:
@@ -159,8 +167,23 @@ def quiet() -> Iterator[None]:
 
 
 def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with torch.no_grad(), no_fast_path():
+    with torch.no_grad(), no_fast_path(), unchanged(model):
         return torch.export.export(model, args, kwargs, strict=False)
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Takes back what a forward leaves on the modules (position offsets, cached tables): tracing leaves fake tensors."""
+    before = [
+        (m.__dict__, {k: copy(v) if k in ("_buffers", "_modules") else v for k, v in m.__dict__.items()})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
 
 
 @contextmanager
@@ -178,7 +201,7 @@ def refusal(error: Exception, recording: Recording) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (
         f"torch.export cannot trace this model: {type(error).__name__}: {' '.join(lines[:3])}\n"
-        f"  values read back into Python in an eager run: {len(recording.values)}\n"
+        f"  values read back into Python in an eager run: {len(recording.reads)}\n"
         "  what to do: make the forward free of data-dependent shapes and branches for these inputs, or export it "
         "yourself and pass the ExportedProgram, or optimize the part of the model that holds the blocks"
     )

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.conftest import run
 from tokcompile.errors import TraceError
-from tokcompile.passes.replay import Recording, record, replay
+from tokcompile.passes.replay import record, replay
 from tokcompile.passes.trace import export
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,38 @@ def distinct(x, n):
     return x[:, : torch.unique(n).shape[0]]
 
 
+def slice_by_a_tensor(x, n):
+    return x[:, n[0] : n[0] + n[1]]
+
+
+def index_of_a_tensor(x, n):
+    return x[:, n[0]]
+
+
+def range_of_a_tensor(x, n):
+    return x[:, torch.arange(n[1])] + torch.zeros(2, n[1])
+
+
+def view_by_a_tensor(x, n):
+    return x.view(n[0], n[1], -1)
+
+
+def selected(x, n):
+    return torch.masked_select(x, x > 0)
+
+
+def where_true(x, n):
+    return x[torch.where(x > 0)]
+
+
+def membership(x, n):
+    return x + 1 if 3 in n else x
+
+
+def tensor_of_tensors(x, n):
+    return x * torch.tensor([[n[0], n[1], 1], [n[1], 2, n[0]]]).repeat(1, int(n[0]))
+
+
 def runs(x, n):
     _, counts = torch.unique_consecutive(torch.tensor([1, 1, 2]), return_counts=True)
     return x[:, : int(counts[0])]
@@ -90,7 +123,8 @@ def loop(x, n):
 
 
 ALL = [scalar, as_list, nested_list, branch, python_number, positions, positions_as_tuple, boolean_mask,
-       boolean_mask_and_slice, write_at_a_mask, repeats, distinct, runs, equality, loop]  # fmt: skip
+       boolean_mask_and_slice, write_at_a_mask, repeats, distinct, runs, equality, loop, slice_by_a_tensor,
+       index_of_a_tensor, range_of_a_tensor, view_by_a_tensor, selected, where_true, membership, tensor_of_tensors]  # fmt: skip
 
 
 @pytest.mark.parametrize("fn", ALL, ids=lambda f: f.__name__)
@@ -119,56 +153,137 @@ def test_guards_say_what_was_read(fn, guard):
 
 
 def test_nothing_is_recorded_where_nothing_is_read():
-    assert record(lambda: X * 2 + X.sum()).values == []
+    assert record(lambda: X * 2 + X.sum()).reads == []
     _, guards = export(Function(lambda x, n: x * n[0]).eval(), (X, N), {})
     assert guards == []
 
 
 def test_values_are_copied():
     mask = X > 0
-    recording = record(lambda: X[mask])
-    (_, (rows, columns)), *_ = [(name, value[0]) for name, value in recording.values]
+
+    def select():
+        return torch.ones(2, 6)[mask]
+
+    recording = record(select)
+    rows, columns = recording.reads[0].value
     before = rows.clone()
     mask.zero_()
     assert torch.equal(rows, before)
     with replay(recording):
-        first = torch.ones(2, 6)[mask]
+        first = select()
     with replay(recording):
-        second = torch.ones(2, 6)[mask]
+        second = select()
     assert first.shape == second.shape == (len(columns),)
 
 
-def test_a_trace_that_asks_for_something_else_is_out_of_step():
-    with (
-        replay(Recording([("item", 3)])),
-        pytest.raises(RuntimeError, match="the trace called __bool__, the eager run had called item"),
-    ):
-        bool(torch.tensor(True))
-    with replay(Recording([])), pytest.raises(RuntimeError, match="the trace called item, the eager run had called None"):
-        torch.tensor(3).item()
+def read_all(skip=False, more=False):
+    first = torch.tensor(1).item()
+    second = None if skip else bool(torch.tensor(True))
+    return first, second, torch.tensor(3).item(), torch.tensor(4).item() if more else None
+
+
+def test_a_read_that_the_eager_run_did_not_make_is_named():
+    options = {}
+
+    def reads():
+        return read_all(**options)
+
+    recording = record(reads)
+    options["more"] = True
+    with replay(recording), pytest.raises(TraceError, match=r"the trace called item \(test_replay.py:\d+\), the eager run had"):
+        reads()
+
+
+def test_a_read_left_out_while_tracing_does_not_disturb_the_others():
+    options = {}
+
+    def reads():
+        return read_all(**options)
+
+    recording = record(reads)
+    options["skip"] = True
+    with replay(recording):
+        assert reads() == (1, None, 3, None)
+    with replay(recording):
+        assert reads()[::2] == (1, 3)
 
 
 def test_a_replay_gives_values_in_order():
-    recording = record(lambda: [torch.tensor(i).item() for i in (3, 1, 2)])
+    def items():
+        return [torch.tensor(i).item() for i in (3, 1, 2)]
+
+    recording = record(items)
     with replay(recording):
-        assert [torch.tensor(0).item() for _ in range(3)] == [3, 1, 2]
+        assert items() == [3, 1, 2]
 
 
 def test_a_replay_has_the_structure_of_the_list():
-    recording = record(lambda: torch.tensor([[1, 2], [3, 4]]).tolist())
+    values = torch.tensor([[1, 2], [3, 4]])
+
+    def nested():
+        return values.tolist()
+
+    recording = record(nested)
+    values.zero_()
     with replay(recording):
-        assert torch.zeros(2, 2, dtype=torch.int64).tolist() == [[1, 2], [3, 4]]
+        assert nested() == [[1, 2], [3, 4]]
 
 
 class Fickle(nn.Module):
     """Branches on whether it is traced: what is replayed does not fit."""
 
     def forward(self, x):
-        if torch.compiler.is_compiling():
-            return x[: int(x.sum().item())] * bool(x.sum() > 0)
+        if isinstance(x, FakeTensor):
+            return x[: int(x.sum().item())]
         return x * x[0].item() * x[1].item()
 
 
 def test_a_model_that_behaves_otherwise_under_tracing_is_refused():
-    with pytest.raises(TraceError, match="replay is out of step"):
+    with pytest.raises(TraceError, match=r"the trace called item .*, the eager run had not"):
         export(Fickle().eval(), (torch.ones(4),), {})
+
+
+class Careful(nn.Module):
+    """Leaves out a check while it is exported, as models of transformers do."""
+
+    def forward(self, x, n):
+        if not torch.compiler.is_exporting() and bool((n < 0).any()):
+            raise ValueError("sizes are positive")
+        return x[:, : n[0]] * 2
+
+
+def test_a_model_may_ask_whether_it_is_exported():
+    program, guards = export(Careful().eval(), (X, N), {})
+    assert torch.equal(run(program.module(check_guards=False), X, N), X[:, :2] * 2)
+    assert [text[:11] for text in guards] == ["item gave 2"]
+    assert not torch.compiler.is_exporting()
+
+
+class OnlyEager(nn.Module):
+    """Cannot run as if exported without being traced."""
+
+    def forward(self, x, n):
+        if torch.compiler.is_exporting() and not isinstance(x, FakeTensor):
+            raise RuntimeError("not traced")
+        return x[:, : n[0].item()] * 2
+
+
+def test_a_model_that_runs_only_as_itself_is_recorded_so():
+    program, _ = export(OnlyEager().eval(), (X, N), {})
+    assert torch.equal(run(program.module(check_guards=False), X, N), X[:, :2] * 2)
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor of its last call, as Qwen2-VL keeps its position offsets."""
+
+    offset = None
+
+    def forward(self, x, n):
+        self.offset = n + 1
+        return x[:, : self.offset[0].item()]
+
+
+def test_what_a_forward_leaves_on_the_model_is_taken_back():
+    model = Remembers().eval()
+    export(model, (X, N), {})
+    assert "offset" not in vars(model)
