@@ -33,14 +33,17 @@ def named(node: Node, name: str) -> bool:
 
 
 def regions(gm: GraphModule) -> list[list[Node]]:
+    """The calls of each region; constants among them are moved in front of it."""
     out: list[list[Node]] = []
     depth = 0
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         if named(node, ENTER):
             if depth == 0:
                 out.append([])
             depth += 1
-        if depth:
+        if depth and node.op == "get_attr":
+            out[-1][0].prepend(node)
+        elif depth:
             out[-1].append(node)
         if named(node, LEAVE):
             depth -= 1
@@ -85,9 +88,16 @@ def plain(gm: GraphModule, region: list[Node], inputs: list[Node], tensors: list
 
     def run(*values: torch.Tensor) -> list[Any]:
         env: dict[Node, Any] = {n: value_of(gm, n) for n in inputs} | dict(zip(tensors, values))
-        for node in region:
-            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)
+        open_levels = 0
+        try:
+            for node in region:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)
+                open_levels += named(node, ENTER) - named(node, LEAVE)
+        finally:
+            leave = next(node.target for node in region if named(node, LEAVE))
+            for _ in range(open_levels):  # only where an op failed; torch would stay inside
+                leave()
         return [env[n] for n in outputs]
 
     shapes = [value_of(gm, n) for n in tensors]
