@@ -10,7 +10,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,17 +172,18 @@ def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 @contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Takes back what a forward leaves on the modules (position offsets, cached tables): tracing leaves fake tensors."""
-    before = [
-        (m.__dict__, {k: copy(v) if k in ("_buffers", "_modules") else v for k, v in m.__dict__.items()})
-        for m in model.modules()
-    ]
+    """Takes back the tensors that a forward leaves on its modules (position offsets, tables): tracing leaves fake ones."""
+    places = [place for m in model.modules() for place in (m.__dict__, m._buffers)]
+    before = [dict(place) for place in places]
     try:
         yield
     finally:
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
+        for place, old in zip(places, before):
+            for name in [n for n, v in place.items() if isinstance(v, torch.Tensor) and old.get(n) is not v]:
+                if name in old:
+                    place[name] = old[name]
+                else:
+                    del place[name]
 
 
 @contextmanager

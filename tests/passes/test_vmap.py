@@ -86,5 +86,7 @@ def test_what_cannot_be_written_as_plain_ops_is_refused():
     gm = trace(Function(rows).eval(), (X,)).gm
     node = next(n for n in gm.graph.nodes if "mean" in str(n.target))
     node.target = lambda value: (_ for _ in ()).throw(RuntimeError("no batching rule"))
-    with pytest.raises(UnsupportedGraph, match="a function under torch.vmap cannot be written as plain ops .*no batching rule"):
+    with pytest.raises(
+        UnsupportedGraph, match=r"a function under torch.vmap cannot be written as plain ops .*no batching rule"
+    ):
         flatten_vmap(gm)
