@@ -40,9 +40,6 @@ ANYWHERE = [
     "torchvision/swin",
 ]
 
-# Reduced for one image at a time only.
-ONE_IMAGE = {"hf/timesformer": "each sample keeps other tokens, but here the batch is no longer to be seen"}
-
 # No reduction is possible; each says why.
 REFUSED = {
     "timm/mixer": "no residual attention block was found",
@@ -93,10 +90,10 @@ HARD = [
     "hf/pixtral_vision",
     "hf/qwen2_5_vl_vision",
     "hf/siglip2_vision",
+    "hf/timesformer",
     "hf/vit_mae",
 ]
-# TimeSformer cannot be given its tokens back at a batch of several videos: refused, at any budget.
-AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if (i % 3 == 0 or n in HARD) and n != "hf/timesformer"]
+AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
 
 WHY = {
@@ -152,13 +149,6 @@ def test_the_canonical_graph_equals_the_model(name):
     assert [g.shape for g in got] == [w.shape for w in want]
     for g, w in zip(got, want):
         torch.testing.assert_close(g, w, rtol=0, atol=ROUNDING.get(name, 5e-6) * max(1.0, float(w.abs().max())))
-
-
-@pytest.mark.parametrize(("name", "reason"), ONE_IMAGE.items(), ids=ONE_IMAGE)
-def test_more_than_one_image_is_refused(name, reason, record_property):
-    check = tokcompile.check(traced(name, 3)[0], blocks=[FIRST_SITE.get(name, 0)])
-    assert [(r.ok, r.note.splitlines()[0]) for r in check.results] == [(False, reason)] * 2
-    record(record_property, name, 3, "batch 1", reason)
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED)

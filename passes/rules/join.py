@@ -6,7 +6,7 @@ from typing import Any
 
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
-from tokcompile.passes.tokens import Axis, Seq, Space, make_seq, new_shape, normal
+from tokcompile.passes.tokens import Axis, Batch, Seq, Space, make_seq, new_shape, normal
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -14,6 +14,7 @@ def cat(call: Call) -> Any:
     labels, values = call.labels("tensors"), call["tensors"]
     rank = len(call.old_shape)
     dim = call["dim"] % rank
+    whole_batch(*(one[dim] for one in labels))
     joined = call.join([with_axis(one, dim, ()) for one in labels])
     if not any(has_tokens(one[dim]) for one in labels):
         out = with_axis(joined, dim, plain(call.old_shape[dim : dim + 1])[0])
@@ -28,6 +29,12 @@ def cat(call: Call) -> Any:
         out = with_axis(joined, dim, normal((make_seq(parts), unit)))
     operands = [call.coerce_node(v, one, with_axis(joined, dim, one[dim])) for v, one in zip(values, labels)]
     return call.emit(out, tensors=[widened(call, v, joined, dim) for v in operands])
+
+
+def whole_batch(*axes: Axis) -> None:
+    """Raises: NeedsFull for an axis that counts samples, each with tokens of its own: only the whole batch keeps its order."""
+    if any(isinstance(atom, Batch) for axis in axes for atom in axis):
+        raise NeedsFull("it joins or parts the samples of the batch")
 
 
 def widened(call: Call, value: Any, joined: Label, dim: int) -> Any:
@@ -58,10 +65,11 @@ def slice_(call: Call) -> Any:
         start, stop, step = call["start"] % size, call["start"] % size + call["length"], 1
     else:
         start, stop, step = slice(call["start"], call["end"], call["step"]).indices(size)
-    if not has_tokens(label[dim]):
-        return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
     if (start, stop, step) == (0, size, 1):
         return call["self"], label
+    if not has_tokens(label[dim]):
+        whole_batch(label[dim])
+        return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
     value, axis = cut(call, call["self"], label, dim, start, stop, step)
     return call.typed(value, with_axis(label, dim, axis))
 
@@ -136,6 +144,7 @@ def split(call: Call) -> Any:
     dim = call.args.get("dim", 0) % len(label)
     pieces = [v.shape for v in call.node.meta["val"]]
     if not has_tokens(label[dim]):
+        whole_batch(label[dim])
         return call.emit([with_axis(label, dim, plain((piece[dim],))[0]) for piece in pieces])
     out, at = [], 0
     for piece in pieces:
