@@ -97,7 +97,7 @@ AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
 
 WHY = {
-    "it views the tokens as a grid": "windows or a grid inside the blocks",
+    "it views": "windows or a grid inside the blocks",
     "it writes at positions": "image features are written into the prompt",
     "it joins groups of tokens": "time and space take turns",
     "it gives positions of tokens": "tokens are grouped by argmax",
