@@ -181,11 +181,7 @@ def choose_slots(
     """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
     blocks = structure.blocks
     if not blocks:
-        found = "; ".join(structure.unrecognised) or "no softmax between two matrix products, no fused attention"
-        raise UnsupportedGraph(
-            f"no residual attention block was found in this model ({found})",
-            hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model",
-        )
+        raise no_blocks(structure)
     if isinstance(budget, Schedule):
         where = sorted(budget.counts)
     if where is not None:
@@ -231,6 +227,16 @@ def choose_slots(
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
     return [make_slot(b, recipe.place, spans, layout) for b in chosen]
+
+
+def no_blocks(structure: Structure) -> UnsupportedGraph:
+    """The refusal of a model in which nothing was found, with what was seen instead."""
+    seen = structure.unrecognised[:3] or ["no softmax between two matrix products, no fused attention"]
+    more = len(structure.unrecognised) - len(seen)
+    return UnsupportedGraph(
+        f"no residual attention block was found in this model ({'; '.join(seen)}{f'; and {more} more' if more > 0 else ''})",
+        hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model",
+    )
 
 
 def before(block: Block, blocks: Sequence[Block]) -> Block | None:

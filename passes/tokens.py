@@ -162,11 +162,12 @@ def regroup(label: Label, shape: Iterable[int]) -> Label:
     """
     atoms: list[Atom] = list(normal(a for axis in label for a in axis))
     out: list[Axis] = []
-    for want in shape:
+    sizes = tuple(shape)
+    for want in sizes:
         got: list[Atom] = []
         while want != 1:
             if not atoms:
-                raise ValueError(f"cannot view {label} as {tuple(shape)}")
+                raise ValueError(f"it views {describe(label)} as {'x'.join(map(str, sizes))}")
             atom = atoms.pop(0)
             size = old((atom,))
             if want % size == 0:
@@ -180,7 +181,7 @@ def regroup(label: Label, shape: Iterable[int]) -> Label:
                 # a view (N, D) -> (N/u, u*D) glues u neighbours together; anything else (a grid, windows) tears them apart
                 raise SplitsTokens(atom, atom.old // want if not got and atom.old % want == 0 else None)
             else:
-                raise ValueError(f"cannot view {label} as {tuple(shape)}")
+                raise ValueError(f"it views {describe(label)} as {'x'.join(map(str, sizes))}")
         out.append(normal(got))
     return tuple(out)
 

@@ -169,8 +169,35 @@ def test_fresh_zero_tables_are_shaken(program, monkeypatch):
     assert table.abs().max() == 0
     no_coercion(monkeypatch)
     assert not tokcompile.check(model, args, blocks=[1]).results[0].ok
-    monkeypatch.setattr(oracles, "shaken", lambda gm, seed: gm)
+    monkeypatch.setattr(oracles, "shaken", lambda gm, seed, strength: gm)
     assert tokcompile.check(model, args, blocks=[1]).results[0].ok
+
+
+def test_a_model_without_blocks_is_told_why():
+    check = tokcompile.check(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (torch.randn(1, 3, 4),))
+    assert not check.ok
+    assert "no softmax between two matrix products" in check.unrecognised[0]
+    assert str(check).splitlines()[-1] == "the pass finds nothing to reduce in this model"
+
+
+class Root(Causal):
+    """Square roots of its parameters, which a strong shake makes negative, and an output with infinities on purpose."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((12, 16), gain))
+
+    def forward(self, x):
+        y = super().forward(x * self.gain.sqrt())
+        return y, y.masked_fill(torch.arange(16) > 12, float("-inf"))
+
+
+def test_parameters_are_shaken_less_where_the_model_would_give_nan():
+    args = (torch.randn(2, 12, 16),)
+    check = tokcompile.check(Root(0.3).eval(), args, spans=[(2, 10)])
+    assert check.ok, str(check)
+    with pytest.raises(tokcompile.InputError, match="gives NaN or Inf on these inputs"):
+        tokcompile.check(Root(-1.0).eval(), args, spans=[(2, 10)])
 
 
 @pytest.mark.parametrize("seed", [1, 2])

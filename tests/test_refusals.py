@@ -113,6 +113,27 @@ def test_never_recovering_refuses_even_the_end():
         optimize(head, recover="never")
 
 
+def test_samples_joined_after_the_last_block_get_their_tokens_back():
+    """Features of two depths share a head by being joined along the batch (ZoeDepth): samples keep other tokens."""
+
+    class Joined(Tiny):
+        def forward(self, x):
+            features = []
+            for block in self.blocks:
+                x = block(x)
+                features.append(x)
+            first, last = torch.cat(features[1:]).tanh().split(len(x))
+            return first.mean(1), last[:2]
+
+    model, args = Joined().eval(), (torch.randn(3, LENGTH, WIDTH),)
+    check = tokcompile.check(model, args, blocks=[0, 1])
+    assert check.ok, str(check)
+    recoveries = optimize((model, args), where=0).report.recoveries
+    assert [(r["op"], r["inside"]) for r in recoveries] == [("aten.cat", False)]
+    with pytest.raises(UnsupportedGraph, match=r"it joins or parts the samples of the batch[\s\S]*where=\[later blocks\]"):
+        optimize((tiny(lambda x: torch.cat([x, x])[: len(x)])[0], args), where=0)
+
+
 @pytest.mark.parametrize("between", [lambda x: x + torch.rand_like(x), lambda x: nn.functional.dropout(x, 0.5, True),
                                      lambda x: x + torch.randn(1, LENGTH, WIDTH)],
                          ids=["rand_like", "dropout", "randn"])  # fmt: skip
