@@ -193,8 +193,10 @@ struct DartSpace {
 };
 
 bool text_fits(const tc_shape* s, const tc_text* text) {
-  if (!text || text->pivots == 0) return true;
-  if (!in(text->pivots, 0, MOST_PIVOTS) || !in(text->spans, 0, TC_TEXT_SPANS) || s->unit != 1) return false;
+  if (!text) return true;
+  if (!in(text->pivots, 0, MOST_PIVOTS) || !in(text->spans, 0, TC_TEXT_SPANS)) return false;
+  if (text->pivots == 0 || text->spans == 0) return true;
+  if (s->unit != 1) return false;
   int32_t end = 0;
   for (int i = 0; i < text->spans; ++i) {
     if (text->edges[2 * i] < end || text->edges[2 * i + 1] <= text->edges[2 * i]) return false;
