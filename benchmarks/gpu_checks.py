@@ -40,7 +40,8 @@ def check(session: Session) -> None:
         ]
     for kind, batch, length, dim, share in shapes:
         cases = [Case(kind, method, batch, length, dim, share) for method in METHODS]
-        for case in [*cases, Case(kind, "pitome", batch, length, dim, share, "B")]:
+        cases += [Case(kind, "pitome", batch, length, dim, share, "B"), Case("llm", "dart", batch, length, dim, share)]
+        for case in cases:
             for dtype in TOLERANCE:
                 if session.left() <= 0:
                     session.part("check")["errors"].append({"error": f"{case} {dtype}: the time was up"})
@@ -76,7 +77,7 @@ def check_case(session: Session, case: Case, dtype: torch.dtype) -> None:
         row = compare(got, module, given)
         row["graph"] = all(g is None or torch.equal(g, o) for g, o in zip(got, out[-1]))
         row["ok"] = row["ok"] and row["graph"]
-        about = {"method": case.method, "dtype": str(dtype)[6:], "B": case.batch, "N": case.length, "D": case.dim, "k": case.k}
+        about = {"method": case.method, "text": case.text, "dtype": str(dtype)[6:], "B": case.batch, "N": case.length, "D": case.dim, "k": case.k}
         session.add("check", {**about, "data": "ties" if ties else "random", **row})
 
 
@@ -225,7 +226,7 @@ def sanitized(device: str) -> int:
     wrong = 0
     for method in METHODS:
         for dtype in TOLERANCE:
-            for kind, length, dim in (("vit", 40, 64), ("vlm", 67, 33)):
+            for kind, length, dim in (("vit", 40, 64), ("vlm", 67, 33), *[("llm", 50, 64)] * (method == "dart")):
                 case = Case(kind, method, 2, length, dim, 0.6)
                 module = case.module()
                 module.needs_assign = True

@@ -16,14 +16,16 @@ from tokcompile.plugins import torch_ops
 from tokcompile.recipe import Site, get_method
 
 METHODS = ("dart", "tome", "pitome", "topk", "evit", "divprune")
+TEXT = 64  # tokens of a question after the image
 L2 = 120e6  # bytes that inputs should exceed together: twice the cache of an H100
 
 
 @dataclass(frozen=True)
 class Case:
-    """One reduction. length: all tokens, of which a vision transformer's first is the class token."""
+    """One reduction. length: all tokens, of which a vision transformer's first is the class token; in a language model text
+    stands after them."""
 
-    kind: str  # vit or vlm
+    kind: str  # vit, vlm or llm
     method: str
     batch: int
     length: int
@@ -40,6 +42,11 @@ class Case:
         return self.length - self.prefix
 
     @property
+    def text(self) -> int:
+        """Tokens after the image, from which DART takes pivots too."""
+        return TEXT if self.kind == "llm" else 0
+
+    @property
     def k(self) -> int:
         return max(1, round(self.n * self.share))
 
@@ -50,26 +57,28 @@ class Case:
     def module(self) -> ReductionModule:
         recipe = get_method(self.method)
         options = recipe.with_options({"variant": self.variant} if self.method == "pitome" else {})
-        site = Site(n=self.n, k=self.k, prefix=self.prefix, block=2, depth=24, options=options)
+        text = ((self.length, self.length + self.text),) if self.text else ()
+        where = {"prefix": self.prefix, "suffix": self.text, "start": self.prefix, "text": text}
+        site = Site(n=self.n, k=self.k, block=2, depth=24, options=options, **where)
         return ReductionModule(recipe, site, 1, recipe.taps_read())
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0, ties: bool = False) -> tuple[Tensor | None, ...]:
         """(x, size, *taps). ties: few different rows of equal norm, whose products are exact and often equal."""
-        b, heads = self.batch, self.dim // self.head_dim
+        b, heads, length = self.batch, self.dim // self.head_dim, self.length + self.text
         g = torch.Generator(device).manual_seed(seed)
 
         def rows(*shape: int) -> Tensor:
             if not ties:
                 return torch.randn(shape, generator=g, device=device, dtype=torch.float32).to(dtype)
             choices = torch.randint(0, 2, (6, shape[-1]), generator=g, device=device) * 2 - 1
-            return choices.to(dtype)[torch.randint(0, 6, (b, self.length), generator=g, device=device)]
+            return choices.to(dtype)[torch.randint(0, 6, (b, length), generator=g, device=device)]
 
-        x = rows(b, self.length, self.dim)
-        keys = rows(b, heads, self.length, self.head_dim)
-        score = torch.rand(b, heads, self.length, generator=g, device=device)
+        x = rows(b, length, self.dim)
+        keys = rows(b, heads, length, self.head_dim)
+        score = torch.rand(b, heads, length, generator=g, device=device)
         if ties:
-            keys = keys[:, None].expand(b, heads, self.length, self.head_dim).contiguous()
-            score = (score[:, :1] * 8).round().expand(b, heads, self.length).contiguous() / 64
+            keys = keys[:, None].expand(b, heads, length, self.head_dim).contiguous()
+            score = (score[:, :1] * 8).round().expand(b, heads, length).contiguous() / 64
         taps = {"normed": x.flip(1).contiguous(), "keys": keys, "attention": score.to(dtype)}
         module = self.module()
         size = torch.randint(1, 5, (b, self.n), generator=g, device=device).float() if module.recipe.track_size else None
@@ -80,7 +89,7 @@ class Case:
         b, n, k, row = self.batch, self.n, self.k, self.dim * element
         heads = self.dim // self.head_dim
         whole = {
-            "dart": 2 * n * row + 2 * k * row,  # normed, keys, kept rows in and out
+            "dart": 2 * (n + self.text) * row + 2 * k * row,  # normed, keys, kept rows in and out
             "topk": n * heads * element + 2 * k * row,
             "evit": n * heads * element + (n + k) * row,
             "tome": n * row + (n + k) * row + 4 * (n + k),
@@ -98,19 +107,24 @@ def eager(case: Case, given: tuple[Tensor | None, ...]) -> Run:
     """The papers' form over the same n tokens."""
     x, size, *taps = given
     assert x is not None
+    all_of_it = case.length + case.text
     cut = [
-        t[:, case.prefix :] if t.ndim == 3 and t.shape[1] == case.length else t[:, :, case.prefix :]
+        t[:, case.prefix :] if t.ndim == 3 and t.shape[1] == all_of_it else t[:, :, case.prefix :]
         for t in taps
         if t is not None
     ]
     sizes = [] if size is None else [size]
+    if case.text:
+        return lambda: eager_dart(x, *cut, case.k, text=case.text)
     return lambda: EAGER[case.method](x[:, case.prefix :], *sizes, *cut, case.k)
 
 
 def headline_cases(session: Session) -> list[Case]:
     if session.dry:
-        return [Case("vlm", m, 1, 40, 64, 0.5) for m in METHODS] + [Case("vit", "tome", 2, 33, 64, 0.5)]
+        more = [Case("vit", "tome", 2, 33, 64, 0.5), Case("llm", "dart", 1, 40, 64, 0.3)]
+        return [Case("vlm", m, 1, 40, 64, 0.5) for m in METHODS] + more
     dart = [Case("vlm", "dart", 1, 2880, 4096, share) for share in (0.11, 0.25, 0.5)]
+    dart += [Case("llm", "dart", 1, n, 4096, 0.11) for n in (2880, 576)]
     merge = [
         Case("vit", m, b, n, d, 0.5) for m in ("tome", "pitome") for b, n, d in ((8, 577, 1024), (1, 197, 768), (64, 197, 768))
     ]
@@ -183,7 +197,7 @@ def time_case(session: Session, case: Case, compiled: bool) -> dict[str, Any]:
     session.bandwidth = session.bandwidth or copy_bandwidth(session)
     floor = case.bytes(2) / session.bandwidth
     row = {
-        "method": case.method, "B": case.batch, "N": case.length, "D": case.dim, "k": case.k,
+        "method": case.method, "text": case.text, "B": case.batch, "N": case.length, "D": case.dim, "k": case.k,
         "kernel": torch_ops.library(session.device) is not None,
         **{f"{name} us": seconds * 1e6 for name, seconds in found.items()}, "floor us": floor * 1e6,
         "over floor": found["graph"] / floor, "eager over kernel": found["eager"] / found["call"],
@@ -197,20 +211,23 @@ def time_case(session: Session, case: Case, compiled: bool) -> dict[str, Any]:
 # x: (B, n, D), size: (B, n), keys: (B, H, n, d), attention: (B, H, n); all of the n reducible tokens
 
 
-def eager_dart(x: Tensor, normed: Tensor, keys: Tensor, k: int, pivots: int = 4) -> Tensor:
-    """One image at a time; the tokens still free are a Python set."""
-    kept = []
+def eager_dart(x: Tensor, normed: Tensor, keys: Tensor, k: int, pivots: int = 4, text: int = 0) -> Tensor:
+    """One image at a time; the tokens still free are a Python set. The last `text` tokens are text: as many of them are
+    pivots too, and all of them stay."""
+    n, kept = x.shape[1] - text, []
     for b in range(x.shape[0]):
-        first = torch.topk(keys[b].permute(1, 0, 2).flatten(1).abs().sum(1), min(pivots, k)).indices.tolist()
-        chosen, free = set(first), sorted(set(range(x.shape[1])) - set(first))
+        norm = keys[b].permute(1, 0, 2).flatten(1).abs().sum(1)
+        first = torch.topk(norm[:n], min(pivots, k)).indices.tolist()
+        turns = first + ([n + i for i in torch.topk(norm[n:], pivots).indices.tolist()] if text else [])
+        chosen, free = set(first), sorted(set(range(n)) - set(first))
         left = k - len(first)
-        for turn, pivot in enumerate(first):
-            take = -(-left // (len(first) - turn))
+        for turn, pivot in enumerate(turns):
+            take = -(-left // (len(turns) - turn))
             rest = torch.tensor(free, device=x.device)
             likeness = cosine_similarity(normed[b, pivot][None], normed[b, rest], dim=-1)
             chosen |= set(rest[torch.topk(-likeness, take).indices].tolist())
             free, left = sorted(set(free) - chosen), left - take
-        kept.append(torch.tensor(sorted(chosen), device=x.device))
+        kept.append(torch.tensor([*sorted(chosen), *range(n, n + text)], device=x.device))
     return torch.stack([x[b, index] for b, index in enumerate(kept)])
 
 

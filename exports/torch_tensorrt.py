@@ -44,9 +44,9 @@ def converter(trt: Any, name: str) -> Callable[..., tuple[Any, ...]]:
     def convert(ctx: Any, target: Any, args: Sequence[Any], kwargs: Any, layer_name: str) -> tuple[Any, ...]:
         from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
-        x, size, taps, place, numbers, assign = args
+        x, size, taps, place, numbers, text, assign = args
         kernel = KERNELS[name]
-        method, attributes = describe(name, place, numbers, assign)
+        method, attributes = describe(name, place, numbers, text, assign)
         if kernel.merges and size is None:
             size = torch.ones(x.shape[0], place[0])
         given = [x, *([size] if kernel.merges else []), *taps]
@@ -60,15 +60,20 @@ def converter(trt: Any, name: str) -> Callable[..., tuple[Any, ...]]:
     return convert
 
 
-def describe(name: str, place: Sequence[int], numbers: Sequence[float], assign: bool) -> tuple[str, dict[str, Any]]:
+def describe(
+    name: str, place: Sequence[int], numbers: Sequence[float], text: Sequence[int], assign: bool
+) -> tuple[str, dict[str, Any]]:
     """The method of an op's call and the attributes of its plugin."""
     kernel = KERNELS[name]
     recipe, options = kernel.options(numbers)
+    if kernel.text:
+        options = {**options, "text_pivots": text[0] if text else 0}
     sizes = ["size"] if kernel.merges else []
     out: dict[str, Any] = dict(zip(("n", "k", "unit", "start", "tap_start"), place))
     # what depends on the block is in the numbers already
     out |= {"prefix": place[3] // place[2], "block": 0, "depth": 1, "method": recipe.name}
     out |= {"inputs": ",".join(["x", *sizes, *kernel.taps]), "outputs": ",".join(["x", "index", *sizes, *["assign"] * assign])}
+    out |= {"text": list(text[1:]) or [0]} if kernel.text else {}
     return recipe.name, {**out, **{f"option_{key}": value for key, value in recipe.with_options(options).items()}}
 
 
@@ -78,4 +83,4 @@ def field(trt: Any, name: str, value: Any) -> Any:
         return trt.PluginField(name, np.frombuffer(value.encode(), np.int8), trt.PluginFieldType.CHAR)
     if isinstance(value, float):
         return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
-    return trt.PluginField(name, np.array([int(value)], np.int32), trt.PluginFieldType.INT32)
+    return trt.PluginField(name, np.array(value, np.int32).reshape(-1), trt.PluginFieldType.INT32)

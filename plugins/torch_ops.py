@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tokcompile.methods import dart, divprune, evit, pitome, tome, topk
+from tokcompile.methods import dart, divprune, evit, fastervlm, fastv, fopru, pitome, tome, topk
 from tokcompile.recipe import Recipe, Site
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ALIGN = 256  # of the workspace, as launch.h asks
 VECTOR = 16  # bytes that a kernel may load at once
 REFUSED = 1  # cudaErrorInvalidValue: nothing was enqueued
+SPANS = 128  # TC_TEXT_SPANS
+ATTENTION = ("cls_attention", "last_attention", "received_attention")
 SCHEMA = (
-    "(Tensor x, Tensor? size, Tensor[] taps, int[] place, float[] numbers, bool assign) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor x, Tensor? size, Tensor[] taps, int[] place, float[] numbers, int[] text, bool assign)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -51,11 +54,18 @@ class Shape(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Text(ctypes.Structure):
+    """tc_text."""
+
+    _fields_ = [("pivots", ctypes.c_int32), ("spans", ctypes.c_int32), ("edges", ctypes.c_int32 * (2 * SPANS))]
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of launch.h. taps: those it reads. sizes: whether it has arguments for sizes; merges: whether we use them.
-    numbers: the C types of its own arguments, of which the first `sized` also go to its workspace function. options: from
-    these numbers to the recipe and the options that mean the same."""
+    """One entry of launch.h. taps: those it reads; an attention row of any name is read as cls_attention. sizes: whether it
+    has arguments for sizes; merges: whether we use them. numbers: the C types of its own arguments, of which the first
+    `sized` also go to its workspace function. options: from these numbers to the recipe and the options that mean the same.
+    text: whether it has an argument for text, in both functions."""
 
     name: str
     taps: tuple[str, ...]
@@ -64,13 +74,16 @@ class Kernel:
     numbers: tuple[Any, ...]
     sized: int
     options: Callable[[Sequence[float]], tuple[Recipe, dict[str, Any]]]
+    text: bool = False
 
 
 INT, FLOAT = ctypes.c_int32, ctypes.c_float
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("dart", dart.DART.taps_read(), False, False, (INT,), 1, lambda v: (dart.DART, {"pivots": int(v[0])})),
+        Kernel(
+            "dart", dart.DART.taps_read(), False, False, (INT,), 1, lambda v: (dart.DART, {"pivots": int(v[0])}), text=True,
+        ),
         Kernel("topk", topk.TOPK.taps_read(), True, False, (INT,), 1, lambda v: (evit.EVIT, {"fuse": bool(v[0])})),
         Kernel("tome", tome.TOME.taps_read(), True, True, (), 0, lambda v: (tome.TOME, {})),
         Kernel(
@@ -84,11 +97,13 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Use:
-    """A reduction as a call of one kernel. place: n, k, unit, start, tap_start."""
+    """A reduction as a call of one kernel. place: n, k, unit, start, tap_start. text: how many pivots come from text, then
+    where it starts and stops in the taps, (pivots, start, stop, start, ...); empty for none."""
 
     name: str
     place: tuple[int, ...]
     numbers: tuple[float, ...]
+    text: tuple[int, ...] = ()
 
 
 def kernel_for(module: ReductionModule) -> Use | None:
@@ -102,24 +117,40 @@ def kernel_for(module: ReductionModule) -> Use | None:
         return None
     name, numbers = found
     kernel = KERNELS[name]
-    if module.names != kernel.taps or recipe.track_size != kernel.merges:
+    if recipe.track_size != kernel.merges or not reads(kernel, module.names):
+        return None
+    text = text_of(site) if kernel.text else ()
+    if text and (unit > 1 or len(text) > 1 + 2 * SPANS):
         return None
     if name == "tome":  # the reference counts even and odd from site.prefix, the kernel from where the taps begin
         prefix, begin = site.prefix, module.tap_start // unit
         if (prefix % 2, prefix > 0) != (begin % 2, begin > 0):
             return None
-    return Use(name, (site.n, site.k, unit, module.start, module.tap_start), numbers)
+    return Use(name, (site.n, site.k, unit, module.start, module.tap_start), numbers, text)
+
+
+def reads(kernel: Kernel, names: tuple[str, ...]) -> bool:
+    """Whether taps of these names are what the kernel takes."""
+    return names == kernel.taps or (kernel.taps == ("cls_attention",) and len(names) == 1 and names[0] in ATTENTION)
+
+
+def text_of(site: Site) -> tuple[int, ...]:
+    """`Use.text` of a DART reduction."""
+    count, spans = dart.text_after(site)
+    return (count, *(edge for span in spans for edge in span)) if count else ()
 
 
 def kernel_of_plan(recipe: Recipe, site: Site) -> tuple[str, tuple[float, ...]] | None:
     """(kernel, its numbers). The plan has to be our own function: a recipe of the same name may hold another."""
     options = site.options
     if recipe.plan is dart.plan:
-        if options["text_pivots"] and any(span[0] >= site.start + site.n for span in site.text):
-            return None  # the kernel's pivots are image tokens only
+        if options["text_pivots"] < 0:
+            return None
         return ("dart", (float(min(options["pivots"], site.k)),)) if options["pivots"] >= 1 else None
-    if recipe.plan is topk.plan:
+    if recipe.plan in (topk.plan, fastv.plan, fastervlm.plan):
         return "topk", (0.0,)
+    if recipe.plan is fopru.plan:
+        return ("topk", (0.0,)) if options["strategy"] == "rank" else None
     if recipe.plan is evit.plan:
         return "topk", (float(bool(options["fuse"])),)
     if recipe.plan is tome.plan:
@@ -161,7 +192,7 @@ def call(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], assig
     """What `ReductionModule.reference` gives, from the op."""
     op = getattr(torch.ops.tokcompile, use.name)
     taps = [t.to(x.dtype) for t in taps]
-    new, index, new_size, slots = op(x, size, taps, use.place, use.numbers, assign)
+    new, index, new_size, slots = op(x, size, taps, use.place, use.numbers, use.text, assign)
     return new, index, new_size if KERNELS[use.name].merges else None, slots if assign else None
 
 
@@ -184,19 +215,19 @@ def results(kernel: Kernel, x: Tensor, place: Sequence[int], assign: bool) -> Ou
 
 def run(
     kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
-    numbers: Sequence[float], assign: bool,
+    numbers: Sequence[float], text: Sequence[int], assign: bool,
 ) -> Outputs:  # fmt: skip
     """The kernel where there is a library for the device and it takes the arguments, else the reference."""
     lib = library(x.device.type) if x.dtype in DTYPES and all(t.dtype == x.dtype for t in taps) else None
     if lib is not None:
         out = results(kernel, x, place, assign)
-        code = launch(lib, kernel, x, size, taps, place, numbers, out)
+        code = launch(lib, kernel, x, size, taps, place, numbers, text, out)
         if code == 0:
             return out
         if code != REFUSED:
             raise RuntimeError(f"tokcompile::{kernel.name} failed with CUDA error {code} for {describe(x, place)}")
         note(f"the kernel of tokcompile::{kernel.name} does not take {describe(x, place)}; plain PyTorch runs there")
-    return reference(kernel, x, size, taps, place, numbers, assign)
+    return reference(kernel, x, size, taps, place, numbers, text, assign)
 
 
 def describe(x: Tensor, place: Sequence[int]) -> str:
@@ -205,22 +236,29 @@ def describe(x: Tensor, place: Sequence[int]) -> str:
 
 def launch(
     lib: ctypes.CDLL, kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
-    numbers: Sequence[float], out: Outputs,
+    numbers: Sequence[float], text: Sequence[int], out: Outputs,
 ) -> int:  # fmt: skip
     """Enqueues one kernel on the current stream. Inputs are kept until then; after it, the allocator knows the stream."""
     x, taps = dense(x), [dense(t) for t in taps]
     size = None if size is None else dense(size.float())
     shape = shape_of(x, dict(zip(kernel.taps, taps)), place)
     own = [kind(int(v) if kind is INT else v) for kind, v in zip(kernel.numbers, numbers)]
+    more = [ctypes.byref(c_text(text))] if kernel.text else []
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        needed = getattr(lib, f"tc_{kernel.name}_workspace")(ctypes.byref(shape), *own[: kernel.sized])
+        needed = getattr(lib, f"tc_{kernel.name}_workspace")(ctypes.byref(shape), *own[: kernel.sized], *more)
         space = torch.empty(needed + ALIGN, dtype=torch.uint8, device=x.device)
         workspace = -(-space.data_ptr() // ALIGN) * ALIGN
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
         new, index, new_size, slots = out
         given = [pointer(x), *([pointer(size)] if kernel.sizes else []), *map(pointer, taps)]
         wanted = [pointer(new), pointer(index), *([pointer(new_size)] if kernel.sizes else []), pointer(slots)]
-        return getattr(lib, f"tc_{kernel.name}")(ctypes.byref(shape), *own, *given, *wanted, workspace, stream)
+        return getattr(lib, f"tc_{kernel.name}")(ctypes.byref(shape), *own, *more, *given, *wanted, workspace, stream)
+
+
+def c_text(text: Sequence[int]) -> Text:
+    """`Use.text` as the kernel takes it."""
+    pivots, *edges = text or (0,)
+    return Text(pivots, len(edges) // 2, (ctypes.c_int32 * (2 * SPANS))(*edges))
 
 
 def shape_of(x: Tensor, taps: dict[str, Tensor], place: Sequence[int]) -> Shape:
@@ -247,14 +285,18 @@ def pointer(t: Tensor | None) -> int | None:
 
 def reference(
     kernel: Kernel, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], place: Sequence[int],
-    numbers: Sequence[float], assign: bool,
+    numbers: Sequence[float], text: Sequence[int], assign: bool,
 ) -> Outputs:  # fmt: skip
     """The same in plain PyTorch: the op's meaning."""
     from tokcompile.passes.reduction import ReductionModule
 
     n, k, unit, start, tap_start = place
     recipe, options = kernel.options(numbers)
-    site = Site(n, k, tap_start // unit, options=recipe.with_options(options))
+    count, *edges = text or (0,)
+    if kernel.text:
+        options = {**options, "text_pivots": count}
+    begin, spans = tap_start // unit, tuple(zip(edges[::2], edges[1::2]))
+    site = Site(n, k, begin, start=begin, text=spans, options=recipe.with_options(options))
     module = ReductionModule(recipe, site, unit, kernel.taps, start, tap_start)
     module.needs_assign = assign
     if size is None and kernel.merges:
@@ -269,7 +311,7 @@ def reference(
 def register(kernel: Kernel) -> None:
     """Makes `tokcompile::<name>` an op that torch.compile takes as one opaque call."""
     op = torch.library.custom_op(f"tokcompile::{kernel.name}", functools.partial(run, kernel), mutates_args=(), schema=SCHEMA)
-    op.register_fake(lambda x, size, taps, place, numbers, assign: results(kernel, x, place, assign))
+    op.register_fake(lambda x, size, taps, place, numbers, text, assign: results(kernel, x, place, assign))
 
 
 for _kernel in KERNELS.values():
@@ -305,9 +347,10 @@ def load(path: Path) -> ctypes.CDLL:
     shape, address = ctypes.POINTER(Shape), ctypes.c_void_p
     for kernel in KERNELS.values():
         workspace, run_it = getattr(lib, f"tc_{kernel.name}_workspace"), getattr(lib, f"tc_{kernel.name}")
-        workspace.argtypes, workspace.restype = [shape, *kernel.numbers[: kernel.sized]], ctypes.c_size_t
+        more = [ctypes.POINTER(Text)] if kernel.text else []
+        workspace.argtypes, workspace.restype = [shape, *kernel.numbers[: kernel.sized], *more], ctypes.c_size_t
         pointers = 1 + 2 * kernel.sizes + len(kernel.taps) + 3 + 2  # x, sizes, taps, three results, workspace and stream
-        run_it.argtypes, run_it.restype = [shape, *kernel.numbers, *[address] * pointers], ctypes.c_int32
+        run_it.argtypes, run_it.restype = [shape, *kernel.numbers, *more, *[address] * pointers], ctypes.c_int32
     return lib
 
 

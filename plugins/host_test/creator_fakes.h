@@ -183,15 +183,19 @@ inline Plugin create(std::string const& name, PluginFieldCollection const* field
   return Plugin(found ? found->createPlugin("reduction_0", fields, phase) : nullptr);
 }
 
+// A field of 32-bit numbers or of characters as a string.
+inline std::string written(PluginField const& f) {
+  int32_t const bytes = f.type == PluginFieldType::kCHAR ? f.length : 4 * f.length;
+  return std::string(f.name) + "=" + std::to_string(int32_t(f.type)) + ":" +
+         std::string(static_cast<char const*>(f.data), bytes) + ";";
+}
+
 // The fields as one string: equal for equal plugins.
 inline std::string written(Plugin const& p) {
-  std::string out;
+  std::string out = ";";
   auto const* all = p.runtime->getFieldsToSerialize();
   for (int32_t i = 0; all && i < all->nbFields; ++i) {
-    auto const& f = all->fields[i];
-    int32_t const bytes = f.type == PluginFieldType::kCHAR ? f.length : 4 * f.length;
-    out += std::string(f.name) + "=" + std::to_string(int32_t(f.type)) + ":" +
-           std::string(static_cast<char const*>(f.data), bytes) + ";";
+    out += written(all->fields[i]);
   }
   return out;
 }

@@ -33,9 +33,14 @@ Sizes const X = {3, 14, 16}, K = {3, 2, 14, 8}, ROW = {3, 2, 14}, SIZE = {3, 12}
 std::vector<Case> const CASES = {
     {"Dart", "x,normed,rotated_k", "x,index", {X, X, K},
      [](Fields& f) { f.ints("option_pivots", {4}), f.ints("option_text_pivots", {4}), f.ints("text", {0}); }},
+    {"Dart", "x,normed,rotated_k", "x,index", {X, {3, 20, 16}, {3, 2, 20, 8}},
+     [](Fields& f) { f.ints("option_pivots", {4}), f.ints("option_text_pivots", {3}), f.ints("text", {0, 1, 13, 15, 16, 20}); }},
     {"Dart", "x,normed,k", "x,index,assign", {X, X, K}, [](Fields& f) { f.ints("option_pivots", {1}); }},
     {"Topk", "x,cls_attention", "x,index", {X, ROW}, [](Fields&) {}},
     {"Topk", "x,received_attention", "x,index,assign", {X, ROW}, [](Fields&) {}},
+    {"Fastv", "x,last_attention", "x,index", {X, ROW}, [](Fields&) {}},
+    {"Fastervlm", "x,cls_attention", "x,index", {X, ROW}, [](Fields&) {}},
+    {"Fopru", "x,received_attention", "x,index", {X, ROW}, [](Fields& f) { f.text("option_strategy", "rank"); }},
     {"Evit", "x,cls_attention", "x,index", {X, ROW}, [](Fields& f) { f.ints("option_fuse", {1}); }},
     {"Tome", "x,size,k", "x,index,size", {X, SIZE, K}, [](Fields& f) { f.ints("prefix", {1}); }},
     {"Tome", "x,k,size", "x,size,index,assign", {X, K, SIZE}, [](Fields& f) { f.ints("prefix", {1}); }},
@@ -136,6 +141,11 @@ void checkCase(Case const& c) {
     return;
   }
   check(written(p) == written(q), std::string(c.name) + ": the same from 32-bit and 64-bit integers");
+  for (int32_t i = 0; i < fields.collection()->nbFields; ++i) {
+    auto const& f = fields.collection()->fields[i];
+    bool const whole = f.type == PluginFieldType::kINT32 && std::string(f.name) == "option_alpha";  // written as a float
+    check(whole || written(p).find(written(f)) != std::string::npos, std::string(c.name) + ": does not write " + f.name);
+  }
   check(std::string(p.core->getPluginName()) == c.name && std::string(p.core->getPluginNamespace()) == "tokcompile" &&
             std::string(p.core->getPluginVersion()) == "1",
         std::string(c.name) + ": its name");
@@ -189,6 +199,15 @@ void refused(char const* name, void (*change)(Fields&), std::string const& messa
   check(logger.errors.find(whole) != std::string::npos, "no message: " + whole);
 }
 
+// So many runs of one text token each, after the tokens.
+std::vector<int32_t> runs(int32_t count) {
+  std::vector<int32_t> out;
+  for (int32_t i = 0; i < count; ++i) {
+    out.push_back(20 + 2 * i), out.push_back(21 + 2 * i);
+  }
+  return out;
+}
+
 void checkRefusals() {
   refused("Dart", [](Fields& f) { f.ints("k", {13}); }, "attribute k is 13; it must be an integer from 1 to n = 12");
   refused("Dart", [](Fields& f) { f.ints("k", {0}); }, "attribute k is 0; it must be an integer of at least 1");
@@ -204,8 +223,15 @@ void checkRefusals() {
           "attribute option_pivots is missing; it is an integer of");
   refused("Dart", [](Fields& f) { f.ints("option_pivots", {0}); },
           "attribute option_pivots is 0; it must be an integer of");
-  refused("Dart", [](Fields& f) { f.ints("text", {0, 1, 13, 14}); },
-          "attribute option_text_pivots is 4; it must be 0, because text follows at 13");
+  refused("Dart", [](Fields& f) { f.ints("text", {0, 1, 13}); }, "attribute text has 3 numbers; it must be starts and");
+  refused("Dart", [](Fields& f) { f.ints("text", {13, 13}); }, "attribute text goes from 13 to 13; it must be starts");
+  refused("Dart", [](Fields& f) { f.ints("text", {14, 16, 13, 14}); }, "attribute text goes from 13 to 14; it must be");
+  refused("Dart", [](Fields& f) { f.ints("text", {-1, 1}); }, "attribute text is -1 and 1 more; it must be integers of");
+  refused("Dart", [](Fields& f) { f.ints("text", {25, 26}), f.ints("unit", {2}); },
+          "attribute option_text_pivots is 4; it must be 0 for groups of 2");
+  refused("Dart", [](Fields& f) { f.ints("text", runs(129)); }, "attribute text has more than 128 runs of text after");
+  refused("Fopru", [](Fields& f) { f.text("option_strategy", "row"); },
+          "attribute option_strategy is \"row\"; it must be one of rank");
   refused("Dart", [](Fields& f) { f.text("inputs", "x,k"); },
           "attribute inputs is \"x,k\"; it must name x, normed, k, and x first");
   refused("Dart", [](Fields& f) { f.text("inputs", "normed,x,k"); },
@@ -263,12 +289,13 @@ void misshapen(Case const& c, size_t input, Sizes const& sizes, std::string cons
 }
 
 void checkMisshapen() {
-  auto const &dart = CASES[0], &topk = CASES[2], &tome = CASES[5];
+  auto const &dart = CASES[0], &text = CASES[1], &topk = CASES[3], &tome = CASES[9];
   misshapen(dart, 0, {3, 12, 16}, "input x is 3x12x16; it must hold n = 12 groups of unit = 1 from start = 1");
   misshapen(dart, 0, {14, 16}, "input x is 14x16; it must have 3 dimensions");
   misshapen(dart, 1, {3, 14, 8}, "input normed is 3x14x8; it must be as wide as x, 16");
   misshapen(dart, 1, {2, 14, 16}, "input normed is 2x14x16; it must have the batch of x, 3");
   misshapen(dart, 2, {3, 2, 15, 8}, "input rotated_k is 3x2x15x8; it must be as long as the tap before it, 14");
+  misshapen(text, 1, {3, 19, 16}, "input normed is 3x19x16; it must hold the text up to 20");
   misshapen(topk, 1, {3, 2, 12},
             "input cls_attention is 3x2x12; it must hold n = 12 groups of unit = 1 from tap_start = 1");
   misshapen(CASES.back(), 0, {3, 14, 9000}, "the kernel does not take 12 tokens in groups of 1 over x of 3x14x9000");
@@ -290,7 +317,7 @@ void checkCounts() {
 int main() {
   setLoggerFinder(&logger);
   int32_t count = 0;
-  check(getCreators(count) && count == 6, "six creators");
+  check(getCreators(count) && count == 9, "nine creators");
   check(!creator("Grid") && !creator("Random"), "grid and random stay plain ops");
   for (auto const& c : CASES) {
     checkCase(c);

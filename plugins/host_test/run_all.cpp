@@ -70,10 +70,14 @@ void methods(const tc_shape& s, size_t odd, bool parts) {
     assign.assign(assign.size(), -1);
   };
   int64_t *i = index.data(), *a = assign.data();
-  for (int pivots : {1, 3}) {
-    Buffer w(tc_dart_workspace(&s, pivots));
-    done(tc_dart(&s, pivots, x.data(), normed.data(), keys.data(), out.data(), i, a, w.data, nullptr), "dart");
-  }
+  const int after = s.tap_start + s.n * s.unit;
+  const tc_text text{5, 2, {0, s.tap_start, after, s.tap_length}};
+  const bool has_text = s.unit == 1 && s.tap_start > 0 && s.tap_length > after;
+  for (const tc_text* given : {static_cast<const tc_text*>(nullptr), has_text ? &text : nullptr})
+    for (int pivots : {1, 3}) {
+      Buffer w(tc_dart_workspace(&s, pivots, given));
+      done(tc_dart(&s, pivots, given, x.data(), normed.data(), keys.data(), out.data(), i, a, w.data, nullptr), "dart");
+    }
   for (int fuse : {0, 1}) {
     Buffer w(tc_topk_workspace(&s, fuse));
     done(tc_topk(&s, fuse, x.data(), size.data(), attention.data(), out.data(), i, new_size.data(), a, w.data, nullptr),

@@ -1,4 +1,5 @@
-// DART: L1 norms of the keys, the pivots, all dot products with them in one pass over `normed`, then the picks.
+// DART: L1 norms of the keys, the pivots among the groups and among text tokens, all dot products with them in one pass
+// over `normed`, then the picks.
 #ifndef TOKCOMPILE_DART_CUH
 #define TOKCOMPILE_DART_CUH
 
@@ -7,20 +8,33 @@
 
 namespace tc {
 
-// norms: (B, n). A warp per group reads H runs of d numbers.
+// The text tokens that may be pivots: `total` rows of the taps, in runs from edges[2 i] to edges[2 i + 1].
+struct Text {
+  int pivots, total;
+  int32_t edges[2 * TC_TEXT_SPANS];
+  TC_DEVICE int row(int i) const {
+    int e = 0;
+    for (; i >= edges[e + 1] - edges[e]; e += 2) i -= edges[e + 1] - edges[e];
+    return edges[e] + i;
+  }
+};
+
+// norms: (B, n + text.total), the groups' and then the text's. A warp per group reads H runs of d numbers.
 template <class T, int V, bool ONE>
 struct KeyNorms {
   static constexpr int THREADS = 256;
   KeyRows<T> keys;
+  Text text;
   float* norms;
-  int64_t parts() const { return (keys.n + THREADS / WARP - 1) / (THREADS / WARP); }
+  TC_DEVICE int count() const { return keys.n + text.total; }
+  int64_t parts() const { return (keys.n + text.total + THREADS / WARP - 1) / (THREADS / WARP); }
 
   TC_DEVICE void operator()(const Block& t) const {
     constexpr int PART = THREADS / WARP;
     const int run = keys.dim / V, all = keys.heads * run;
     const size_t head = size_t(keys.length) * keys.dim;
-    for (int i = t.x * PART + t.warp(); i < Min()(keys.n, (t.x + 1) * PART); i += t.warps()) {
-      const T* first = keys.group(t.y, 0, i);
+    for (int i = t.x * PART + t.warp(); i < Min()(count(), (t.x + 1) * PART); i += t.warps()) {
+      const T* first = i < keys.n ? keys.group(t.y, 0, i) : keys.row(t.y, 0, text.row(i - keys.n));
       float sum = 0;
 #pragma unroll 4
       for (int j = t.lane(); j < all; j += WARP) {
@@ -30,63 +44,89 @@ struct KeyNorms {
         TC_UNROLL for (int e = 0; e < V; ++e) sum += fabsf(v[e]);
       }
       sum = warp_all(sum, Sum());
-      if (t.lane() == 0) norms[size_t(t.y) * keys.n + i] = sum;
+      if (t.lane() == 0) norms[size_t(t.y) * count() + i] = sum;
     }
   }
 };
 
-// pivots: (B, count), the groups of largest norm, largest first. One block per image.
+// pivots: (B, count + text.pivots), the groups of largest norm, largest first, then likewise the text's rows in the
+// taps. One block per image.
 struct Pivots {
   static constexpr int THREADS = 1024;
   const float* norms;
   int n, count;
+  Text text;
   int32_t* pivots;
-  size_t shared() const { return sizeof(SelectShared) + sizeof(uint64_t) * count; }
+  size_t shared() const {
+    return sizeof(SelectShared) + sizeof(uint64_t) * (count > text.pivots ? count : text.pivots);
+  }
 
   TC_DEVICE void operator()(const Block& t) const {
+    const float* own = norms + size_t(t.y) * (n + text.total);
+    int32_t* to = pivots + size_t(t.y) * (count + text.pivots);
+    choose(t, own, n, count, [](int i) { return i; }, to);
+    if (text.pivots == 0) return;
+    t.sync();
+    choose(t, own + n, text.total, text.pivots, [&](int i) { return text.row(i); }, to + count);
+  }
+
+  // to: the `need` largest of `all` scores, largest first, as what `name` calls them.
+  template <class Name>
+  TC_DEVICE void choose(const Block& t, const float* scores, int all, int need, const Name& name, int32_t* to) const {
     auto* s = reinterpret_cast<SelectShared*>(t.shared);
     auto* chosen = reinterpret_cast<uint64_t*>(s + 1);
-    const auto key = [&](int i) { return key_of(ordered(norms[size_t(t.y) * n + i]), i); };
-    const uint64_t least = threshold(t, n, count, key, s);
+    const auto key = [&](int i) { return key_of(ordered(scores[i]), i); };
+    const uint64_t least = threshold(t, all, need, key, s);
     compact(
-        t, n, [&](int i) { return key(i) >= least; },
+        t, all, [&](int i) { return key(i) >= least; },
         [&](int i, bool is, int before) {
           if (is) chosen[before] = key(i);
         },
         s->counts);
     t.sync();
-    for (int i = t.thread; i < count; i += t.threads) {
+    for (int i = t.thread; i < need; i += t.threads) {
       int rank = 0;
-      for (int j = 0; j < count; ++j) rank += chosen[j] > chosen[i];
-      pivots[size_t(t.y) * count + rank] = key_index(chosen[i]);
+      for (int j = 0; j < need; ++j) rank += chosen[j] > chosen[i];
+      to[rank] = name(key_index(chosen[i]));
     }
   }
 };
 
-// dots: (B, count, n) of each group with each pivot, inverse: (B, n) one over its length. A warp takes ROWS groups and
-// reads them once for up to AT pivots; the pivots' rows come from the caches.
-template <class T, int V, bool ONE>
+// dots: (B, count + other, n) of each group with each pivot, of which the last `other` are rows of the text. inverse:
+// (B, n + other) one over the length of each group, then of those rows. A warp takes ROWS groups and reads them once for
+// up to AT pivots; the pivots' rows come from the caches.
+template <class T, int V, bool ONE, int AT>
 struct PivotDots {
   static constexpr int THREADS = 256;
-  static constexpr int ROWS = 2, AT = 4, PART = THREADS / WARP * ROWS;
+  static constexpr int ROWS = 2, PART = THREADS / WARP * ROWS;
   Rows<T> x;
-  int count;
+  int count, other;
   const int32_t* pivots;
   float *dots, *inverse;
-  int64_t parts() const { return (x.n + PART - 1) / PART; }
+  int64_t parts() const { return (x.n + other + PART - 1) / PART; }
 
   TC_DEVICE void operator()(const Block& t) const {
-    for (int i = t.x * PART + t.warp() * ROWS; i < Min()(x.n, (t.x + 1) * PART); i += t.warps() * ROWS)
-      for (int p = 0; p < count; p += AT) take(t, i, p);
+    const int rows = x.n + other;
+    for (int i = t.x * PART + t.warp() * ROWS; i < Min()(rows, (t.x + 1) * PART); i += t.warps() * ROWS)
+      for (int p = 0; p < count + other; p += AT) take(t, i, p);
+  }
+
+  TC_DEVICE const T* pivot_row(const Block& t, int p) const {
+    const int at = pivots[size_t(t.y) * (count + other) + p];
+    return p < count ? x.group(t.y, at) : x.row(t.y, at);
   }
 
   TC_DEVICE void take(const Block& t, int i, int p) const {
+    const int all = count + other, rows = x.n + other;
     const T *row[ROWS], *pivot[AT];
-    TC_UNROLL for (int r = 0; r < ROWS; ++r) row[r] = x.group(t.y, Min()(i + r, x.n - 1));
-    TC_UNROLL for (int q = 0; q < AT; ++q)
-      pivot[q] = x.group(t.y, pivots[size_t(t.y) * count + Min()(p + q, count - 1)]);
+    TC_UNROLL for (int r = 0; r < ROWS; ++r) {
+      const int at = Min()(i + r, rows - 1);
+      row[r] = at < x.n ? x.group(t.y, at) : pivot_row(t, count + at - x.n);
+    }
+    TC_UNROLL for (int q = 0; q < AT; ++q) pivot[q] = pivot_row(t, Min()(p + q, all - 1));
     float sum[ROWS][AT] = {}, squares[ROWS] = {};
-#pragma unroll 2
+    // up to 128 registers let two blocks share an SM
+#pragma unroll(AT > 4 ? 1 : 2)
     for (int c = t.lane() * V; c < x.dim; c += WARP * V) {
       float a[ROWS][V];
       TC_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -101,24 +141,25 @@ struct PivotDots {
       }
     }
     TC_UNROLL for (int r = 0; r < ROWS; ++r) {
-      const bool write = t.lane() == 0 && i + r < x.n;
+      const bool first = t.lane() == 0;
       TC_UNROLL for (int q = 0; q < AT; ++q) {
-        const float all = warp_all(sum[r][q], Sum());
-        if (write && p + q < count) dots[(size_t(t.y) * count + p + q) * x.n + i + r] = all;
+        const float dot = warp_all(sum[r][q], Sum());
+        if (first && i + r < x.n && p + q < all) dots[(size_t(t.y) * all + p + q) * x.n + i + r] = dot;
       }
       if (p == 0) {
         const float norm = at_least_epsilon(sqrtf(warp_all(squares[r], Sum())));
-        if (write) inverse[size_t(t.y) * x.n + i + r] = 1.0f / norm;
+        if (first && i + r < rows) inverse[size_t(t.y) * rows + i + r] = 1.0f / norm;
       }
     }
   }
 };
 
-// Each pivot in turn picks the least similar groups that are still free; then the kept ones in their order. One block
-// per image; a free group's order stands in shared memory, 0 once it is taken. list: (B, k), slot: (B, n) or NULL.
+// Each pivot in turn picks the least similar groups that are still free; then the kept ones in their order. The first
+// `count` pivots are groups and kept themselves, the `other` ones are text. One block per image; a free group's order
+// stands in shared memory, 0 once it is taken. list: (B, k), slot: (B, n) or NULL.
 struct DartPicks {
   static constexpr int THREADS = 1024;
-  int n, k, count;
+  int n, k, count, other;
   const int32_t* pivots;
   const float *dots, *inverse;
   int32_t *list, *slot;
@@ -129,19 +170,20 @@ struct DartPicks {
     auto* s = reinterpret_cast<SelectShared*>(t.shared);
     auto* order = reinterpret_cast<uint32_t*>(s + 1);
     auto* kept = reinterpret_cast<uint8_t*>(order + n);
-    const int32_t* pivot = pivots + size_t(t.y) * count;
-    const float* scale = inverse + size_t(t.y) * n;
+    const int all = count + other;
+    const int32_t* pivot = pivots + size_t(t.y) * all;
+    const float* scale = inverse + size_t(t.y) * (n + other);
     for (int i = t.thread; i < n; i += t.threads) kept[i] = 0;
     t.sync();
     for (int r = t.thread; r < count; r += t.threads) kept[pivot[r]] = 1;
     t.sync();
     int total = k - count;
-    for (int r = 0; r < count; ++r) {
-      const int left = count - r, quota = (total + left - 1) / left;
+    for (int r = 0; r < all; ++r) {
+      const int left = all - r, quota = (total + left - 1) / left;
       total -= quota;
       if (quota == 0) continue;
-      const float* dot = dots + (size_t(t.y) * count + r) * n;
-      const float own = scale[pivot[r]];
+      const float* dot = dots + (size_t(t.y) * all + r) * n;
+      const float own = scale[r < count ? pivot[r] : n + r - count];
       // from here to the marks a thread stays with its own groups, so no barrier is needed in between
       for (int i = t.thread; i < n; i += t.threads) order[i] = kept[i] ? 0 : ordered(-(dot[i] * own * scale[i]));
       const auto key = [&](int i) { return order[i] ? key_of(order[i], i) : uint64_t(0); };

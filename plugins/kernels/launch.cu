@@ -41,7 +41,8 @@ bool shape_fits(const tc_shape* s, int most) {
 }
 
 bool taps_fit(const tc_shape* s) {
-  return s->tap_start >= 0 && s->tap_start + int64_t(s->n) * s->unit <= s->tap_length;
+  return s->tap_start >= 0 && s->tap_length <= MOST_LENGTH &&
+         s->tap_start + int64_t(s->n) * s->unit <= s->tap_length;
 }
 
 bool heads_fit(const tc_shape* s) { return in(s->heads, 1, 1024) && in(s->head_dim, 1, MOST_DIM); }
@@ -175,24 +176,49 @@ int32_t finish_pruning(const tc_shape* s, const void* x, const Nearest& nearest,
 }
 
 struct DartSpace {
-  int count;
+  int count, all;
   float *norms, *dots, *inverse;
   int32_t *pivots, *list, *slot;
   Nearest nearest;
-  DartSpace(const tc_shape* s, int32_t most, Carve* c)
+  DartSpace(const tc_shape* s, int32_t most, const Text& text, Carve* c)
       : count(most < s->k ? most : s->k),
-        norms(c->take<float>(size_t(s->batch) * s->n)),
-        dots(c->take<float>(size_t(s->batch) * s->n * count)),
-        inverse(c->take<float>(size_t(s->batch) * s->n)),
-        pivots(c->take<int32_t>(size_t(s->batch) * count)),
+        all(count + text.pivots),
+        norms(c->take<float>(size_t(s->batch) * (size_t(s->n) + text.total))),
+        dots(c->take<float>(size_t(s->batch) * s->n * all)),
+        inverse(c->take<float>(size_t(s->batch) * (s->n + text.pivots))),
+        pivots(c->take<int32_t>(size_t(s->batch) * all)),
         list(c->take<int32_t>(size_t(s->batch) * s->k)),
         slot(c->take<int32_t>(size_t(s->batch) * s->n)),
         nearest(s, c) {}
 };
 
-bool dart_fits(const tc_shape* s, int32_t pivots) {
+bool text_fits(const tc_shape* s, const tc_text* text) {
+  if (!text) return true;
+  if (!in(text->pivots, 0, MOST_PIVOTS) || !in(text->spans, 0, TC_TEXT_SPANS)) return false;
+  if (text->pivots == 0 || text->spans == 0) return true;
+  if (s->unit != 1) return false;
+  int32_t end = 0;
+  for (int i = 0; i < text->spans; ++i) {
+    if (text->edges[2 * i] < end || text->edges[2 * i + 1] <= text->edges[2 * i]) return false;
+    end = text->edges[2 * i + 1];
+  }
+  return end <= s->tap_length;
+}
+
+Text text_of(const tc_text* given) {
+  Text text{};
+  for (int i = 0; given && given->pivots && i < 2 * given->spans; i += 2) {
+    text.edges[i] = given->edges[i];
+    text.edges[i + 1] = given->edges[i + 1];
+    text.total += given->edges[i + 1] - given->edges[i];
+  }
+  text.pivots = text.total == 0 ? 0 : given->pivots < text.total ? given->pivots : text.total;
+  return text;
+}
+
+bool dart_fits(const tc_shape* s, int32_t pivots, const tc_text* text) {
   return shape_fits(s, MOST) && taps_fit(s) && heads_fit(s) && pivots >= 1 &&
-         (pivots <= MOST_PIVOTS || s->k <= MOST_PIVOTS);
+         (pivots <= MOST_PIVOTS || s->k <= MOST_PIVOTS) && text_fits(s, text);
 }
 
 struct TopkSpace {
@@ -295,37 +321,42 @@ constexpr int RANK_ALL = 4096;  // up to here ranking all scores is quicker than
 
 using namespace tc;
 
-size_t tc_dart_workspace(const tc_shape* s, int32_t pivots) {
-  if (!dart_fits(s, pivots)) return 0;
+size_t tc_dart_workspace(const tc_shape* s, int32_t pivots, const tc_text* text) {
+  if (!dart_fits(s, pivots, text)) return 0;
   Carve c{nullptr};
-  DartSpace(s, pivots, &c);
+  DartSpace(s, pivots, text_of(text), &c);
   return c.used;
 }
 
-int32_t tc_dart(const tc_shape* s, int32_t pivots, const void* x, const void* normed, const void* keys, void* out,
-                int64_t* index, int64_t* assign, void* workspace, tc_stream stream) {
-  if (!dart_fits(s, pivots) || !x || !normed || !keys || !out || !workspace) return INVALID;
+int32_t tc_dart(const tc_shape* s, int32_t pivots, const tc_text* given, const void* x, const void* normed,
+                const void* keys, void* out, int64_t* index, int64_t* assign, void* workspace, tc_stream stream) {
+  if (!dart_fits(s, pivots, given) || !x || !normed || !keys || !out || !workspace) return INVALID;
   if (s->k == s->n) return identity(s, x, nullptr, out, index, nullptr, assign, stream);
+  const Text text = text_of(given);
   Carve c{static_cast<char*>(workspace)};
-  const DartSpace w(s, pivots, &c);
+  const DartSpace w(s, pivots, text, &c);
   TC_TRY(by_type(s->dtype, [&](auto type) {
     using T = decltype(type);
     return by_form<T>(wide(keys, s->head_dim, sizeof(T)), s->unit, [&](auto form) {
-      const KeyNorms<T, form.WIDTH, form.SINGLE> body{key_rows<T>(s, keys), w.norms};
+      const KeyNorms<T, form.WIDTH, form.SINGLE> body{key_rows<T>(s, keys), text, w.norms};
       return launch(body, body.parts(), s->batch, 0, stream);
     });
   }));
-  const Pivots pick{w.norms, s->n, w.count, w.pivots};
+  const Pivots pick{w.norms, s->n, w.count, text, w.pivots};
   TC_TRY(launch(pick, 1, s->batch, pick.shared(), stream));
   TC_TRY(by_type(s->dtype, [&](auto type) {
     using T = decltype(type);
     return by_form<T>(wide(normed, s->dim, sizeof(T)), s->unit, [&](auto form) {
       const Rows<T> rows{static_cast<const T*>(normed), s->tap_length, s->dim, s->tap_start, s->n, s->unit};
-      const PivotDots<T, form.WIDTH, form.SINGLE> body{rows, w.count, w.pivots, w.dots, w.inverse};
-      return launch(body, body.parts(), s->batch, 0, stream);
+      const auto go = [&](auto body) { return launch(body, body.parts(), s->batch, 0, stream); };
+      constexpr int V = form.WIDTH;
+      constexpr bool ONE = form.SINGLE;
+      if (w.all > 4) return go(PivotDots<T, V, ONE, 8>{rows, w.count, text.pivots, w.pivots, w.dots, w.inverse});
+      return go(PivotDots<T, V, ONE, 4>{rows, w.count, text.pivots, w.pivots, w.dots, w.inverse});
     });
   }));
-  const DartPicks picks{s->n, s->k, w.count, w.pivots, w.dots, w.inverse, w.list, assign ? w.slot : nullptr, index};
+  const DartPicks picks{s->n,      s->k,     w.count, text.pivots,              w.pivots, w.dots,
+                        w.inverse, w.list,   assign ? w.slot : nullptr, index};
   TC_TRY(launch(picks, 1, s->batch, picks.shared(), stream));
   TC_TRY(copy_kept(s, x, out, w.list, s->k, stream));
   return finish_pruning(s, x, w.nearest, false, w.list, w.slot, nullptr, nullptr, nullptr, assign, stream);

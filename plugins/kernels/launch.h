@@ -17,9 +17,9 @@
 // float32.
 //
 // Returned: 0, or a cudaError_t; cudaErrorInvalidValue (1) for arguments that make no sense, before anything is
-// enqueued: a NULL pointer other than size, index, new_size or assign; a shape that does not add up, for which the
+// enqueued: a NULL pointer other than text, size, index, new_size or assign; a shape that does not add up, for which the
 // workspace's size is given as 0; or one above the limits: n up to 16,384 (tc_topk 65,536, tc_divprune 8,192), dim and
-// head_dim 8,192, unit 4,096, heads 1,024, batch 65,535, length 2^24, width 2^20, 1,024 pivots in use. Merging removes
+// head_dim 8,192, unit 4,096, heads 1,024, batch 65,535, length and tap_length 2^24, width 2^20, 1,024 pivots of a kind. Merging removes
 // at most n / 2 groups. k = n copies x.
 #ifndef TOKCOMPILE_LAUNCH_H
 #define TOKCOMPILE_LAUNCH_H
@@ -50,11 +50,20 @@ typedef struct {
 // (cosine of x, float32, lower slot among equals). size: (B, n) float32 original tokens per group, NULL for ones;
 // new_size: (B, k).
 
-// DART: pivots are the `pivots` groups of largest key L1 norm; each in turn picks its share of the least similar groups
-// (cosine of `normed`) that are still free. index ascends. keys: (B, H, tap_length, d), normed: (B, tap_length, D).
-TC_API size_t tc_dart_workspace(const tc_shape* s, int32_t pivots);
-TC_API int32_t tc_dart(const tc_shape* s, int32_t pivots, const void* x, const void* normed, const void* keys, void* out,
-                       int64_t* index, int64_t* assign, void* workspace, tc_stream stream);
+// Text in a language model: rows of the taps in `spans` runs, from edges[2 i] to before edges[2 i + 1], ascending and not
+// overlapping. Up to `pivots` of its tokens are pivots.
+#define TC_TEXT_SPANS 128
+typedef struct {
+  int32_t pivots, spans;
+  int32_t edges[2 * TC_TEXT_SPANS];
+} tc_text;
+
+// DART: pivots are the `pivots` groups of largest key L1 norm and then, where `text` is not NULL, the text tokens of
+// largest norm; each in turn picks its share of the least similar groups (cosine of `normed`) that are still free. Text
+// only where unit is 1. index ascends. keys: (B, H, tap_length, d), normed: (B, tap_length, D).
+TC_API size_t tc_dart_workspace(const tc_shape* s, int32_t pivots, const tc_text* text);
+TC_API int32_t tc_dart(const tc_shape* s, int32_t pivots, const tc_text* text, const void* x, const void* normed,
+                       const void* keys, void* out, int64_t* index, int64_t* assign, void* workspace, tc_stream stream);
 
 // Top-K: the k groups of largest score, mean over the heads of attention: (B, H, tap_length); index ascends.
 // With fuse != 0 (EViT): k - 1 kept groups, then one that is the sum of score_j * x_j over all others; its index is the

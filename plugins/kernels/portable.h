@@ -38,8 +38,9 @@ struct Block {
   TC_DEVICE int warps() const { return threads / WARP; }
 };
 
+// __grid_constant__: a body that is indexed by a variable is else copied to every thread's own memory.
 template <class Body>
-__global__ void __launch_bounds__(Body::THREADS, 1) run(const Body body) {
+__global__ void __launch_bounds__(Body::THREADS, 1) run(const __grid_constant__ Body body) {
   extern __shared__ uint4 shared[];
   body(Block{int(threadIdx.x), Body::THREADS, int(blockIdx.x), int(blockIdx.y), reinterpret_cast<char*>(shared)});
 }

@@ -29,9 +29,8 @@ template <class T>
 struct Rows {
   const T* data;
   int length, dim, start, n, unit;
-  TC_DEVICE const T* group(int b, int i) const {
-    return data + (size_t(b) * length + start + size_t(i) * unit) * dim;
-  }
+  TC_DEVICE const T* row(int b, size_t j) const { return data + (size_t(b) * length + j) * dim; }
+  TC_DEVICE const T* group(int b, int i) const { return row(b, start + size_t(i) * unit); }
 };
 
 constexpr float EPSILON = 1e-12f;
@@ -79,9 +78,10 @@ template <class T>
 struct KeyRows {
   const T* data;
   int heads, length, dim, start, n, unit;
-  TC_DEVICE const T* group(int b, int h, int i) const {
-    return data + ((size_t(b) * heads + h) * length + start + size_t(i) * unit) * dim;
+  TC_DEVICE const T* row(int b, int h, size_t j) const {
+    return data + ((size_t(b) * heads + h) * length + j) * dim;
   }
+  TC_DEVICE const T* group(int b, int h, int i) const { return row(b, h, start + size_t(i) * unit); }
 };
 
 // to: (B, n, dim) float32: the mean over heads, scaled to length one; best: (B, clear) is cleared. A warp per group.

@@ -18,7 +18,7 @@ struct Attributes {
   std::vector<int32_t> text = {0};  // starts and stops of text tokens in the taps; (0,): none
   int32_t option_pivots = 0, option_text_pivots = 0, option_fuse = 0;
   float option_margin = 0, option_alpha = 0;
-  std::string option_variant;
+  std::string option_variant, option_strategy;
 };
 
 using Member = std::variant<int32_t Attributes::*, float Attributes::*, std::string Attributes::*,

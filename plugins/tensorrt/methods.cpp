@@ -27,14 +27,39 @@ void checkTome(A const& a) {
   }
 }
 
-// The kernel's pivots are image tokens only.
-void checkDart(A const& a) {
-  for (size_t i = 0; a.option_text_pivots && i + 1 < a.text.size(); i += 2) {
-    if (a.text[i] >= a.tap_start + a.n * int64_t(a.unit)) {
-      throw Refusal(text("attribute option_text_pivots is ", a.option_text_pivots,
-                         "; it must be 0, because text follows at ", a.text[i],
-                         " and the kernel takes no pivots from it: export with form=\"plain\""));
+// Pivots from text come from that after the image alone. Throws Refusal where the kernel takes no such text.
+tc_text textAfter(A const& a) {
+  tc_text out{};
+  out.pivots = a.option_text_pivots;
+  int64_t const end = a.tap_start + a.n * int64_t(a.unit);
+  for (size_t i = 0; out.pivots && i + 1 < a.text.size(); i += 2) {
+    if (a.text[i] < end) {
+      continue;
     }
+    if (out.spans == TC_TEXT_SPANS) {
+      throw Refusal(text("attribute text has more than ", TC_TEXT_SPANS, " runs of text after the tokens: export with "
+                         "form=\"plain\", or option_text_pivots 0"));
+    }
+    out.edges[2 * out.spans] = a.text[i];
+    out.edges[2 * out.spans + 1] = a.text[i + 1];
+    ++out.spans;
+  }
+  return out;
+}
+
+void checkDart(A const& a) {
+  for (size_t i = 0; i + 1 < a.text.size(); i += 2) {
+    if (a.text[i + 1] <= a.text[i] || (i && a.text[i] < a.text[i - 1])) {
+      throw Refusal(text("attribute text goes from ", a.text[i], " to ", a.text[i + 1],
+                         "; it must be starts and stops that ascend"));
+    }
+  }
+  if (a.text.size() % 2 && a.text != std::vector<int32_t>{0}) {
+    throw Refusal(text("attribute text has ", a.text.size(), " numbers; it must be starts and stops"));
+  }
+  if (textAfter(a).spans && a.unit > 1) {
+    throw Refusal(text("attribute option_text_pivots is ", a.option_text_pivots, "; it must be 0 for groups of ", a.unit,
+                       ": export with form=\"plain\""));
   }
 }
 
@@ -58,7 +83,8 @@ int32_t topk(tc_shape const& s, A const& a, Tensors const& t) {
 }
 
 // The names that a tap of one meaning for the kernel goes by, the usual one first.
-std::vector<std::string> const KEYS = {"rotated_k", "k"}, ATTENTION = {"cls_attention", "received_attention"};
+std::vector<std::string> const KEYS = {"rotated_k", "k"};
+std::vector<std::string> const ATTENTION = {"cls_attention", "last_attention", "received_attention"};
 
 }  // namespace
 
@@ -77,11 +103,19 @@ std::vector<Method> const& methods() {
        {{"option_pivots", &A::option_pivots, 1}, {"option_text_pivots", &A::option_text_pivots, 0, INT32_MAX, {}, true},
         {"text", &A::text, 0, INT32_MAX, {}, true}},
        checkDart,
-       [](tc_shape const& s, A const& a) { return tc_dart_workspace(&s, pivots(a)); },
+       [](tc_shape const& s, A const& a) {
+         auto const after = textAfter(a);
+         return tc_dart_workspace(&s, pivots(a), &after);
+       },
        [](tc_shape const& s, A const& a, Tensors const& t) {
-         return tc_dart(&s, pivots(a), t.x, t.normed, t.keys, t.out, t.index, t.assign, t.workspace, t.stream);
+         auto const after = textAfter(a);
+         return tc_dart(&s, pivots(a), &after, t.x, t.normed, t.keys, t.out, t.index, t.assign, t.workspace, t.stream);
        }},
       {"Topk", {ATTENTION}, true, {}, nullptr, topkWorkspace, topk},
+      {"Fastv", {ATTENTION}, true, {}, nullptr, topkWorkspace, topk},
+      {"Fastervlm", {ATTENTION}, true, {}, nullptr, topkWorkspace, topk},
+      {"Fopru", {ATTENTION}, true, {{"option_strategy", &A::option_strategy, 0, 0, {"rank"}}}, nullptr, topkWorkspace,
+       topk},
       {"Evit", {ATTENTION}, true, {{"option_fuse", &A::option_fuse, 0, 1}}, nullptr, topkWorkspace, topk},
       {"Tome", {{"k"}}, true, {{"prefix", &A::prefix, 0}}, checkTome,
        [](tc_shape const& s, A const&) { return tc_tome_workspace(&s); },

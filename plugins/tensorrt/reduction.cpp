@@ -208,7 +208,7 @@ int32_t Reduction::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, 
     Tensors t{};
     t.x = inputs[0], t.size = static_cast<float const*>(input({"size"}));
     t.normed = input({"normed"}), t.keys = input({"k", "rotated_k"});
-    t.attention = input({"cls_attention", "received_attention"});
+    t.attention = input({"cls_attention", "last_attention", "received_attention"});
     t.out = outputs[0], t.index = static_cast<int64_t*>(output("index"));
     t.new_size = static_cast<float*>(output("size")), t.assign = static_cast<int64_t*>(output("assign"));
     t.workspace = workspace, t.stream = stream;

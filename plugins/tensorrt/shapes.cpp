@@ -19,6 +19,7 @@ constexpr Layout LAYOUTS[] = {
     {"k", 4, 2, 1, 3},
     {"rotated_k", 4, 2, 1, 3},
     {"cls_attention", 3, 2, 1, -1},
+    {"last_attention", 3, 2, 1, -1},
     {"received_attention", 3, 2, 1, -1},
 };
 
@@ -88,6 +89,9 @@ void checkShapes(Attributes const& a, std::vector<std::string> const& names, std
     int32_t const first = tap ? a.tap_start : a.start;
     if (l.length >= 0 && size[l.length] >= 0 && size[l.length] < first + int64_t(a.n) * a.unit) {
       refuse("hold n = ", a.n, " groups of unit = ", a.unit, " from ", tap ? "tap_start" : "start", " = ", first);
+    }
+    if (tap && size[l.length] >= 0 && size[l.length] < a.text.back()) {
+      refuse("hold the text up to ", a.text.back());
     }
     tap_length = tap ? size[l.length] : tap_length;
   }

@@ -51,6 +51,16 @@ def library():
     return lib
 
 
+class Text(ctypes.Structure):
+    _fields_ = [("pivots", ctypes.c_int32), ("spans", ctypes.c_int32), ("edges", ctypes.c_int32 * 256)]
+
+
+def text_of(pivots, spans):
+    """A tc_text, or the null pointer where there are no spans."""
+    edges = [edge for span in spans for edge in span]
+    return ctypes.byref(Text(pivots, len(spans), (ctypes.c_int32 * 256)(*edges))) if spans else None
+
+
 class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
 
@@ -77,7 +87,7 @@ class Guarded:
 
 
 NUMBERS = {  # a case's numbers beside the shape: all of them, and how many of them the workspace function takes
-    "dart": lambda o: ([ctypes.c_int32(o["pivots"])], 1),
+    "dart": lambda o: ([ctypes.c_int32(o["pivots"]), o.get("text")], 2),
     "topk": lambda o: ([ctypes.c_int32(o.get("fuse", 0))], 1),
     "tome": lambda o: ([], 0),
     "pitome": lambda o: ([ctypes.c_int32(o["all"]), ctypes.c_float(o["margin"]), ctypes.c_float(o["alpha"])], 1),
@@ -110,13 +120,16 @@ class Case:
 
     def __init__(
         self, recipe, kernel, options, kernel_options, *, batch=1, n=40, k=20, before=1, after=0, unit=1, shift=0,
-        dim=16, heads=2, head_dim=8, dtype=torch.float32, seed=0, kind="normal", sizes=True,
+        dim=16, heads=2, head_dim=8, dtype=torch.float32, seed=0, kind="normal", sizes=True, text=(),
     ):  # fmt: skip
         self.recipe, self.kernel, self.kernel_options, self.unit = recipe, kernel, kernel_options, unit
         start, tap_start = before * unit, (before + shift) * unit
         length, tap_length = start + (n + after) * unit, tap_start + (n + after) * unit
         given = recipe.with_options(options)
-        self.site = Site(n=n, k=k, prefix=tap_start // unit, start=tap_start, options=given)
+        self.site = Site(n=n, k=k, prefix=tap_start // unit, start=tap_start // unit, text=tuple(text), options=given)
+        if text:  # the kernel takes what its caller chose of it
+            after = [span for span in text if span[0] >= tap_start + n]
+            self.kernel_options = {**kernel_options, "text": text_of(given["text_pivots"], after)}
         taps = recipe.taps_read()
         self.module = ReductionModule(recipe, self.site, unit, taps, start, tap_start)
         self.module.needs_assign = True

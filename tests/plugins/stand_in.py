@@ -38,6 +38,9 @@ class StandIn:
         return lambda shape, *rest: self.run(kernel, shape._obj, rest)
 
     def workspace(self, kernel, sized):
+        if kernel.text:
+            assert isinstance(sized[-1]._obj, torch_ops.Text)
+            sized = sized[:-1]
         assert [type(v) for v in sized] == list(kernel.numbers[: kernel.sized])
         return WORKSPACE
 
@@ -47,14 +50,15 @@ class StandIn:
             return self.code
         count = len(kernel.numbers)
         numbers, pointers = [n.value for n in rest[:count]], list(rest[count:])
+        text = pointers.pop(0)._obj if kernel.text else None
         workspace, stream = pointers[-2:]
         assert workspace % torch_ops.ALIGN == 0
         assert stream is None
         ctypes.memset(workspace, 0xFF, WORKSPACE)
-        self.write(kernel, s, numbers, pointers[:-2])
+        self.write(kernel, s, numbers, pointers[:-2], text)
         return 0
 
-    def write(self, kernel, s, numbers, pointers):
+    def write(self, kernel, s, numbers, pointers, text=None):
         """The reference's results into the memory of the outputs."""
         dtype, b = DTYPES[s.dtype], s.batch
         shapes = {
@@ -67,7 +71,11 @@ class StandIn:
         x = memory(pointers.pop(0), (b, s.length, s.dim), dtype)
         size = memory(pointers.pop(0), (b, s.n), torch.float32) if kernel.sizes else None
         recipe, options = kernel.options(numbers)
-        site = Site(s.n, s.k, s.tap_start // s.unit, options=recipe.with_options(options))
+        spans = [tuple(text.edges[2 * i : 2 * i + 2]) for i in range(text.spans)] if text else []
+        if text:
+            options = {**options, "text_pivots": text.pivots}
+        begin = s.tap_start // s.unit
+        site = Site(s.n, s.k, begin, start=begin, text=tuple(spans), options=recipe.with_options(options))
         module = ReductionModule(recipe, site, s.unit, kernel.taps, s.start, s.tap_start)
         module.needs_assign = True
         found = module.reference(x, size, *taps)

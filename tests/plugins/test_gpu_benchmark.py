@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_kernels
+import tokcompile
+from benchmarks import gpu, gpu_checks, gpu_kernels, gpu_prefill
 from benchmarks.gpu_kernels import EAGER, METHODS, Case
 from benchmarks.gpu_session import Session
 from tests.plugins.host import host_library
 from tests.plugins.stand_in import StandIn, memory
+from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import torch_ops
 
 
@@ -45,6 +47,8 @@ def test_a_dry_run_goes_through_every_part(tmp_path, host):
     assert all(row["ok"] for row in data["parts"]["check"]["rows"])
     done = {row["method"] for row in data["parts"]["models"]["rows"]}
     assert done == {"A/A", "dart", "tome", "tome proportional=False", "divprune", "topk", "pitome"}
+    assert [row["method"] for row in data["parts"]["prefill"]["rows"]] == ["A/A", "dart", "random"]
+    assert {row["text"] for row in data["parts"]["check"]["rows"] if row["method"] == "dart"} == {0, gpu_kernels.TEXT}
     text = (tmp_path / "results.md").read_text()
     assert "no figure here means anything" in text
     assert "equal the reference" in text
@@ -86,9 +90,9 @@ def test_nothing_is_begun_when_the_time_is_up(session, monkeypatch):
 
 def test_a_wrong_kernel_is_found(session, monkeypatch):
     class Wrong(StandIn):
-        def write(self, kernel, s, numbers, pointers):
+        def write(self, kernel, s, numbers, pointers, text=None):
             index = pointers[4 if kernel.name == "topk" else 0]
-            super().write(kernel, s, numbers, pointers)
+            super().write(kernel, s, numbers, pointers, text)
             if kernel.name == "topk":
                 found = memory(index, (s.batch, s.k), torch.int64)
                 found.copy_(found.flip(1))
@@ -118,7 +122,14 @@ def test_near_ties_are_told_from_errors():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_papers_forms_do_what_the_methods_do(method):
     """As sets of rows: the published order is another for some."""
-    case = Case("vlm", method, 2, 40, 64, 0.5)
+    compare_forms(Case("vlm", method, 2, 40, 64, 0.5))
+
+
+def test_the_papers_form_with_pivots_from_text():
+    compare_forms(Case("llm", "dart", 2, 40, 64, 0.3))
+
+
+def compare_forms(case):
     given = case.inputs(torch.float32, "cpu")
     got = gpu_kernels.eager(case, given)()
     want = case.module().reference(*given)[0]
@@ -126,7 +137,7 @@ def test_the_papers_forms_do_what_the_methods_do(method):
     for a, b in zip(got, want):
         nearest = torch.cdist(a, b).min(1)
         assert nearest.values.max() < 1e-2  # cdist rounds
-        assert len(set(nearest.indices.tolist())) == case.k
+        assert len(set(nearest.indices.tolist())) == case.k + case.text
 
 
 def test_every_eager_form_is_there_and_every_case_possible():
@@ -143,11 +154,12 @@ def test_every_eager_form_is_there_and_every_case_possible():
 
 
 def test_targets_count_what_was_measured(session):
-    row = {"method": "dart", "B": 1, "N": 2880, "D": 4096, "graph us": 40.0, "floor us": 20.0, "eager over kernel": 9.0}
+    row = {"method": "dart", "text": 0, "B": 1, "N": 2880, "D": 4096, "graph us": 40.0, "floor us": 20.0, "eager over kernel": 9.0}
     session.part("headline")["rows"].append(row)
     session.part("models")["rows"].append({"method": "tome", "B": 8, "over flops": 0.04})
     session.part("models")["rows"].append({"method": "tome", "B": 1, "over flops": 0.04})
-    assert [(t["met"], t["of"]) for t in gpu.targets(session)] == [(1, 1), (0, 1), (0, 0), (1, 1)]
+    session.part("prefill")["rows"] += [{"method": m, "over flops": v} for m, v in (("A/A", 0), ("dart", 0.2), ("random", 0))]
+    assert [(t["met"], t["of"]) for t in gpu.targets(session)] == [(1, 1), (0, 1), (0, 0), (1, 1), (0, 1)]
     assert "| 0 of 0 | not measured |" in gpu.markdown(session)
 
 
@@ -169,3 +181,29 @@ def test_it_runs_from_a_plain_checkout_with_torch_and_numpy_alone(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=where)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out.json").read_text())["parts"]["sanitize"]["rows"][0]["ok"]
+
+
+def test_the_prefill_cases_are_the_published_ones():
+    """Shapes of LLaMA-7B and Qwen2-7B, whose weights are made on the device: here on none, so no memory is needed."""
+    full = Session(argparse.Namespace(dry_run=False, quick=False), "cuda", 0.0, {}, gpu.write)
+    assert set(gpu_prefill.setups(full)) == {(m, n) for m in ("llama-7b", "qwen2-7b") for n in (576, 2880, 8192)}
+    billions = {}
+    for name in ("llama-7b", "qwen2-7b"):
+        size = gpu_prefill.MODELS[name]
+        model = gpu_prefill.made_on("meta", torch.bfloat16, size, 64)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+        billions[name] = (sum(p.numel() for p in model.parameters()) + size.width * size.vocabulary) / 1e9  # with embeddings
+    assert {name: round(count, 1) for name, count in billions.items()} == {"llama-7b": 6.7, "qwen2-7b": 7.6}
+
+
+def test_the_reduced_prefill_keeps_fused_causal_attention_and_one_kernel(session):
+    size, visual = gpu_prefill.MODELS["tiny"], 40
+    length = gpu_prefill.BEFORE + visual + gpu_prefill.AFTER
+    model = gpu_prefill.made_on("cpu", torch.float32, size, length)
+    span = (gpu_prefill.BEFORE, gpu_prefill.BEFORE + visual)
+    x = torch.randn(1, length, size.width)
+    made = tokcompile.optimize(model, (x,), method="dart", budget=tokcompile.Tokens(4), spans=[span], where=[gpu_prefill.LAYER])
+    attention = [n for n in made.graph_module.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
+    assert [n.args[5] for n in attention] == [True] * size.depth
+    (reduction,) = [m for m in made.graph_module.modules() if isinstance(m, ReductionModule)]
+    assert reduction.kernel.text == (4, span[1], length)

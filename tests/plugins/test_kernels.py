@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plugins.kernels import SOURCES, Case, Guarded, Shape, call, compiled, library, pointer
-from tokcompile.methods import dart, divprune, evit, pitome, tome, topk
+from tests.plugins.kernels import SOURCES, Case, Guarded, Shape, call, compiled, library, pointer, text_of
+from tests.reference.dart import dart as loops
+from tokcompile.methods import dart, divprune, evit, fastv, pitome, tome, topk
 from tokcompile.primitives import apply, top_k
 from tokcompile.recipe import Keep, Merge
 
@@ -25,6 +26,7 @@ def pitome_options(variant, margin=0.75, alpha=1.0):
 
 
 METHODS = {  # recipe, kernel, the recipe's options and the kernel's
+    "fastv": (fastv.FASTV, "topk", {}, {"fuse": 0}),
     "dart": (dart.DART, "dart", {}, {"pivots": 4}),
     "dart1": (dart.DART, "dart", {"pivots": 1}, {"pivots": 1}),
     "dart7": (dart.DART, "dart", {"pivots": 7}, {"pivots": 7}),
@@ -94,6 +96,89 @@ def test_ties_go_to_the_lower_index(method, shape):
         _, want, _, want_slots = case.expected()
         assert torch.equal(index, want)
         assert torch.equal(slots, want_slots)
+
+
+# -- DART with pivots from text --------------------------------------------------------------------------------------------
+
+TEXTS = {  # where the text is around the image, which is n tokens from 3 on in taps of n + 3 + after
+    "after": dict(before=3, after=9, text=lambda n: [(0, 3), (n + 3, n + 12)]),
+    "two runs": dict(before=3, after=20, text=lambda n: [(0, 3), (n + 4, n + 6), (n + 11, n + 23)]),
+    "one token": dict(before=3, after=5, text=lambda n: [(n + 7, n + 8)]),
+    "before alone": dict(before=3, after=0, text=lambda n: [(0, 3)]),
+    "shorter x": dict(before=1, shift=2, after=11, text=lambda n: [(n + 3, n + 9), (n + 12, n + 14)]),
+}
+
+
+def with_text(text, pivots, text_pivots, *, n, **size):
+    given = {**TEXTS[text], "text": TEXTS[text]["text"](n), **size}
+    return Case(dart.DART, "dart", {"pivots": pivots, "text_pivots": text_pivots}, {"pivots": pivots}, n=n, **given)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(("pivots", "text_pivots"), [(4, 4), (1, 7), (5, 30), (40, 2)])
+def test_pivots_from_text(text, pivots, text_pivots, dtype):
+    same = []
+    for i, (batch, n, k, dim) in enumerate([(1, 63, 20, 24), (3, 50, 33, 17), (2, 37, 9, 8), (1, 40, 3, 16), (2, 33, 32, 5)]):
+        case = with_text(text, pivots, text_pivots, n=n, batch=batch, k=k, dim=dim, head_dim=5 + 3 * (i % 2), dtype=dtype, seed=i)
+        same.append(compare(case, case.run(), dtype))
+    assert sum(same) >= 4
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
+def test_ties_with_pivots_from_text(text, dtype):
+    """The plain loops of tests/reference as well, in which each tie goes to the lower index."""
+    for k in (5, 17, 40):
+        case = with_text(text, 3, 4, n=45, k=k, batch=2, dim=16, heads=1, head_dim=16, kind="ties", seed=k, dtype=dtype)
+        code, _, index, _, slots = case.run()
+        _, want, _, want_slots = case.expected()
+        assert code == 0
+        assert torch.equal(index, want)
+        assert torch.equal(slots, want_slots)
+
+
+def test_the_text_is_all_that_follows_in_the_plain_loops():
+    for seed, (n, k, pivots, text_pivots) in enumerate([(29, 12, 4, 4), (40, 9, 2, 6), (33, 30, 1, 20), (17, 5, 5, 1)]):
+        case = with_text("after", pivots, text_pivots, n=n, k=k, batch=3, seed=seed)
+        index = case.run()[2]
+        normed, keys = case.taps
+        for b in range(3):
+            want = loops(keys[b].double().numpy(), normed[b].double().numpy(), k, pivots, 3, n, text_pivots)
+            assert index[b].tolist() == want
+
+
+def test_text_changes_what_is_kept():
+    with_it, without = (with_text("after", 4, count, n=63, k=20).run()[2] for count in (4, 0))
+    assert not torch.equal(with_it, without)
+
+
+def test_text_that_makes_no_sense():
+    case = with_text("after", 4, 4, n=40, k=20)
+    for pivots, spans in [(4, [(50, 40)]), (4, [(45, 53)]), (4, [(46, 48), (44, 45)]), (-1, [(43, 52)]), (1025, [(43, 52)])]:
+        case.kernel_options = {"pivots": 4, "text": text_of(pivots, spans)}
+        assert library().tc_dart_workspace(ctypes.byref(case.shape), 4, case.kernel_options["text"]) == 0
+        assert call("dart", case.shape, case.x, None, case.taps, case.kernel_options)[0] == 1
+    case.shape.unit, case.shape.n, case.shape.k = 2, 20, 10
+    assert call("dart", case.shape, case.x, None, case.taps, {"pivots": 4, "text": text_of(4, [(43, 52)])})[0] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_input_with_text_gives_distinct_indices(data):
+    n = data.draw(st.integers(2, 24))
+    k, dtype = data.draw(st.integers(1, n)), data.draw(st.sampled_from(TYPES))
+    pivots, text_pivots = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 9))
+    text = data.draw(st.sampled_from(sorted(TEXTS)))
+    case = with_text(text, pivots, text_pivots, n=n, k=k, batch=2, dim=4, head_dim=4, dtype=dtype)
+    for t in case.taps:
+        for value in data.draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 6e4]), max_size=6)):
+            t.view(-1)[data.draw(st.integers(0, t.numel() - 1))] = value
+    code, _, index, _, slots = case.run()
+    assert code == 0
+    assert torch.equal(index, index.sort(-1).values)
+    assert all(len(set(row)) == k and 0 <= row[0] and row[-1] < n for row in index.tolist())
+    assert torch.equal(slots.gather(1, index), torch.arange(k).expand(2, -1))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("pitome")])
@@ -312,7 +397,7 @@ def test_arguments_that_make_no_sense(method):
     for what, changes in bad.items():
         case = Case(*METHODS[method], n=40, k=20)
         shape = Shape(**{f: changes.get(f, getattr(case.shape, f)) for f, _ in Shape._fields_})
-        numbers = {"dart": [4], "topk": [0], "pitome": [1, ctypes.c_float(0), ctypes.c_float(1)]}.get(case.kernel, [])
+        numbers = {"dart": [4, None], "topk": [0], "pitome": [1, ctypes.c_float(0), ctypes.c_float(1)]}.get(case.kernel, [])
         outputs = [torch.full((4,), 7.0) for _ in range(12)]
         function = getattr(library(), f"tc_{case.kernel}")
         count = 6 + len(case.taps) + 2 * (case.kernel in ("topk", "tome", "pitome"))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from tests.methods.inputs import sequence
 from tokcompile.errors import ExportError
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import build
-from tokcompile.plugins.contract import OUTPUTS, PLUGIN_NAMESPACE, PLUGIN_VERSION, op_type, reduction_node
+from tokcompile.plugins.contract import OUTPUTS, PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS, op_type, reduction_node
 from tokcompile.plugins.torch_library import find_nvcc
 from tokcompile.recipe import Site, get_method
 
-METHODS = ("dart", "topk", "evit", "tome", "pitome", "divprune")
+METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "evit", "tome", "pitome", "divprune")
 CODES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 TYPES = {0: torch.float32, 1: torch.float16, 7: torch.bfloat16, 8: torch.int64}  # nvinfer1::DataType
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # two roundings: of the kernel, of the reference
@@ -150,11 +151,24 @@ def test_tome_without_a_class_token(host, tmp_path):
     compare(host, tmp_path, reduction("tome", 24, 17, prefix=0), 24)
 
 
+@pytest.mark.parametrize("dtype", CODES, ids=CODES.values())
+@pytest.mark.parametrize(("text", "text_pivots"), [
+    (((0, 1), (25, 31)), 4), (((26, 28), (29, 31)), 9), (((0, 1),), 4), (((25, 31),), 0),
+], ids=str)  # fmt: skip
+def test_pivots_from_text(host, tmp_path, text, text_pivots, dtype):
+    """As the exporter writes them inside a language model: one node with all of the text."""
+    module = reduction("dart", 24, 17, text_pivots=text_pivots)
+    module.site = replace(module.site, start=1, text=text)
+    compare(host, tmp_path, module, 31, dtype)
+
+
 def test_names_are_those_of_the_contract():
     sources = "".join(path.read_text() for path in build.SOURCES.glob("tensorrt/*.*"))
     assert f'NAMESPACE = "{PLUGIN_NAMESPACE}"' in sources
     assert f'VERSION = "{PLUGIN_VERSION}"' in sources
-    assert re.findall(r'^      \{"(\w+)", \{', sources, re.MULTILINE) == [op_type(m) for m in METHODS]
+    held = re.findall(r'^      \{"(\w+)", \{', sources, re.MULTILINE)
+    assert held == [op_type(m) for m in METHODS]
+    assert set(held) == PLUGINS
 
 
 # -- the library -----------------------------------------------------------------------------------------------------------

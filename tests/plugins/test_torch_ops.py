@@ -21,7 +21,7 @@ from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import torch_library, torch_ops
 from tokcompile.recipe import Keep, Site, get_method
 
-METHODS = ("dart", "topk", "evit", "tome", "pitome", "divprune")
+METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "evit", "tome", "pitome", "divprune")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 names = pytest.mark.parametrize("method", METHODS)
@@ -88,7 +88,7 @@ def test_every_kernel_gives_what_the_reference_gives(lib, method, dtype, n, k):
 def test_the_library_is_what_ran(stand_in, method):
     module = reduction(method, 20, 12)
     module(*inputs(module, 21))
-    assert stand_in.calls == ["topk" if method == "evit" else method]
+    assert stand_in.calls == [method if method in torch_ops.KERNELS else "topk"]
 
 
 @names
@@ -171,12 +171,39 @@ def never(*args):
     raise AssertionError("the library was called")
 
 
-def test_text_pivots_run_in_plain_pytorch():
-    module = reduction("dart", 20, 12)
-    for text, fits in (((0, 1),), True), (((21, 25),), False):
-        site = replace(module.site, start=1, text=text)
-        made = ReductionModule(module.recipe, site, 1, module.names)
-        assert (made.kernel is not None) == fits
+def with_text(text, unit=1, **options):
+    module = reduction("dart", 20, 12, unit=unit, **options)
+    site = replace(module.site, start=1, text=text)
+    made = ReductionModule(module.recipe, site, unit, module.names)
+    made.needs_assign = True
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_text_pivots_reach_the_kernel(lib, dtype):
+    for text_pivots, want in ((4, (4, 21, 25, 26, 30)), (9, (8, 21, 25, 26, 30)), (0, ())):
+        module = with_text(((0, 1), (21, 25), (26, 30)), text_pivots=text_pivots)
+        assert module.kernel.text == want
+        for kind in ("normal", "ties"):
+            compare(module, inputs(module, 31, dtype=dtype, kind=kind))
+
+
+def test_text_before_the_image_lends_no_pivots(lib):
+    module = with_text(((0, 1),))
+    assert module.kernel.text == ()
+    compare(module, inputs(module, 21))
+
+
+def test_text_that_no_kernel_takes_runs_in_plain_pytorch():
+    runs = tuple((21 + 2 * i, 22 + 2 * i) for i in range(torch_ops.SPANS + 1))
+    assert with_text(runs[:-1]).kernel is not None
+    assert with_text(runs).kernel is None
+    assert with_text(runs, text_pivots=0).kernel is not None
+    assert with_text(runs[:1], unit=2).kernel is None
+
+
+def test_fopru_keeps_whole_rows_in_plain_pytorch():
+    assert reduction("fopru", 20, 12, strategy="row").kernel is None
 
 
 def test_other_recipes_run_in_plain_pytorch():
@@ -264,12 +291,12 @@ def test_fake_results_have_the_real_shapes(method):
     for assign in (True, False):
         module = reduction(method, 20, 12, unit=2, assign=assign)
         given = inputs(module, 46)
-        name, place, numbers = module.kernel.name, module.kernel.place, module.kernel.numbers
-        op = getattr(torch.ops.tokcompile, name)
-        real = op(given[0], given[1], list(given[2:]), place, numbers, assign)
+        use = module.kernel
+        op = getattr(torch.ops.tokcompile, use.name)
+        real = op(given[0], given[1], list(given[2:]), use.place, use.numbers, use.text, assign)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = [None if t is None else mode.from_tensor(t) for t in given]
-            shaped = op(fake[0], fake[1], fake[2:], place, numbers, assign)
+            shaped = op(fake[0], fake[1], fake[2:], use.place, use.numbers, use.text, assign)
         about = [[(t.shape, t.dtype, t.stride()) for t in some] for some in (real, shaped)]
         assert about[0] == about[1]
 
@@ -280,8 +307,8 @@ def test_opcheck(lib, method):
     x, size, *taps = inputs(module, 21)
     use = module.kernel
     op = getattr(torch.ops.tokcompile, use.name)
-    torch.library.opcheck(op, (x, size, taps, use.place, use.numbers, True))
-    torch.library.opcheck(op, (x, size, taps, use.place, use.numbers, False))
+    torch.library.opcheck(op, (x, size, taps, use.place, use.numbers, use.text, True))
+    torch.library.opcheck(op, (x, size, taps, use.place, use.numbers, use.text, False))
 
 
 @names

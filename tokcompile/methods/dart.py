@@ -20,10 +20,15 @@ def quotas(total: int, pivots: int) -> list[int]:
     return picks
 
 
+def text_after(site: Site) -> tuple[int, list[tuple[int, int]]]:
+    """How many pivots come from text, and from where: after the image alone."""
+    spans = [span for span in site.text if span[0] >= site.start + site.n]
+    return min(site.options["text_pivots"], sum(stop - start for start, stop in spans)), spans
+
+
 def text_pivots(tokens: Tokens, site: Site) -> Tensor | None:
     """The text tokens after the image whose keys have the largest L1 norm: their rows of `normed`, (B, pivots, D)."""
-    spans = [span for span in site.text if span[0] >= site.start + site.n]
-    count = min(site.options["text_pivots"], sum(stop - start for start, stop in spans))
+    count, spans = text_after(site)
     if not count:
         return None
     assert tokens.whole is not None
