@@ -96,6 +96,8 @@ class PromptMasks(nn.Module):
     are then measured in `positions`.
     """
 
+    itself: Tensor
+
     def __init__(self, length: int, view: Visibility, moved: bool):
         super().__init__()
         self.view, self.moved = view, moved

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tokcompile.errors import InputError
 from tokcompile.vlm.masks import Span
+from tokcompile.vlm.positions import Positions
 
 
 @dataclass(frozen=True)
 class Prompt:
     """full: spans of the image placeholders in the ids. spans: those of the features in what the language part takes, of
-    `length` tokens. position_ids: (B, L) or (axes, B, L), of the whole prompt. next_position: (B, 1)."""
+    `length` tokens. position_ids: (B, L) or (axes, B, L), of the whole example. next_position: (B, 1). rule: behind these
+    positions, where they follow one."""
 
     image_token: int
     full: tuple[Span, ...]
@@ -25,12 +27,27 @@ class Prompt:
     length: int
     position_ids: Tensor
     next_position: Tensor
+    mask: Tensor
+    rule: Positions | None
 
     @staticmethod
     def of(ids: Tensor, token: int, spans: Sequence[Span], positions: Tensor, mask: Tensor | None) -> Prompt:
         """Of example ids (B, L)."""
-        length = ids.shape[1]
-        return Prompt(token, tuple(spans), tuple(spans), length, length, positions, following(positions, mask))
+        length, after = ids.shape[1], following(positions, mask)
+        mask = torch.ones_like(ids) if mask is None else mask
+        rule = Positions.read(positions, mask, spans, after)
+        return Prompt(token, tuple(spans), tuple(spans), length, length, positions, after, mask, rule)
+
+    def positions(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The positions of a prompt that is padded like this, and of the token after it, (B, 1). Raises: InputError."""
+        if mask is None or torch.equal(mask, self.mask):
+            return self.position_ids, self.next_position
+        if self.rule is None:
+            raise InputError(
+                "the positions of the example follow no rule that is known, so that those of a prompt with other padding are "
+                "not known either\n  what to do: pass position_ids, or the example's attention_mask"
+            )
+        return self.rule(mask, self.full)
 
     @property
     def images(self) -> list[int]:

@@ -80,8 +80,14 @@ class Parts:
     ) -> dict[str, Any]:
         """The inputs of the language part. seen: what `see` gave. Raises: InputError where they do not fit the prompt."""
         embeds = self.embeddings.module(self.prompt.check(input_ids))
-        given = position_ids if position_ids is not None else self.prompt.position_ids
-        return self.prompt.assemble(embeds, seen, given, attention_mask)
+        given = self.prompt.positions(attention_mask)[0] if position_ids is None else position_ids
+        takes = self.language.kwargs.get("attention_mask") is not None
+        if attention_mask is not None and not takes and not bool(attention_mask.all()):
+            raise InputError(
+                "this language part takes no padding, and attention_mask hides some tokens\n"
+                "  what to do: split with padded=True"
+            )
+        return self.prompt.assemble(embeds, seen, given, attention_mask if takes else None)
 
     def __call__(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """The parts one after the other, in PyTorch: logits, keys and values of the prompt."""
@@ -106,7 +112,8 @@ class Parts:
     def with_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
         """With the language part over this prompt."""
         with torch.no_grad():
-            inputs = self.language_inputs(input_ids, features, attention_mask)
+            embeds = self.embeddings.module(input_ids)
+            inputs = self.prompt.assemble(embeds, features, self.prompt.position_ids, attention_mask)
 
         def make(model: nn.Module) -> Language:
             return Language(
