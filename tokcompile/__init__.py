@@ -1,7 +1,7 @@
 """tokcompile: static token reduction, compiled into any vision transformer."""
 
 import tokcompile.methods  # noqa: F401  (before the function of that name, which then stands for it)
-from tokcompile import llm, primitives, steps
+from tokcompile import llm, primitives, steps, vlm
 from tokcompile.api import OptimizedModel, ReducedOutput, load, optimize
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.errors import (
@@ -61,4 +61,5 @@ __all__ = [
     "register_rule",
     "session_options",
     "steps",
+    "vlm",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
 Masks = Callable[[int, "int | None"], Tensor]  # (layer, sliding window) -> what its query may see: (B or 1, 1, 1, capacity)
 SPECIAL = ("softcap", "s_aux", "position_bias")  # arguments that change the scores: left to the model's own attention
 
@@ -27,6 +28,7 @@ class Collecting:
     """
 
     is_compileable = False
+    is_initialized = False
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -55,6 +57,7 @@ class Slots(Collecting):
     """
 
     is_compileable = True
+    is_initialized = True
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Sequence[Tensor]):
         self.keys, self.values, self.slots = list(keys), list(values), slots
@@ -70,12 +73,9 @@ class Slots(Collecting):
 
 
 @contextmanager
-def attention_over(model: nn.Module, masks: Masks) -> Iterator[list[int]]:
-    """The model's attention reads `masks` instead of the mask it is given, for the duration of the block.
-
-    Gives the list of layers that came by, by which one sees whether the model's attention can be reached at all.
-    """
-    seen: list[int] = []
+def replaced_attention(model: nn.Module, make: Callable[[Attention | None], Attention]) -> Iterator[None]:
+    """For the duration of the block, the model's attention functions are what `make` gives for each of them (None for the
+    one that transformers keeps beside its table, of eager mode)."""
     files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}
     tables = {id(t): t for t in (getattr(file, "ALL_ATTENTION_FUNCTIONS", None) for file in files) if t is not None}
     changed = []
@@ -84,8 +84,8 @@ def attention_over(model: nn.Module, masks: Masks) -> Iterator[list[int]]:
             for name in {"eager", *table}:
                 own = table._local_mapping.get(name)
                 changed.append((table, name, own))
-                table[name] = attention(table.get(name), masks, seen)
-        yield seen
+                table[name] = make(table.get(name))
+        yield
     finally:
         for table, name, own in reversed(changed):
             if own is None:
@@ -94,7 +94,18 @@ def attention_over(model: nn.Module, masks: Masks) -> Iterator[list[int]]:
                 table[name] = own
 
 
-def attention(original: Callable[..., Any] | None, masks: Masks, seen: list[int]) -> Callable[..., Any]:
+@contextmanager
+def attention_over(model: nn.Module, masks: Masks) -> Iterator[list[int]]:
+    """The model's attention, over one query token, reads `masks` instead of the mask it is given.
+
+    Gives the list of layers that came by, by which one sees whether the model's attention can be reached at all.
+    """
+    seen: list[int] = []
+    with replaced_attention(model, lambda original: attention(original, masks, seen)):
+        yield seen
+
+
+def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Attention:
     """An attention function as transformers calls it, for one query token."""
 
     def attend(
@@ -105,8 +116,7 @@ def attention(original: Callable[..., Any] | None, masks: Masks, seen: list[int]
         mask = masks(layer, kwargs.get("sliding_window"))
         if any(kwargs.get(name) is not None for name in SPECIAL):
             # as the model computes it: only its own function knows what those arguments mean
-            own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", original)
-            assert own is not None
+            own = eager_attention(module, original)
             scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
             return own(module, query, key, value, scores, **{**kwargs, "dropout": 0.0})[0], None
         batch, heads, length, width = query.shape
@@ -116,6 +126,13 @@ def attention(original: Callable[..., Any] | None, masks: Masks, seen: list[int]
         return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
     return attend
+
+
+def eager_attention(module: nn.Module, other: Attention | None = None) -> Attention:
+    """The attention function in a model's own file, which takes all arguments that the model gives it."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", other)
+    assert own is not None
+    return own
 
 
 def passing_mask() -> Any:

@@ -56,7 +56,8 @@ class Decode(nn.Module):
     """One token in, the next token's logits out; caches go in and come out with the token's entry written.
 
     layout: of the prefill. step: (1,) how many tokens were decoded before. Which entries a query may see is mostly a matter
-    of counting; beside that sliding windows need `kept`, the prefill's index outputs, and padding its attention mask.
+    of counting; beside that sliding windows need `kept`, the prefill's index outputs, and `positions`, its position_ids;
+    padding needs its attention mask.
     """
 
     def __init__(self, model: nn.Module, layout: Layout):
@@ -75,6 +76,7 @@ class Decode(nn.Module):
         values: Sequence[Tensor],
         kept: Mapping[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Any]:
         stages = self.layout.stages
         slots = [step + stage.length for stage in stages]
@@ -86,7 +88,7 @@ class Decode(nn.Module):
             window = window if window is not None and window < self.reach else None
             key = self.layout.stage_of(layer), window
             if key not in seen:
-                seen[key] = self.visible(key[0], window, step, kept, attention_mask)
+                seen[key] = self.visible(key[0], window, step, kept, attention_mask, positions, position_ids)
             return seen[key]
 
         with attention_over(self.model, mask) as layers:
@@ -109,8 +111,9 @@ class Decode(nn.Module):
         return self.layout.length + stage.capacity - stage.length
 
     def visible(
-        self, stage: int, window: int | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None
-    ) -> Tensor:
+        self, stage: int, window: int | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None,
+        positions: Tensor | None, now: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Which entries of a stage the token may attend to, (1 or B, 1, 1, capacity)."""
         here = self.layout.stages[stage]
         made = torch.arange(here.capacity - here.length, device=step.device)[None]
@@ -121,16 +124,31 @@ class Decode(nn.Module):
         if window is not None or padding is not None:
             rows = here.rows(self.layout.length, kept or {}).to(step.device)
             if window is not None:
-                before = self.layout.length + step - rows < window
+                before = self.distance(rows, step, positions, now) < window
             if padding is not None:
                 before = before & padding.bool().gather(1, rows.expand(padding.shape[0], -1))
         after = after.expand(before.shape[0], -1)
         return torch.cat([before, after], 1)[:, None, None]
 
+    def distance(self, rows: Tensor, step: Tensor, positions: Tensor | None, now: Tensor) -> Tensor:
+        """How far before the token each entry stands, (1 or B, entries)."""
+        if self.layout.axes:
+            raise InputError(
+                f"a position has {self.layout.axes[0]} numbers in this model, and its sliding windows count in one\n"
+                "  what to do: nothing yet; only models without sliding windows can have such positions here"
+            )
+        if positions is None:
+            return self.layout.length + step - rows
+        return now - positions.gather(1, rows.expand(positions.shape[0], -1))
+
+    @property
+    def bound(self) -> bool:
+        """Whether a window hides anything, known once it has run."""
+        return any(w is not None and w < self.reach for w in self.windows.values())
+
     def needed(self) -> list[str]:
-        """Which of the prefill's index outputs the masks are made from, known once it has run."""
-        bound = any(w is not None and w < self.reach for w in self.windows.values())
-        if not bound and not self.padded:
+        """Which of the prefill's index outputs the masks are made from."""
+        if not self.bound and not self.padded:
             return []
         return list(self.layout.kept)
 
@@ -148,6 +166,8 @@ def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: i
     example = example_inputs(step)
     rehearse(step, example)
     example["kept"] = {name: example["kept"][name] for name in step.needed()} or None
+    if not step.bound:
+        example["positions"] = None
     return untouched(step, {name: value for name, value in example.items() if value is not None})
 
 
@@ -201,12 +221,14 @@ def example_inputs(step: Decode) -> dict[str, Any]:
     whole: dict[str, Any] = dict(dtype=torch.int64, device=weight.device)
     made: dict[str, Any] = {
         "token": torch.zeros(plan.batch, 1, **whole),
-        "position_ids": torch.full((plan.batch, 1), plan.length + room - 1, **whole),
+        "position_ids": torch.full((*plan.axes, plan.batch, 1), plan.length + room - 1, **whole),
         "step": torch.full((1,), room - 1, **whole),
         "keys": [buffer(shape, i) for i, (shape, _) in enumerate(plan.shapes)],
         "values": [buffer(shape, i) for i, (_, shape) in enumerate(plan.shapes)],
         "kept": {name: torch.arange(k, device=weight.device).repeat(plan.batch, 1) for name, k in plan.kept.items()},
     }
+    if plan.placed:
+        made["positions"] = torch.arange(plan.length, device=weight.device).repeat(plan.batch, 1)
     if step.padded:
         shape, dtype = plan.inputs["attention_mask"]
         made["attention_mask"] = torch.ones(shape, dtype=dtype, device=weight.device)

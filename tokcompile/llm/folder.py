@@ -30,7 +30,7 @@ def read_spec(folder: str) -> tuple[Wiring, dict[str, Any]]:
         if data["format"] != FORMAT:
             raise ExportError(f"{path} has format {data['format']!r}; this release reads format {FORMAT}")
         stages = [Stage(**{**s, "cuts": tuple(Cut(**c) for c in s["cuts"])}) for s in data["stages"]]
-        same = ("prompt", "length", "batch", "max_new_tokens", "logits", "eos", "padded")
+        same = ("prompt", "length", "batch", "max_new_tokens", "logits", "eos", "padded", "placed")
         wiring = Wiring(
             **{name: data[name] for name in same},
             inputs={name: (tuple(shape), dtype) for name, (shape, dtype) in data["inputs"].items()},
@@ -110,10 +110,13 @@ class Folder:
         eos: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         keep_logits: bool = False,
+        next_position: Tensor | None = None,
         **inputs: Tensor,
     ) -> Generated:
         """Generates; see `Generator`. Raises: InputError."""
-        return generate(self.wiring, self.prefill, self.decode, inputs, max_new_tokens, eos, sampling, keep_logits)
+        return generate(
+            self.wiring, self.prefill, self.decode, inputs, max_new_tokens, eos, sampling, keep_logits, next_position
+        )
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folder:

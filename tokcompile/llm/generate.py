@@ -28,7 +28,8 @@ class Wiring:
 
     prompt: the prefill's input for the prompt. length: of the prompt, which is also the position of the first token that
     is generated. caches: (layer, prefill output, decode input, decode output). kept: (prefill output, decode input).
-    inputs: shape and dtype of each of the prefill's inputs. eos: ids that end a text.
+    inputs: shape and dtype of each of the prefill's inputs. eos: ids that end a text. padded, placed: whether the decode step
+    takes the prefill's attention_mask, and its position_ids as `positions`.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Wiring:
     stages: Sequence[Stage]
     eos: Sequence[int] = ()
     padded: bool = False
+    placed: bool = False
 
     def stage_of(self, layer: int) -> Stage:
         return next(s for s in self.stages if s.first <= layer <= s.last)
@@ -119,13 +121,16 @@ class Generator:
         eos: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         keep_logits: bool = False,
+        next_position: Tensor | None = None,
         **inputs: Tensor,
     ) -> Generated:
-        """Generates. inputs: of the prefill, by name. eos: ids that end a text, the model's by default. Raises: InputError."""
+        """Generates. inputs: of the prefill, by name. eos: ids that end a text, the model's by default. next_position: of the
+        first token that is generated, (B, 1), where it is not one after the largest of position_ids. Raises: InputError."""
         with torch.no_grad():
             return generate(
-                self.wiring, program(self.prefill), program(self.decode), inputs, max_new_tokens, eos, sampling, keep_logits
-            )
+                self.wiring, program(self.prefill), program(self.decode), inputs, max_new_tokens, eos, sampling, keep_logits,
+                next_position,
+            )  # fmt: skip
 
 
 def wire(prefill: OptimizedModel, decode: OptimizedModel, model: Any, max_new_tokens: int) -> Wiring:
@@ -140,7 +145,7 @@ def wire(prefill: OptimizedModel, decode: OptimizedModel, model: Any, max_new_to
     inputs = {name: (shape, str(dtype).removeprefix("torch.")) for name, (shape, dtype) in plan.inputs.items()}
     return Wiring(
         plan.prompt, plan.length, plan.batch, max_new_tokens, plan.logits, inputs, caches, kept, plan.stages,
-        end_of_text(model), "attention_mask" in plan.inputs,
+        end_of_text(model), "attention_mask" in plan.inputs, "positions" in decode.input_names,
     )  # fmt: skip
 
 
@@ -173,6 +178,7 @@ def generate(
     eos: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     keep_logits: bool = False,
+    position: Tensor | None = None,
 ) -> Generated:
     """Prefill, pad the caches into static buffers, then a step for each token. Raises: InputError."""
     count = wiring.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -190,7 +196,7 @@ def generate(
     token = choose(logits)
     seconds = [time.perf_counter() - begin]
     state = start(wiring, feeds, out)
-    position = next_position(wiring, feeds)
+    position = next_position(wiring, feeds, position)
     done = torch.isin(token[:, 0].cpu(), ends)
     tokens, all_logits = [token], [logits]
     for step in range(count - 1):
@@ -233,11 +239,17 @@ def check_inputs(wiring: Wiring, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     return feeds
 
 
-def next_position(wiring: Wiring, feeds: Mapping[str, Tensor]) -> Tensor:
-    """The position of the first generated token, (B, 1): one after the prompt's last, never the length of a cache."""
-    if "position_ids" in feeds:
-        return feeds["position_ids"].amax(-1, keepdim=True).expand(wiring.batch, 1) + 1
-    return torch.full((wiring.batch, 1), wiring.length, device=feeds[wiring.prompt].device)
+def next_position(wiring: Wiring, feeds: Mapping[str, Tensor], given: Tensor | None) -> Tensor:
+    """The position of the first generated token, (B, 1) or (axes, B, 1): one after the prompt's last, never the length of a
+    cache."""
+    if "position_ids" not in feeds:
+        start = torch.full((wiring.batch, 1), wiring.length, device=feeds[wiring.prompt].device)
+        return start if given is None else given
+    positions = feeds["position_ids"]
+    if given is None:
+        largest = positions.amax(-1, keepdim=True)
+        given = (largest.amax(0) if largest.ndim == 3 else largest) + 1
+    return given.expand(*positions.shape[:-2], wiring.batch, 1)
 
 
 def start(wiring: Wiring, feeds: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,4 +267,5 @@ def start(wiring: Wiring, feeds: Mapping[str, Tensor], out: Mapping[str, Tensor]
         buffer[:, :, : stage.length] = cache
         state[into] = buffer
     state |= {into: out[source] for source, into in wiring.kept}
-    return state | ({"attention_mask": feeds["attention_mask"]} if wiring.padded else {})
+    state |= {"attention_mask": feeds["attention_mask"]} if wiring.padded else {}
+    return state | ({"positions": feeds["position_ids"]} if wiring.placed else {})

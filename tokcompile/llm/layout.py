@@ -61,7 +61,8 @@ class Stage:
 class Layout:
     """All that decoding has to know about a prefill.
 
-    length: of the prompt before any reduction; the next token stands at this position. prompt: the input that holds it.
+    length: of the prompt before any reduction; without position_ids the next token stands at this position. prompt: the
+    input that holds it. axes: of position_ids in front of the batch, (3,) where a position has three numbers.
     keys, values: output names by layer. shapes: of the keys and of the values by layer. kept: how many indices each output
     of them holds.
     """
@@ -77,6 +78,12 @@ class Layout:
     dtype: torch.dtype
     stages: tuple[Stage, ...]
     kept: dict[str, int]
+    axes: tuple[int, ...] = ()
+
+    @property
+    def placed(self) -> bool:
+        """Whether the prefill is told the position of each token, one number each."""
+        return "position_ids" in self.inputs and not self.axes
 
     def stage_of(self, layer: int) -> int:
         return next(i for i, s in enumerate(self.stages) if s.first <= layer <= s.last)
@@ -98,10 +105,11 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
             f"the prefill takes {', '.join(inputs) or 'no tensors'}, and neither inputs_embeds nor input_ids\n"
             "  what to do: optimize tokcompile.llm.Prefill(model) with one of the two"
         )
-    if "position_ids" in inputs and inputs["position_ids"].ndim != 2:
+    shape = inputs["position_ids"].shape if "position_ids" in inputs else inputs[prompt].shape[:2]
+    if shape[-2:] != inputs[prompt].shape[:2] or len(shape) > 3:
         raise InputError(
-            f"position_ids of shape {'x'.join(map(str, inputs['position_ids'].shape))} have several axes, and decoding "
-            "continues one\n  what to do: nothing yet; positions are (batch, length)"
+            f"position_ids have the shape {'x'.join(map(str, shape))}, and the prompt {'x'.join(map(str, inputs[prompt].shape))}\n"
+            "  what to do: positions are (batch, length), or (axes, batch, length) where each has several numbers"
         )
     shapes = {n: v.shape for n, v in zip(names_of(prefill), values_of(prefill))}
     keys, values = caches(shapes)
@@ -121,6 +129,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
         dtype,
         made,
         {cut.index: shapes[cut.index][1] for stage in made for cut in stage.cuts},
+        tuple(shape[:-2]) if "position_ids" in inputs else (),
     )
 
 

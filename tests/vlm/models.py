@@ -1,0 +1,102 @@
+"""Vision-language models beyond the families: two images, tiles with newline tokens, padding on the left."""
+
+import functools
+
+import torch
+
+from tests.conftest import build
+from tests.models import shake
+from tests.models.family import noise, seeded, tokens
+
+FAMILIES = [
+    "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "gemma3", "smolvlm", "idefics3",
+]  # fmt: skip
+
+
+@functools.cache
+def vlm(name, batch=1):
+    """(model, inputs) of a family, or of one of the functions below."""
+    if name in OTHERS:
+        return OTHERS[name](batch)
+    model, _, inputs = build(f"hf/{name}", batch)
+    return model, inputs
+
+
+def ids_with(batch, counts, token=60):
+    """5 of text, then each image's placeholders and 3 of text."""
+    text = tokens(batch, 5 + 3 * len(counts), 59)
+    pieces = [text[:, :5]]
+    for i, count in enumerate(counts):
+        pieces += [torch.full((batch, count), token), text[:, 5 + 3 * i : 8 + 3 * i]]
+    ids = torch.cat(pieces, 1)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def llava_two(batch):
+    """Two images a sample."""
+    model, _ = vlm("llava")
+    return model, ids_with(batch, (49, 49)) | dict(pixel_values=noise(2 * batch, 3, 56, 56))
+
+
+def qwen_two(name):
+    """Two images of different size in each sample, in one sequence."""
+
+    def make(batch):
+        model, _ = vlm(name)
+        grids = torch.tensor([[1, 8, 6], [1, 4, 8]] * batch)
+        inputs = ids_with(batch, (12, 8))
+        inputs |= dict(mm_token_type_ids=(inputs["input_ids"] == 60).int(), image_grid_thw=grids)
+        return model, inputs | dict(pixel_values=noise(batch, 80, 3 * 2 * 8 * 8).flatten(0, 1))
+
+    return make
+
+
+def llava_next(batch):
+    """A base view and one tile with a newline token a row: 49 + 7 x 8."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    small = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
+    text = LlamaConfig(
+        **small,
+        vocab_size=64,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=63,
+        pad_token_id=0,
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=56, patch_size=8), text_config=text, image_token_index=60,
+        image_grid_pinpoints=[[56, 56]],
+    )  # fmt: skip
+    with seeded():
+        model = shake(LlavaNextForConditionalGeneration(config).eval())
+    sizes = torch.tensor([[56, 56]] * batch)
+    return model, ids_with(batch, (105,)) | dict(pixel_values=noise(batch, 2, 3, 56, 56), image_sizes=sizes)
+
+
+def left(name, pads=3):
+    """The same prompt behind padding on its left, with the positions that generation gives it."""
+
+    def make(batch):
+        model, inputs = vlm(name, batch)
+        inputs = dict(inputs)
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if key in inputs:
+                inputs[key] = torch.cat([torch.zeros_like(inputs[key][:, :1]).repeat(1, pads), inputs[key]], 1)
+        if "qwen" not in name:
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions + 1 if name == "paligemma" else positions
+        return model, inputs
+
+    return make
+
+
+OTHERS = {
+    "llava_two": llava_two,
+    "qwen2_vl_two": qwen_two("qwen2_vl"),
+    "qwen2_5_vl_two": qwen_two("qwen2_5_vl"),
+    "qwen3_vl_two": qwen_two("qwen3_vl"),
+    "llava_next": llava_next,
+    **{f"{name}_left": left(name) for name in ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3")},
+}

@@ -1,0 +1,143 @@
+"""A model in parts gives what the model gives, and what cannot be taken apart is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import error, run
+from tests.vlm.models import FAMILIES, OTHERS, vlm
+from tokcompile import InputError, UnsupportedGraph
+from tokcompile.vlm import split
+
+
+def composed(parts, inputs):
+    mask = inputs["attention_mask"] if "attention_mask" in parts.language.kwargs else None
+    return parts(inputs["pixel_values"], inputs["input_ids"], mask)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_the_parts_together_are_the_model(name, batch):
+    model, inputs = vlm(name, batch)
+    parts = split(model, inputs, all_logits=True)
+    seen = inputs["attention_mask"].bool()
+    got, want = composed(parts, inputs)["logits"], run(model, **inputs).logits
+    assert error(got[seen], want[seen]) < 1e-5
+    assert parts.spans == [
+        (start, stop) for start, stop in parts.spans if bool((inputs["input_ids"][:, start:stop] == 60).all())
+    ]
+    assert sum(stop - start for start, stop in parts.spans) == int((inputs["input_ids"][0] == 60).sum())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_caches_are_the_models_own(name):
+    model, inputs = vlm(name)
+    got = composed(split(model, inputs), inputs)
+    want = run(model, **{**inputs, "use_cache": True})
+    assert got["logits"].shape[1] == 1
+    for layer, (keys, values) in enumerate(zip(got["keys"], got["values"])):
+        there = want.past_key_values.layers[layer]
+        last = there.keys.shape[2]  # a sliding layer keeps its window only
+        assert error([keys[:, :, -last:], values[:, :, -last:]], [there.keys, there.values]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "smolvlm"])
+def test_each_part_holds_only_its_own_weights(name):
+    model, inputs = vlm(name)
+    parts = split(model, inputs)
+    vision, language = ({id(p) for p in part.module.parameters()} for part in (parts.vision, parts.language))
+    assert not vision & language
+    assert {id(p) for p in model.parameters()} == vision | language | {id(p) for p in parts.embeddings.module.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "next_position"), [("llava", 61), ("paligemma", 62), ("qwen2_vl", 16), ("qwen3_vl", 16), ("llava_left", 61)]
+)
+def test_next_position(name, next_position):
+    """Qwen's image of 4 x 3 tokens takes 4 positions; PaliGemma counts from 1; padding does not count."""
+    model, inputs = vlm(name)
+    assert split(model, inputs).next_position.tolist() == [[next_position]]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "paligemma", "gemma3", "smolvlm"])
+def test_the_model_is_left_as_it_was(name):
+    model, inputs = vlm(name)
+    before = run(model, **inputs).logits
+    state = [(m, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    split(model, inputs)
+    assert state == [(m, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert torch.equal(run(model, **inputs).logits, before)
+
+
+def refused(match, model, inputs, kind=InputError, **options):
+    with pytest.raises(kind, match=match):
+        split(model, inputs, **options)
+
+
+def test_inputs_that_say_nothing_of_an_image():
+    model, inputs = vlm("llava")
+    text = torch.full_like(inputs["input_ids"], 7)
+    refused(r"no image placeholder \(id 60\) was found", model, {**inputs, "input_ids": text})
+    refused("no image placeholder .id 61. was found", model, inputs, image_token=61)
+    refused("the example inputs have no pixel_values", model, {"input_ids": text})
+    refused("the example inputs have no input_ids", model, {"pixel_values": inputs["pixel_values"]})
+    refused(r"attention_mask has the shape \(1, 9\)", model, {**inputs, "attention_mask": torch.ones(1, 9)})
+
+
+def test_spans_that_contradict_the_example():
+    model, inputs = vlm("llava")
+    refused("position 54 is no image placeholder", model, inputs, spans=[(5, 55)])
+    refused("position 5 is an image placeholder", model, inputs, spans=[(6, 54)])
+    refused("in order and apart", model, inputs, spans=[(5, 30), (20, 54)])
+    refused("in order and apart", model, inputs, spans=[(5, 100)])
+    assert split(model, inputs, spans=[(5, 30), (30, 54)]).spans == [(5, 30), (30, 54)]
+
+
+def test_too_few_placeholders():
+    model, inputs = vlm("llava")
+    ids = inputs["input_ids"].clone()
+    ids[:, 53] = 7
+    refused("does not run on the example inputs.*features", model, {**inputs, "input_ids": ids})
+
+
+def test_samples_with_their_images_at_other_places():
+    model, inputs = vlm("llava", 2)
+    ids = inputs["input_ids"].clone()
+    ids[1] = ids[1].roll(1)
+    refused(
+        r"the images of sample 1 are at \[\(6, 55\)\], and those of sample 0 at \[\(5, 54\)\]",
+        model,
+        {**inputs, "input_ids": ids},
+    )
+
+
+def test_later_prompts_have_their_images_at_the_same_places():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs)
+    with pytest.raises(InputError, match=r"input_ids\[0, 5\] is \d+, and the parts were made for image placeholders"):
+        parts(inputs["pixel_values"], inputs["input_ids"].roll(1))
+    with pytest.raises(InputError, match="the parts were made for"):
+        parts(inputs["pixel_values"], inputs["input_ids"][:, 1:])
+
+
+def test_models_that_are_none():
+    model, inputs = vlm("llava")
+    refused("has no decoder that this function finds", nn.Linear(2, 2).eval(), inputs, image_token=60)
+    refused("no image_token_id", nn.Linear(2, 2).eval(), inputs)
+    with pytest.raises(InputError, match="training mode"):
+        split(type(model)(model.config).train(), inputs)
+    text = model.model.language_model
+    refused("does not run on the example inputs|did not call get_image_features", text, inputs, image_token=60)
+
+
+def test_masks_that_cannot_be_made_again():
+    """Two samples that differ in which of their tokens attend both ways."""
+    model, inputs = vlm("gemma3", 2)
+    types = inputs["token_type_ids"].clone()
+    types[1] = 0
+    refused("it is not causal with a window, padding and tokens", model, {**inputs, "token_type_ids": types}, UnsupportedGraph)
+
+
+def test_padding_may_not_be_ruled_out_where_there_is_some():
+    model, inputs = vlm("llava_left")
+    refused("padded=False", model, inputs, padded=False)

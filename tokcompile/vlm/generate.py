@@ -1,0 +1,52 @@
+"""Images and text in, text out, in PyTorch: the parts, a reduced prefill, and the decode step that goes on after it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcompile.api import OptimizedModel
+from tokcompile.llm.generate import Generated
+from tokcompile.llm.generate import Generator as TextGenerator
+from tokcompile.vlm.split import Parts
+
+
+class Generator:
+    """A vision-language model after reductions in its vision part, in its prefill, or in both.
+
+    parts: of the model; after a reduced vision part, `parts.after(vision)`. prefill: what
+    `tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", ...)` gave. max_new_tokens: the most tokens
+    that one call may generate.
+
+    Raises: InputError, TraceError.
+
+    Example:
+        >>> generator = tokcompile.vlm.Generator(parts, prefill, max_new_tokens=64)                   # doctest: +SKIP
+        >>> generator(pixel_values, input_ids).tokens                                                # doctest: +SKIP
+    """
+
+    def __init__(self, parts: Parts, prefill: OptimizedModel, *, max_new_tokens: int):
+        self.parts = parts
+        self.text = TextGenerator(prefill, parts.model, max_new_tokens=max_new_tokens)
+
+    def __call__(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Generated:
+        """Generates. input_ids: (B, L), with the images where those of the example are. attention_mask: (B, L), where the
+        parts take padding. options: of `tokcompile.llm.Generator`. Raises: InputError."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            inputs = self.parts.language_inputs(input_ids, self.parts.see(pixel_values), attention_mask)
+        before = time.perf_counter() - begin
+        made = self.text(next_position=self.parts.prompt.positions(attention_mask)[1], **flat(inputs), **options)
+        made.seconds[0] += before  # the image is part of the time to the first token
+        return made
+
+
+def flat(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs of the language part as its programs name them."""
+    deep = {f"deepstack_{i}": value for i, value in enumerate(inputs.get("deepstack", ()))}
+    return {name: value for name, value in inputs.items() if name != "deepstack"} | deep

@@ -1,0 +1,159 @@
+"""What the tokens of a prompt may see: causal, through a window, and what an image's tokens see beyond that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.errors import InputError, UnsupportedGraph
+from tokcompile.llm.caches import Attention, Masks, eager_attention
+from tokcompile.vlm.observe import Observed
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """windows: the sliding window of each layer. groups: by window, a number for each token, (L,): tokens of one number see
+    each other whatever their order, such as those of an image, or of a whole prompt. Others have a number of their own."""
+
+    windows: tuple[int | None, ...]
+    groups: Mapping[int | None, Tensor]
+
+    def shortened(self, spans: Sequence[Span], rows: Sequence[int]) -> Visibility:
+        """The same over fewer tokens. rows: the old position of each one; those in `spans` stand for any of their span.
+
+        Raises: UnsupportedGraph where it would depend on which ones stay.
+        """
+        for numbers in self.groups.values():
+            for start, stop in spans:
+                if numbers[start:stop].unique().numel() not in (1, stop - start):
+                    raise UnsupportedGraph(
+                        f"some of the tokens {start} to {stop} of this prompt attend both ways and some do not, so that a mask "
+                        "cannot be made before it is known which ones stay",
+                        hint="reduce inside of the language part instead, with where=[0] or later",
+                    )
+        return Visibility(self.windows, {w: numbers[torch.tensor(rows)] for w, numbers in self.groups.items()})
+
+
+def visibility(seen: Observed, attention_mask: Tensor | None, spans: Sequence[Span]) -> Visibility:
+    """Reads the masks of one run. spans: of the images. Raises: UnsupportedGraph where one is none that can be made again."""
+    windows = tuple(seen.windows[i] for i in sorted(seen.windows))
+    groups: dict[int | None, Tensor] = {}
+    for layer, window in enumerate(windows):
+        mask = seen.masks[layer].cpu()
+        length = mask.shape[-1]
+        valid = torch.ones(1, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
+        pairs = valid[:, :, None] & valid[:, None]  # what padding sees does not count
+        mutual = (mask & mask.mT & pairs).any(0) | torch.eye(length, dtype=torch.bool)
+        numbers = mutual.int().argmax(-1)  # the first one that a token sees and is seen by
+        if window in groups and not torch.equal(groups[window], numbers):
+            raise unknown(layer, "differs from that of an earlier layer with the same window")
+        groups[window] = numbers
+        wrong = ((ordered(length, window) | (numbers[:, None] == numbers)) != mask) & pairs
+        if wrong.any():
+            row, query, key = (int(i) for i in wrong.nonzero()[0])
+            raise unknown(layer, f"does not fit the token {query} and the token {key} of sample {row}")
+    return Visibility(
+        windows, {w: padded_too(n, attention_mask, spans) for w, n in groups.items() if n.unique().numel() < len(n)}
+    )
+
+
+def padded_too(numbers: Tensor, attention_mask: Tensor | None, spans: Sequence[Span]) -> Tensor:
+    """Padding of the example belongs to the group of the text after it: in another prompt it may be text."""
+    numbers = numbers.clone()
+    if attention_mask is None:
+        return numbers
+    image = {p for start, stop in spans for p in range(start, stop)}
+    for at in range(len(numbers) - 2, -1, -1):
+        if not attention_mask[:, at].any() and at + 1 not in image and int((numbers == numbers[at + 1]).sum()) > 1:
+            numbers[at] = numbers[at + 1]
+    return numbers
+
+
+def unknown(layer: int, what: str) -> UnsupportedGraph:
+    return UnsupportedGraph(
+        f"the mask of layer {layer} {what}: it is not causal with a window, padding and tokens that attend both ways",
+        hint="nothing yet; samples of one batch must agree on which tokens attend both ways",
+    )
+
+
+def ordered(length: int, window: int | None) -> Tensor:
+    """(L, L): each token sees those before it, at most `window` of them with itself."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+class PromptMasks(nn.Module):
+    """Makes the masks of a prefill, (1 or B, 1, L, L), one for each window.
+
+    moved: whether positions are not simply those in the sequence (padding, or tokens that were dropped before): windows
+    are then measured in `positions`.
+    """
+
+    itself: Tensor
+
+    def __init__(self, length: int, view: Visibility, moved: bool):
+        super().__init__()
+        self.view, self.moved = view, moved
+        for i, window in enumerate(self.kinds()):
+            plain = ordered(length, None if moved else window)
+            self.register_buffer(f"plain_{i}", plain, persistent=False)
+            numbers = view.groups.get(window)
+            together = None if numbers is None else numbers[:, None] == numbers
+            self.register_buffer(f"together_{i}", together, persistent=False)
+        self.register_buffer("itself", torch.eye(length, dtype=torch.bool), persistent=False)
+
+    def kinds(self) -> list[int | None]:
+        return list(dict.fromkeys(self.view.windows))
+
+    def masks(self, positions: Tensor | None, attention_mask: Tensor | None) -> Masks:
+        """A function from (layer, window) to its mask. positions, attention_mask: (1 or B, L)."""
+        made: dict[int | None, Tensor] = {}
+
+        def mask(layer: int, window: int | None) -> Tensor:
+            if window not in made:
+                made[window] = self.one(window, positions, attention_mask)
+            return made[window]
+
+        return mask
+
+    def one(self, window: int | None, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        kind = self.kinds().index(window)
+        seen: Tensor = getattr(self, f"plain_{kind}")[None]
+        together: Tensor | None = getattr(self, f"together_{kind}")
+        if self.moved and window is not None:
+            assert positions is not None
+            seen = seen & (positions[:, :, None] - positions[:, None] < window)
+        if together is not None:
+            seen = seen | together
+        if attention_mask is not None:  # padding sees itself, so that its row is not empty
+            seen = (seen & attention_mask.bool()[:, None]) | self.itself
+        return seen[:, None]
+
+
+def masked(original: Attention | None, masks: Masks) -> Attention:
+    """An attention function that reads `masks` in place of the mask it is given."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        mask = masks(int(module.layer_idx), kwargs.get("sliding_window"))  # type: ignore[arg-type]
+        if original is not None:
+            return original(module, query, key, value, mask, **kwargs)
+        scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        return eager_attention(module)(module, query, key, value, scores, **kwargs)
+
+    return attend
+
+
+def check_spans(spans: Sequence[Span], length: int) -> None:
+    """Raises: InputError for spans outside of the prompt, empty, overlapping or out of order."""
+    at = 0
+    for start, stop in spans:
+        if not at <= start < stop <= length:
+            raise InputError(f"the span ({start}, {stop}) does not lie within the {length} tokens, in order and apart")
+        at = stop

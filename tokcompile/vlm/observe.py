@@ -1,0 +1,166 @@
+"""One eager run of a whole vision-language model, and what passes between its parts on the way.
+
+No family is named: what counts is the function `get_image_features`, the module that owns the token embeddings, and the
+masks that arrive at its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.errors import InputError
+from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
+
+FEATURES = "get_image_features"
+
+
+@dataclass
+class Observed:
+    """owner: name of the module whose get_image_features ran. args, kwargs: of that call. features: one (n, D) an image.
+    whole: name of a module that gives them all side by side, (images, n, D), where there is one. deepstack: the same as
+    features, for each layer of those that are added inside of the decoder. language: name of the decoder.
+    masks: (B or 1, L, L) by layer, True where a query sees a key. windows: the sliding window by layer."""
+
+    owner: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
+    whole: str | None = None
+    deepstack: list[list[Tensor]] = field(default_factory=list)
+    language: str = ""
+    embeds: Tensor | None = None
+    position_ids: Tensor | None = None
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
+    """Runs the model once. Raises: InputError where it is no vision-language model, or does not run."""
+    seen = Observed(language=decoder_of(model))
+    decoder = model.get_submodule(seen.language)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if callable(getattr(module, FEATURES, None)):
+                stack.enter_context(recorded_features(module, name, seen))
+        handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
+        stack.callback(handle.remove)
+        inside = set(decoder.modules())
+        stack.enter_context(replaced_attention(model, lambda original: looking(original, inside, seen)))
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {first}\n"
+                "  what to do: pass inputs that model(**inputs) accepts, with one image placeholder for each image feature"
+            ) from error
+    if not seen.features:
+        raise InputError(
+            f"{type(model).__name__} did not call {FEATURES} on these inputs ({', '.join(inputs)})\n"
+            "  what to do: pass pixel_values and what belongs to them, such as image_grid_thw or image_sizes"
+        )
+    if seen.embeds is None or not seen.masks:
+        raise InputError(
+            f"the decoder {seen.language!r} was not called on inputs_embeds, or does not call transformers' attention "
+            "functions\n  what to do: nothing yet; optimize the parts of this model one by one"
+        )
+    return seen
+
+
+def decoder_of(model: nn.Module) -> str:
+    """The name of the module that holds the token embeddings beside a list of layers. Raises: InputError."""
+    find = getattr(model, "get_input_embeddings", None)
+    table = find() if find is not None else None
+    layers = getattr(config_of(model), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if table is not None and table in children and any(isinstance(c, nn.ModuleList) and len(c) == layers for c in children):
+            return name
+    raise InputError(
+        f"{type(model).__name__} has no decoder that this function finds: a module with the token embeddings "
+        "(get_input_embeddings) beside a list of num_hidden_layers layers\n  what to do: pass a vision-language model of "
+        "transformers, such as LlavaForConditionalGeneration"
+    )
+
+
+def layers_of(decoder: nn.Module, count: int) -> nn.ModuleList:
+    return next(c for c in decoder.children() if isinstance(c, nn.ModuleList) and len(c) == count)
+
+
+@contextmanager
+def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
+    """Notes the call of `get_image_features` that returns first, which is the innermost one."""
+    own = getattr(module, FEATURES)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs: dict[str, Any] = {}
+        handles = [m.register_forward_hook(partial(noted, outputs, n)) for n, m in module.named_modules(prefix=name)]
+        try:
+            result = own(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not seen.features:
+            seen.owner, seen.args, seen.kwargs = name, args, kwargs
+            seen.features, seen.deepstack = features_of(result)
+            seen.whole = next((n for n, out in outputs.items() if is_all_of(out, seen.features)), None)
+        return result
+
+    module.__dict__[FEATURES] = call
+    try:
+        yield
+    finally:
+        del module.__dict__[FEATURES]
+
+
+def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, result: Any) -> None:
+    outputs[name] = result
+
+
+def is_all_of(value: Any, features: list[Tensor]) -> bool:
+    if not isinstance(value, Tensor) or value.ndim != 3 or any(f.shape != value.shape[1:] for f in features):
+        return False
+    return len(value) == len(features) and torch.equal(value, torch.stack(features))
+
+
+def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The features of each image, and those for the decoder's inside, by layer and image."""
+    pooled = getattr(result, "pooler_output", result)
+    deep = getattr(result, "deepstack_features", None) or []
+    return list(pooled), [list(one) for one in deep]
+
+
+def entered(seen: Observed, kwargs: Mapping[str, Any]) -> None:
+    if seen.embeds is None:
+        seen.embeds, seen.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+
+
+def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) -> Attention:
+    """The attention as it was, which notes the mask on its way."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if module in inside:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            seen.masks[layer] = visible(attention_mask, query.shape[2], query.device)
+            seen.windows[layer] = kwargs.get("sliding_window")
+        return (original or eager_attention(module))(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
+
+
+def visible(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """A mask as transformers hands it over, as (B or 1, L, L) booleans; none at all means a causal one."""
+    if mask is None:
+        return torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+    mask = mask[:, 0, :, :length]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

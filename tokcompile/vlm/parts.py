@@ -1,0 +1,188 @@
+"""The parts of a vision-language model as modules of static shapes: image to features, ids to embeddings, and the decoder."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tokcompile.llm.caches import Collecting, passing_mask, replaced_attention
+from tokcompile.vlm.masks import PromptMasks, Visibility, masked
+from tokcompile.vlm.observe import FEATURES, Observed, features_of, layers_of
+
+PIXELS = "pixel_values"
+
+
+class Vision(nn.Module):
+    """Pixel values to image features as the language model receives them.
+
+    forward gives {"features": (rows, n, D), "deepstack": [(rows, n, D), ...]}, the latter where the model has such: one row
+    an image where all are computed side by side, else one row for all. What belongs to the pixel values (grids, image sizes)
+    is that of the example, fixed.
+    """
+
+    def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
+        super().__init__()
+        self.model, self.owner, self.whole = model, seen.owner, seen.whole
+        self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
+        self.train(model.training)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Any]:
+        args, kwargs = self.call
+        given = [pixel_values if value is HERE else value for value in args]
+        named = {name: pixel_values if value is HERE else value for name, value in kwargs.items()}
+        caught: list[Tensor] = []
+        handle = None
+        if self.whole is not None:  # before the model cuts the features of all images apart
+            handle = self.model.get_submodule(self.whole).register_forward_hook(lambda m, a, out: caught.append(out))
+        try:
+            pooled, deep = features_of(getattr(self.model.get_submodule(self.owner), FEATURES)(*given, **named))
+        finally:
+            if handle is not None:
+                handle.remove()
+        made: dict[str, Any] = {"features": caught[-1] if caught else in_one_row(pooled)}
+        return made | ({"deepstack": [in_one_row(one) for one in deep]} if deep else {})
+
+
+def in_one_row(images: Sequence[Tensor]) -> Tensor:
+    return (images[0] if len(images) == 1 else torch.cat(list(images)))[None]
+
+
+HERE = object()  # stands for the pixel values among the arguments of get_image_features
+
+
+def marked(value: Any, pixels: Tensor) -> Any:
+    return HERE if value is pixels else value
+
+
+class Embeddings(nn.Module):
+    """Token ids (B, L) to embeddings (B, L, D); image placeholders get one that is replaced by a feature."""
+
+    def __init__(self, model: Any, image_token: int):
+        super().__init__()
+        self.table, self.image_token = model.get_input_embeddings(), image_token
+        self.outside = image_token >= self.table.weight.shape[0]
+        self.train(model.training)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.outside:
+            input_ids = input_ids.masked_fill(input_ids == self.image_token, 0)
+        return self.table(input_ids)
+
+
+class Language(nn.Module):
+    """The decoder over a prompt of embeddings, with the keys and values of every layer, as `tokcompile.llm.Prefill` gives
+    them.
+
+    inputs_embeds: (B, L, D). position_ids: (B, L), or (axes, B, L) where positions have several axes. attention_mask:
+    (B, L), where the prompt may be padded. deepstack: (B, n, D) each, added to the image's tokens after layers 0, 1, ...
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: str, view: Visibility, spans: Sequence[tuple[int, int]], length: int, *,
+        moved: bool = False, all_logits: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.decoder, self.spans, self.length = model, decoder, tuple(spans), length
+        self.prompt_masks = PromptMasks(length, view, moved)
+        takes = inspect.signature(model.forward).parameters
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes and not all_logits else {}
+        self.train(model.training)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        deepstack: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        cache = Collecting()
+        positions = position_ids if position_ids.ndim == 2 else None
+        masks = self.prompt_masks.masks(positions, attention_mask)
+        with (
+            Apart(),
+            replaced_attention(self.model, lambda original: masked(original, masks)),
+            added(self.layers(), [self.spread(one) for one in deepstack or ()]),
+        ):
+            out = self.model(
+                inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=passing_mask(), past_key_values=cache,
+                use_cache=True, **self.last,
+            )  # fmt: skip
+        return {"logits": out.logits, "keys": cache.keys, "values": cache.values}
+
+    def layers(self) -> nn.ModuleList:
+        decoder = self.model.get_submodule(self.decoder)
+        return layers_of(decoder, len(self.prompt_masks.view.windows))
+
+    def spread(self, features: Tensor) -> Tensor:
+        """(B, n, D) at the places of the image's tokens, zeros elsewhere: (B, L, D)."""
+        parts, at, used = [], 0, 0
+        batch, _, width = features.shape
+        for start, stop in self.spans:
+            parts += [features.new_zeros(batch, start - at, width), features[:, used : used + stop - start]]
+            at, used = stop, used + stop - start
+        return torch.cat([*parts, features.new_zeros(batch, self.length - at, width)], 1)
+
+
+class Apart(TorchFunctionMode):
+    """`x[0]` is a copy: some rotary embeddings write other axes into it in place, and a graph without in-place ops cannot
+    have x change with it while x is still read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.clone() if func is Tensor.__getitem__ and isinstance(args[1], int) else result
+
+
+@contextmanager
+def added(layers: nn.ModuleList, features: Sequence[Tensor]) -> Iterator[None]:
+    """The result of layer i has features[i] added to it."""
+    handles = [layer.register_forward_hook(adding(one)) for layer, one in zip(layers, features)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def adding(features: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, result: Any) -> Any:
+        if isinstance(result, tuple):
+            return (result[0] + features, *result[1:])
+        return result + features
+
+    return hook
+
+
+def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """A copy of the model that shares its weights and holds only the modules that `run` needs."""
+    ran: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda m, args: ran.add(m)) for m in model.modules()]
+    with torch.no_grad():
+        try:
+            want = run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        slim = pruned(model, ran)
+        try:
+            got = run(slim)
+        except Exception:  # it reads from a module that it does not call
+            return model
+    same = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    return slim if all(torch.equal(a, b) for a, b in same) else model
+
+
+def pruned(module: nn.Module, ran: set[nn.Module]) -> nn.Module:
+    """A copy without the branches in which nothing ran; lists stay as long as they are."""
+    slim = copy.copy(module)
+    whole = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    kept = {n: c for n, c in module._modules.items() if c is None or whole or any(m in ran for m in c.modules())}
+    slim._modules = {n: c if c is None else pruned(c, ran) for n, c in kept.items()}
+    return slim

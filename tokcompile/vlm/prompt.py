@@ -1,0 +1,141 @@
+"""A prompt with images: where their tokens are, which positions all tokens have, and what is left of it after a reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcompile.errors import InputError
+from tokcompile.vlm.masks import Span
+from tokcompile.vlm.positions import Positions
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """full: spans of the image placeholders in the ids. spans: those of the features in what the language part takes, of
+    `length` tokens. position_ids: (B, L) or (axes, B, L), of the whole example. next_position: (B, 1). rule: behind these
+    positions, where they follow one."""
+
+    image_token: int
+    full: tuple[Span, ...]
+    spans: tuple[Span, ...]
+    full_length: int
+    length: int
+    position_ids: Tensor
+    next_position: Tensor
+    mask: Tensor
+    rule: Positions | None
+
+    @staticmethod
+    def of(ids: Tensor, token: int, spans: Sequence[Span], positions: Tensor, mask: Tensor | None) -> Prompt:
+        """Of example ids (B, L)."""
+        length, after = ids.shape[1], following(positions, mask)
+        mask = torch.ones_like(ids) if mask is None else mask
+        rule = Positions.read(positions, mask, spans, after)
+        return Prompt(token, tuple(spans), tuple(spans), length, length, positions, after, mask, rule)
+
+    def positions(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The positions of a prompt that is padded like this, and of the token after it, (B, 1). Raises: InputError."""
+        if mask is None or torch.equal(mask, self.mask):
+            return self.position_ids, self.next_position
+        if self.rule is None:
+            raise InputError(
+                "the positions of the example follow no rule that is known, so that those of a prompt with other padding are "
+                "not known either\n  what to do: pass position_ids, or the example's attention_mask"
+            )
+        return self.rule(mask, self.full)
+
+    @property
+    def images(self) -> list[int]:
+        """How many tokens each span has in the ids."""
+        return [stop - start for start, stop in self.full]
+
+    def shortened(self, kept: Tensor | None) -> Prompt:
+        """With as many tokens in each span as are kept. kept: (B, k). Raises: InputError."""
+        if kept is None:
+            return self
+        edges = [sum(self.images[:i]) for i in range(len(self.images) + 1)]
+        each = [int(((kept[0] >= a) & (kept[0] < b)).sum()) for a, b in zip(edges, edges[1:])]
+        for row in kept:
+            if [int(((row >= a) & (row < b)).sum()) for a, b in zip(edges, edges[1:])] != each:
+                raise InputError(
+                    "the vision part keeps other numbers of tokens in each sample: they do not fit one static prompt"
+                )
+        spans, removed = [], 0
+        for (start, stop), left in zip(self.full, each):
+            spans.append((start - removed, start - removed + left))
+            removed += stop - start - left
+        return replace(self, spans=tuple(spans), length=self.full_length - removed)
+
+    def check(self, input_ids: Tensor) -> Tensor:
+        """Raises: InputError for ids whose placeholders are elsewhere."""
+        batch = self.position_ids.shape[-2]
+        if tuple(input_ids.shape) != (batch, self.full_length):
+            raise InputError(f"input_ids are {tuple(input_ids.shape)}, and the parts were made for {(batch, self.full_length)}")
+        there = torch.zeros(self.full_length, dtype=torch.bool, device=input_ids.device)
+        for start, stop in self.full:
+            there[start:stop] = True
+        wrong = ((input_ids == self.image_token) != there).nonzero()
+        if len(wrong):
+            row, at = (int(i) for i in wrong[0])
+            raise InputError(
+                f"input_ids[{row}, {at}] is {int(input_ids[row, at])}, and the parts were made for image placeholders "
+                f"(id {self.image_token}) at {list(self.full)} only"
+            )
+        return input_ids
+
+    def rows(self, kept: Tensor | None) -> Tensor:
+        """The place in the ids of each token that the language part takes, (1 or B, length). kept: (B, k), among the image's
+        tokens; without it the first ones of each span."""
+        parts, at, used, base = [], 0, 0, 0
+        batch, device = (1, None) if kept is None else (kept.shape[0], kept.device)
+        for (start, stop), (first, last) in zip(self.full, self.spans):
+            count = last - first
+            parts.append(torch.arange(at, start, device=device).expand(batch, -1))
+            chosen = torch.arange(count)[None] + base if kept is None else kept[:, used : used + count]
+            parts.append(chosen - base + start)
+            at, used, base = stop, used + count, base + stop - start
+        return torch.cat([*parts, torch.arange(at, self.full_length, device=device).expand(batch, -1)], 1)
+
+    def assemble(
+        self, embeds: Tensor, seen: Mapping[str, Any], position_ids: Tensor, attention_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """The inputs of the language part. embeds: (B, L, D) of all ids. seen: features (B, k, D), deepstack, kept."""
+        features, kept = seen["features"], seen.get("kept")
+        wanted = sum(stop - start for start, stop in self.spans)
+        if features.shape[:2] != (embeds.shape[0], wanted):
+            raise InputError(
+                f"the vision part gives {tuple(features.shape[:2])} features, and the prompt has room for "
+                f"{(embeds.shape[0], wanted)}\n  what to do: pass one placeholder for each feature; after a reduction in the "
+                "vision part take parts.after(vision)"
+            )
+        pieces, at, used = [], 0, 0
+        for (start, stop), (first, last) in zip(self.full, self.spans):
+            pieces += [embeds[:, at:start], features[:, used : used + last - first].to(embeds.dtype)]
+            at, used = stop, used + last - first
+        made: dict[str, Any] = {
+            "inputs_embeds": torch.cat([*pieces, embeds[:, at:]], 1),
+            "position_ids": self.chosen(position_ids, kept),
+        }
+        if attention_mask is not None:
+            made["attention_mask"] = self.chosen(attention_mask, kept)
+        return made | ({"deepstack": list(seen["deepstack"])} if "deepstack" in seen else {})
+
+    def chosen(self, values: Tensor, kept: Tensor | None) -> Tensor:
+        """(..., B, L) over the ids at the tokens that are left."""
+        if self.length == self.full_length:
+            return values
+        rows = self.rows(kept).expand(*values.shape[:-1], -1)
+        return values.gather(-1, rows)
+
+
+def following(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """One after the largest position of each sample, (B, 1); padding does not count."""
+    if mask is not None:
+        positions = positions.masked_fill(mask == 0, -1)
+    largest = positions.amax(-1, keepdim=True)
+    return (largest.amax(0) if largest.ndim == 3 else largest) + 1

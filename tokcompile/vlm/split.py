@@ -1,0 +1,259 @@
+"""`tokcompile.vlm.split`: a vision-language model in parts that can be optimized and exported one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.api import OptimizedModel, ReducedOutput
+from tokcompile.errors import InputError
+from tokcompile.llm.caches import config_of
+from tokcompile.vlm.kept import seen_by
+from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
+from tokcompile.vlm.observe import Observed, observe
+from tokcompile.vlm.parts import PIXELS, Embeddings, Language, Vision, used_only
+from tokcompile.vlm.prompt import Prompt
+
+CLOSE = 1e-5  # of the largest embedding: how near the placed features must be to what the model gave its decoder
+
+
+class Part(NamedTuple):
+    """A module with its example inputs, as `tokcompile.optimize(*part, ...)` takes them."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A vision-language model in parts.
+
+    vision: pixel values to image features. embeddings: ids to embeddings. language: embeddings to logits and caches.
+    prompt: where the image's tokens are, and the positions of all. spans: those of the image in the prompt that the
+    language part takes. model: the whole model, with which tokens are decoded. optimized: the vision part after reduction,
+    where there is one.
+    """
+
+    model: nn.Module
+    vision: Part
+    embeddings: Part
+    language: Part
+    prompt: Prompt
+    optimized: OptimizedModel | None
+    seen: Observed
+    view: Visibility
+    all_logits: bool
+
+    @property
+    def spans(self) -> list[Span]:
+        return list(self.prompt.spans)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Of the whole prompt: (B, L), or (axes, B, L)."""
+        return self.prompt.position_ids
+
+    @property
+    def next_position(self) -> Tensor:
+        """Of the first token that is generated, (B, 1); it is not the number of tokens in a cache."""
+        return self.prompt.next_position
+
+    def see(self, pixel_values: Tensor) -> dict[str, Any]:
+        """What the vision part, reduced or not, gives: features, deepstack, and kept where fewer are left: which of the
+        image's tokens they stand for, (B, k)."""
+        with torch.no_grad():
+            out = (self.optimized or self.vision.module)(pixel_values)
+        made, indices = out if isinstance(out, ReducedOutput) else (out, {})
+        return seen_by(self.prompt, made, indices, self.optimized.plan.reductions if self.optimized is not None else ())
+
+    def language_inputs(
+        self,
+        input_ids: Tensor,
+        seen: Mapping[str, Any],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The inputs of the language part. seen: what `see` gave. Raises: InputError where they do not fit the prompt."""
+        embeds = self.embeddings.module(self.prompt.check(input_ids))
+        given = self.prompt.positions(attention_mask)[0] if position_ids is None else position_ids
+        takes = self.language.kwargs.get("attention_mask") is not None
+        if attention_mask is not None and not takes and not bool(attention_mask.all()):
+            raise InputError(
+                "this language part takes no padding, and attention_mask hides some tokens\n"
+                "  what to do: split with padded=True"
+            )
+        return self.prompt.assemble(embeds, seen, given, attention_mask if takes else None)
+
+    def __call__(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        """The parts one after the other, in PyTorch: logits, keys and values of the prompt."""
+        with torch.no_grad():
+            inputs = self.language_inputs(input_ids, self.see(pixel_values), attention_mask)
+            return dict(self.language.module(**inputs))
+
+    def after(self, vision: OptimizedModel) -> Parts:
+        """The parts behind a vision part that gives fewer features: the prompt shrinks to the tokens that are left, which
+        keep their positions.
+
+        vision: what `tokcompile.optimize(*parts.vision, outputs="reduced", ...)` gave.
+
+        Raises: InputError, UnsupportedGraph.
+        """
+        first = replace(self, optimized=vision)
+        features = first.see(self.vision.args[0])
+        prompt = self.prompt.shortened(features.get("kept"))
+        short = replace(first, prompt=prompt, view=self.view.shortened(self.prompt.spans, prompt.rows(None)[0].tolist()))
+        return short.with_language(self.embeddings.kwargs["input_ids"], features, self.language.kwargs.get("attention_mask"))
+
+    def with_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
+        """With the language part over this prompt."""
+        with torch.no_grad():
+            embeds = self.embeddings.module(input_ids)
+            inputs = self.prompt.assemble(embeds, features, self.prompt.position_ids, attention_mask)
+
+        def make(model: nn.Module) -> Language:
+            return Language(
+                model, self.seen.language, self.view, self.prompt.spans, self.prompt.length,
+                moved=attention_mask is not None or self.optimized is not None, all_logits=self.all_logits,
+            )  # fmt: skip
+
+        slim = used_only(self.model, lambda model: make(model)(**inputs))
+        return replace(self, language=Part(make(slim).eval(), (), inputs))
+
+
+def split(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    image_token: int | None = None,
+    spans: Sequence[Span] | None = None,
+    padded: bool | None = None,
+    all_logits: bool = False,
+) -> Parts:
+    """Takes a vision-language model apart.
+
+    model: of transformers, or alike: with get_image_features, get_input_embeddings and a decoder, in eval mode. inputs: an
+    example call, with pixel_values, input_ids and what the model takes beside; it fixes all shapes and the places of the
+    images. image_token: id of the image placeholders, the configuration's by default. spans: a finer division of the image's
+    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. all_logits: logits of
+    all tokens and not of the last one alone.
+
+    Raises: InputError, UnsupportedGraph.
+
+    Example:
+        >>> parts = tokcompile.vlm.split(model, inputs)                                              # doctest: +SKIP
+        >>> prefill = tokcompile.optimize(*parts.language, method="dart", budget=tokcompile.Tokens(64),
+        ...                               spans=parts.spans, outputs="reduced")                      # doctest: +SKIP
+    """
+    ids, pixels, mask = check_inputs(model, inputs)
+    token = image_token_of(model, image_token)
+    found = image_spans(ids, token)
+    seen = observe(model, inputs)
+    view = visibility(seen, mask, found)
+    positions = seen.position_ids
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    positions = axes(positions).expand(*positions.shape[:-2], *ids.shape).contiguous()
+    prompt = Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask)
+    made = Part(Vision(used_only(model, lambda m: Vision(m, seen, pixels)(pixels)), seen, pixels).eval(), (pixels,), {})
+    table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
+    needed = bool((mask == 0).any()) if mask is not None else False
+    if needed and padded is False:
+        raise InputError("padded=False, and the attention_mask of the example hides tokens: leave one of the two out")
+    parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits)
+    features = parts.see(pixels)
+    check_features(seen, features, prompt, table.module(ids))
+    attend = (torch.ones_like(ids) if mask is None else mask) if needed or padded else None
+    return parts.with_language(ids, features, attend)
+
+
+def axes(positions: Tensor) -> Tensor:
+    """Some models pass a row of text positions before the three that their rotary embedding takes."""
+    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+
+
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(input_ids, pixel_values, attention_mask or None). Raises: InputError."""
+    if model.training:
+        raise InputError("the model is in training mode: call model.eval() first")
+    ids, pixels, mask = (inputs.get(name) for name in ("input_ids", PIXELS, "attention_mask"))
+    for name, value, dims in (("input_ids", ids, "(batch, length)"), (PIXELS, pixels, "those of one call")):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"the example inputs have no {name} ({', '.join(inputs) or 'they are empty'}): pass {name} {dims}, as a tensor"
+            )
+    assert isinstance(ids, Tensor)
+    assert isinstance(pixels, Tensor)
+    if ids.ndim != 2:
+        raise InputError(f"input_ids have the shape {tuple(ids.shape)}, and not (batch, length)")
+    if mask is not None and tuple(mask.shape) != tuple(ids.shape):
+        raise InputError(f"attention_mask has the shape {tuple(mask.shape)}, and input_ids {tuple(ids.shape)}")
+    return ids, pixels, mask
+
+
+def image_token_of(model: Any, given: int | None) -> int:
+    """The id of the placeholders. Raises: InputError."""
+    if given is not None:
+        return given
+    for config in (getattr(model, "config", None), config_of(model)):
+        for name in ("image_token_id", "image_token_index"):
+            found = getattr(config, name, None)
+            if isinstance(found, int):
+                return found
+    raise InputError("the configuration names no image_token_id: pass image_token=, the id of an image's placeholders")
+
+
+def image_spans(ids: Tensor, token: int) -> list[Span]:
+    """The runs of placeholders, the same in every sample. Raises: InputError."""
+    rows = [runs(row == token) for row in ids.cpu()]
+    if not any(rows):
+        raise InputError(
+            f"no image placeholder (id {token}) was found in the example input_ids\n"
+            "  what to do: pass ids as the processor gives them, with one placeholder for each feature, or image_token="
+        )
+    for i, row in enumerate(rows):
+        if row != rows[0]:
+            raise InputError(
+                f"the images of sample {i} are at {row}, and those of sample 0 at {rows[0]}: spans are static\n"
+                "  what to do: pad the texts so that they agree, or split once for each layout"
+            )
+    return rows[0]
+
+
+def runs(there: Tensor) -> list[Span]:
+    """The (start, stop) of each run of True."""
+    steps = torch.diff(there.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
+    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist()))
+
+
+def finer(found: Sequence[Span], spans: Sequence[Span] | None, length: int) -> list[Span]:
+    """The spans that the user names, which have to hold every placeholder and nothing else. Raises: InputError."""
+    if spans is None:
+        return list(found)
+    given = [(int(start), int(stop)) for start, stop in spans]
+    check_spans(given, length)
+    places = [{p for start, stop in some for p in range(start, stop)} for some in (found, given)]
+    if places[0] != places[1]:
+        odd = min(places[0] ^ places[1])
+        raise InputError(
+            f"spans={given} contradict the example: position {odd} is {'an' if odd in places[0] else 'no'} image placeholder; "
+            f"the placeholders are at {list(found)}\n  what to do: leave spans out, or divide these"
+        )
+    return given
+
+
+def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
+    """Compares with what the model gave its own decoder. Raises: InputError."""
+    assert seen.embeds is not None
+    with torch.no_grad():
+        placed = prompt.assemble(table, features, prompt.position_ids, None)["inputs_embeds"]
+    off = float((placed - seen.embeds).abs().max() / seen.embeds.abs().max())
+    if not off <= CLOSE:
+        raise InputError(
+            f"features and embeddings put together are off by {off:.1e} from what the model gives its decoder: it does more "
+            "between the two than replacing placeholders\n  what to do: nothing yet; optimize the parts of it one by one"
+        )
