@@ -35,6 +35,7 @@ class Gatherer:
         self._assign: dict[Seq, Node] = {}
         self._size: dict[Seq, Node] = {}
         self._sample: dict[tuple[Space, int], Space] = {}
+        self._by_channel: dict[tuple[Seq, int, bool], Node] = {}
 
     # -- index tensors of whole token axes ---------------------------------------------------------------------------
 
@@ -61,6 +62,41 @@ class Gatherer:
         if space.parent is None or space.parent is ancestor:
             return space.index
         return self.b.emit(aten.gather.default, self.within(ancestor, space.parent), 1, space.index)
+
+    def by_channel(self, x: Node, want: Seq, pairs: bool, origin: Node | None) -> Node:
+        """A rotary table x: (1 or B, 1, .., L, d), as wide as a head or half of it, for tokens that have several positions:
+        each channel is taken at the position that its frequency's share of them names. pairs: see `channel_shares`."""
+        sizes, width = shape(x), shape(x)[-1]
+        key = want, width, pairs
+        if key not in self._by_channel:
+            pieces, start = [], 0
+            for part in want.parts:
+                if isinstance(part, Space):
+                    pieces.append(self.shifted(self.per_channel(part, width, pairs, origin), start))
+                else:
+                    pieces.append(self.b.emit(aten.expand.default, self.column(start, part), [self.batch, part, width]))
+                start += part if isinstance(part, int) else part.root_n
+            self._by_channel[key] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+        index = self._by_channel[key]
+        middle = [1] * (len(sizes) - 3)
+        wide = self.b.emit(aten.expand.default, x, [self.batch, *middle, *sizes[-2:]])
+        return self.b.emit(aten.gather.default, wide, -2, self.reshape(index, [self.batch, *middle, want.new, width]))
+
+    def per_channel(self, space: Space, width: int, pairs: bool, origin: Node | None) -> Node:
+        """(B, k, width) positions, among the root's tokens, that each channel of a rotary table is taken at."""
+        if space.positions is None:
+            assert space.index is not None
+            own = self.b.emit(aten.unsqueeze.default, space.index, 2)
+            own = self.b.emit(aten.expand.default, own, [*shape(space.index), width])
+        else:
+            share = channel_shares(width, shape(space.positions)[2], space.bands, pairs, origin)
+            own = self.b.emit(aten.index_select.default, space.positions, 2, self.b.constant(torch.tensor(share), "shares"))
+        if space.parent is None:
+            return own
+        return self.b.emit(aten.gather.default, self.per_channel(space.parent, width, pairs, origin), 1, own)
+
+    def column(self, start: int, count: int) -> Node:
+        return self.b.constant(torch.arange(start, start + count)[None, :, None], "column")
 
     def assign(self, seq: Seq) -> Node:
         """(B, old) positions, within the reduced axis, of the token that stands for each original one."""
@@ -181,6 +217,22 @@ class Gatherer:
                 x, atoms = self.pick(x, atoms, at, self.assign(atom), atom.old, origin)
                 atoms[at] = atom.old
         return self.reshape(x, [old(axis) for axis in label])
+
+
+def channel_shares(width: int, count: int, bands: tuple[int, ...], pairs: bool, origin: Node | None) -> list[int]:
+    """Which of `count` positions each channel of a rotary table takes: every band of frequencies is cut into `count` parts.
+
+    The channels hold the frequencies once, or twice: one run after the other, as in Llama, or each one in a pair.
+    """
+    total = sum(bands) if bands else width // 2
+    if total == 0 or width not in (total, 2 * total):
+        raise UnsupportedGraph(
+            f"a rotary table of {width} channels does not hold {total} frequencies once or twice",
+            origin,
+            f"sections=(...) that add up to {width // 2}, as in the model's configuration",
+        )
+    share = [i * count // band for band in bands or (total,) for i in range(band)]
+    return [s for s in share for _ in range(2)] if pairs else share * (width // total)
 
 
 class BatchSlot(int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.fx.node import map_arg
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
-from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
+from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, make_seq, plain
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter, Splice
@@ -31,8 +32,16 @@ PROJECTIONS = {
 
 
 def read_taps(rw: Rewriter, s: Splice) -> list[Node]:
-    """One node per tap of the recipe, each over the whole sequence: (B, H, L, d), (B, H, L), (B, L) or (B, L, D)."""
-    return [READERS[name](rw, s) for name in s.recipe.taps_read()]
+    """One node per tap of the splice, each over the whole sequence: (B, H, L, d), (B, H, L), (B, L) or (B, L, D)."""
+    return [READERS[name](rw, s) for name in taps_of(rw, s)]
+
+
+def taps_of(rw: Rewriter, s: Splice) -> tuple[str, ...]:
+    """The taps that this splice can have: none before any attention, nothing of the text where there is none."""
+    if s.recipe.opening and s.tap_block is None:
+        return ()
+    text = bool(rw.text_ranges(s))
+    return tuple(name for name in s.recipe.taps_read() if text or name not in ("embeds", "text_embeds"))
 
 
 def attentions_of(s: Splice) -> list[Attention]:
@@ -163,35 +172,49 @@ def _numel(node: Node) -> int:
     return int(value.numel()) if hasattr(value, "numel") else 0
 
 
-def rows(rw: Rewriter, s: Splice, attention: Attention, row: int | None) -> Node:
-    """Softmax rows (B, H, m, L) with scale, mask and sizes as the attention has them: all, or the first (0) or last (-1).
+Which = int | tuple[tuple[int, int], ...] | None  # queries: one of them, those of these (start, stop), or all
 
-    Where the model computes them itself they are read; beside a fused kernel the row of one query is computed again.
+
+def rows(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> Node:
+    """Softmax rows (B, H, m, L) with scale, mask and sizes as the attention has them.
+
+    Where the model computes them itself they are read; beside a fused kernel they are computed again.
     """
+    if not attention.fused:
+        return some_rows(rw, own_map(rw, s, attention, rw.env[attention.node]), 2, which)
+    return rw.builder.emit(aten.softmax.int, scores_of(rw, s, attention, which), -1)
+
+
+def scores_of(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> Node:
+    """The rows (B, H, m, L) before the softmax, scaled and masked."""
     emit = rw.builder.emit
     if not attention.fused:
-        probabilities = own_probabilities(rw, s, attention)
-        return one_row(rw, probabilities, 2, row)
+        return some_rows(rw, own_map(rw, s, attention, rw.env[attention.node].args[0]), 2, which)
     query, key = (standard(rw, s, n, name, attention) for n, name in ((attention.q, "q"), (attention.k, "k")))
-    query = one_row(rw, query, 2, row)
+    query = some_rows(rw, query, 2, which)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)
     scale = attention.scale if attention.scale is not None else shape(query)[-1] ** -0.5
     scores = emit(aten.matmul.default, emit(aten.mul.Scalar, query, scale), emit(aten.transpose.int, key, -1, -2))
-    return emit(aten.softmax.int, masked(rw, attention, scores, row), -1)
+    return masked(rw, attention, scores, which)
 
 
-def one_row(rw: Rewriter, value: Node, dim: int, row: int | None) -> Node:
-    """The first or the last of the queries along `dim`, which stays; all of them for None."""
-    if row is None:
+def some_rows(rw: Rewriter, value: Node, dim: int, which: Which) -> Node:
+    """Some of the queries along `dim`, which stays."""
+    if which is None:
         return value
-    at = row % shape(value)[dim]
-    return rw.builder.emit(aten.slice.Tensor, value, dim, at, at + 1)
+    if isinstance(which, int):
+        at = which % shape(value)[dim]
+        return rw.builder.emit(aten.slice.Tensor, value, dim, at, at + 1)
+    return joined(rw, [rw.builder.emit(aten.slice.Tensor, value, dim, *span) for span in which], dim)
 
 
-def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
-    """The softmax the model itself computes, as (B, H, L, L)."""
-    value = rw.env[attention.node]
+def joined(rw: Rewriter, parts: list[Node], dim: int) -> Node:
+    return parts[0] if len(parts) == 1 else rw.builder.emit(aten.cat.default, parts, dim)
+
+
+def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
+    """The softmax the model itself computes, or what goes into it, as (B, H, L, L)."""
     sizes, length = shape(value), token_length(rw, s)
     if sizes[-2:] != (length, length) and len(attentions_of(s)) == 1:
         raise UnsupportedGraph(
@@ -202,12 +225,12 @@ def own_probabilities(rw: Rewriter, s: Splice, attention: Attention) -> Node:
     return rw.gather.reshape(value, [s.batch, prod(sizes[:-2]) // s.batch, *sizes[-2:]])
 
 
-def masked(rw: Rewriter, attention: Attention, scores: Node, row: int | None) -> Node:
+def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which) -> Node:
     """Scores with the mask that the rewritten attention itself uses (it holds log sizes too)."""
     fused = rw.env[attention.node]
     bound, emit = (bind(fused) if packet(fused) == SDPA else {}), rw.builder.emit
     mask, length = bound.get("attn_mask"), shape(scores)[-1]
-    if bound.get("is_causal") and row != -1:  # the last query sees everything
+    if bound.get("is_causal") and which != -1:  # the last query sees everything
         visible = emit(aten.ones.default, [length, length], dtype=torch.bool, device=scores.meta["val"].device)
         mask = emit(aten.tril.default, visible)
     if mask is None:
@@ -216,7 +239,7 @@ def masked(rw: Rewriter, attention: Attention, scores: Node, row: int | None) ->
         b, h = shape(scores)[:2]
         mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
     if len(shape(mask)) > 1 and shape(mask)[-2] > 1:
-        mask = one_row(rw, mask, -2, row)
+        mask = some_rows(rw, mask, -2, which)
     if mask.meta["val"].dtype is torch.bool:
         return emit(aten.where.ScalarOther, mask, scores, float("-inf"))
     return emit(aten.add.Tensor, scores, mask)
@@ -239,6 +262,69 @@ def received_attention(rw: Rewriter, s: Splice) -> Node:
 def last_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): how the last token attends, which sees everything under a causal mask."""
     return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, -1), 2, 0) for a in attentions_of(s)])
+
+
+def text_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, T, L): how the T text tokens after the reducible ones attend; without text one row, the mean over all queries."""
+    start = make_seq(rw.body(s, rw.before[s.at][1])[1]).new
+    after = tuple(span for span in rw.text_ranges(s) if span[0] >= start)
+    if not after:
+        return rw.builder.emit(aten.unsqueeze.default, received_attention(rw, s), 2)
+    return one_attention(rw, s, [rows(rw, s, a, after) for a in attentions_of(s)])
+
+
+def scores(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, L, L): the whole map before the softmax."""
+    return one_attention(rw, s, [scores_of(rw, s, a, None) for a in attentions_of(s)])
+
+
+def one_attention(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
+    """Maps of several attentions of one block as more heads; each has to be over all tokens."""
+    if any(shape(p)[-1] != token_length(rw, s) for p in parts):
+        raise UnsupportedGraph(
+            f"method {s.recipe.name!r} reads a map of all tokens, and block {s.block.index} attends within segments",
+            s.at,
+            "choose a method that reads less, such as 'dart' or 'divprune'",
+        )
+    return joined(rw, parts, 1)
+
+
+def earlier_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, H, L): attention received in the block that the recipe names, over the same tokens."""
+    blocks = [b for b in rw.structure.blocks if b.stage is s.block.stage]
+    assert s.recipe.earlier is not None
+    last = blocks.index(s.tap_block) if s.tap_block in blocks else 0
+    chosen = blocks[min(s.recipe.earlier(len(blocks), s.site.options), last)]
+    if rw.labels.get(chosen.mid) != rw.labels.get(s.tap_block.mid if s.tap_block else s.at):
+        raise UnsupportedGraph(
+            f"method {s.recipe.name!r} reads the attention of block {chosen.index}, which had more tokens than come in here",
+            s.at,
+            "reduce once: where=[...] with one block",
+        )
+    return received_attention(rw, replace(s, tap_block=chosen))
+
+
+def embeds(rw: Rewriter, s: Splice) -> Node:
+    """(B, n0, D): the reducible tokens as they came into the first block, all of the original ones."""
+    x, start = first_input(rw, s), s.prefix
+    parent = rw.body(s, rw.before[s.at][1])[0]
+    return rw.builder.emit(aten.slice.Tensor, x, 1, start, start + (parent.root_n if parent else s.site.n))
+
+
+def text_embeds(rw: Rewriter, s: Splice) -> Node:
+    """(B, T, D): all text tokens as they came into the first block, in their order."""
+    return some_rows(rw, first_input(rw, s), 1, rw.text_ranges(s, original=True))
+
+
+def first_input(rw: Rewriter, s: Splice) -> Node:
+    """(B, L, D): what came into the first block over these tokens. Raises: UnsupportedGraph where it was reduced before."""
+    first = next(b for b in rw.structure.blocks if b.stage is s.block.stage)
+    value, label = rw.before.get(first.entry) or (rw.env[first.entry], rw.labels.get(first.entry))
+    if is_labelled(label):
+        raise UnsupportedGraph(
+            f"method {s.recipe.name!r} reads the input of block {first.index}, which is reduced already", s.at
+        )
+    return rw.standard(value, first)
 
 
 # what a norm over the last axis is written with, where it is not one op
@@ -303,5 +389,10 @@ READERS: dict[str, Any] = {
     "cls_attention": cls_attention,
     "received_attention": received_attention,
     "last_attention": last_attention,
+    "earlier_attention": earlier_attention,
+    "text_attention": text_attention,
+    "scores": scores,
+    "embeds": embeds,
+    "text_embeds": text_embeds,
     "normed": normed,
 }

@@ -212,7 +212,7 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             options=settings.options,
         )
         at = block.out if r.place == "attention" else block.entry
-        tapped = block if r.place == "attention" else before(block, blocks)
+        tapped = block if r.place == "attention" or settings.recipe.ahead else before(block, blocks)
         language = settings.spans is not None or block.language
         out.append(Splice(settings.recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
     return out
@@ -232,7 +232,7 @@ def solve_flops(
     """
     original = total(terms(analysis.graph.graph, {}))
     n, many = slots[0].n, len(slots[0].spans)
-    stand_in = Recipe("probe", first_tokens, place=settings.recipe.place)
+    stand_in = Recipe("probe", first_tokens)
     steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
     probe = reductions(steps, slots, stand_in, {}, layout.unit)
     probed = rewrite(analysis, replace(settings, recipe=stand_in, options={}), probe)
