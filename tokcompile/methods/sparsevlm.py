@@ -18,7 +18,7 @@ def recycled(dropped: int, options: Mapping[str, Any]) -> tuple[int, int]:
     """Of so many dropped tokens, how many are looked at again and how many new ones are made of them."""
     if not options["recycle"] or not dropped:
         return 0, 0
-    again = int(options["recycle"] * dropped) + 1
+    again = min(dropped, int(options["recycle"] * dropped) + 1)
     return again, int(again / options["per_cluster"]) + 1
 
 
