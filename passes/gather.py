@@ -66,7 +66,7 @@ class Gatherer:
     def by_channel(self, x: Node, want: Seq, pairs: bool, origin: Node | None) -> Node:
         """A rotary table x: (1 or B, 1, .., L, d), as wide as a head or half of it, for tokens that have several positions:
         each channel is taken at the position that its frequency's share of them names. pairs: see `channel_shares`."""
-        sizes, width = shape(x), shape(x)[-1]
+        sizes, width, batch = shape(x), shape(x)[-1], samples(want)
         key = want, width, pairs
         if key not in self._by_channel:
             pieces, start = [], 0
@@ -74,29 +74,40 @@ class Gatherer:
                 if isinstance(part, Space):
                     pieces.append(self.shifted(self.per_channel(part, width, pairs, origin), start))
                 else:
-                    pieces.append(self.b.emit(aten.expand.default, self.column(start, part), [self.batch, part, width]))
+                    column = self.b.constant(torch.arange(start, start + part)[None, :, None], "column")
+                    pieces.append(self.b.emit(aten.expand.default, column, [batch, part, width]))
                 start += part if isinstance(part, int) else part.root_n
             self._by_channel[key] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
-        index = self._by_channel[key]
         middle = [1] * (len(sizes) - 3)
-        wide = self.b.emit(aten.expand.default, x, [self.batch, *middle, *sizes[-2:]])
-        return self.b.emit(aten.gather.default, wide, -2, self.reshape(index, [self.batch, *middle, want.new, width]))
+        wide = self.b.emit(aten.expand.default, x, [batch, *middle, *sizes[-2:]])
+        index = self.reshape(self._by_channel[key], [batch, *middle, want.new, width])
+        return self.b.emit(aten.gather.default, wide, -2, index)
 
     def per_channel(self, space: Space, width: int, pairs: bool, origin: Node | None) -> Node:
         """(B, k, width) positions, among the root's tokens, that each channel of a rotary table is taken at."""
-        if space.positions is None:
-            assert space.index is not None
-            own = self.b.emit(aten.unsqueeze.default, space.index, 2)
-            own = self.b.emit(aten.expand.default, own, [*shape(space.index), width])
-        else:
-            share = channel_shares(width, shape(space.positions)[2], space.bands, pairs, origin)
-            own = self.b.emit(aten.index_select.default, space.positions, 2, self.b.constant(torch.tensor(share), "shares"))
-        if space.parent is None:
-            return own
-        return self.b.emit(aten.gather.default, self.per_channel(space.parent, width, pairs, origin), 1, own)
+        many = self.several(space)
+        if many is None:
+            return self.spread(self.within(space.root_n, space), width)
+        share = channel_shares(width, shape(many)[2], bands_of(space), pairs, origin)
+        return self.b.emit(aten.index_select.default, many, 2, self.b.constant(torch.tensor(share), "shares"))
 
-    def column(self, start: int, count: int) -> Node:
-        return self.b.constant(torch.arange(start, start + count)[None, :, None], "column")
+    def several(self, space: Space) -> Node | None:
+        """(B, k, P) positions, among the root's tokens, of tokens that have several; None for those that have one."""
+        if space.parent is None:
+            return space.positions
+        base = self.several(space.parent)
+        if base is None and space.positions is None:
+            return None
+        count = shape(space.positions if base is None else base)[2]
+        if base is None:
+            base = self.spread(self.within(space.root_n, space.parent), count)
+        assert space.index is not None
+        own = self.spread(space.index, count) if space.positions is None else space.positions
+        return self.b.emit(aten.gather.default, base, 1, own)
+
+    def spread(self, index: Node, width: int) -> Node:
+        """(B, k) as (B, k, width)."""
+        return self.b.emit(aten.expand.default, self.b.emit(aten.unsqueeze.default, index, 2), [*shape(index), width])
 
     def assign(self, seq: Seq) -> Node:
         """(B, old) positions, within the reduced axis, of the token that stands for each original one."""
@@ -148,6 +159,8 @@ class Gatherer:
                 proportional=space.proportional,
                 ordered=space.ordered,
                 sample=(space, i),
+                positions=None if (many := self.several(space)) is None else take(many),
+                bands=bands_of(space),
             )
         return self._sample[space, i]
 
@@ -217,6 +230,10 @@ class Gatherer:
                 x, atoms = self.pick(x, atoms, at, self.assign(atom), atom.old, origin)
                 atoms[at] = atom.old
         return self.reshape(x, [old(axis) for axis in label])
+
+
+def bands_of(space: Space) -> tuple[int, ...]:
+    return next((s.bands for s in space.lineage() if s.positions is not None), ())
 
 
 def channel_shares(width: int, count: int, bands: tuple[int, ...], pairs: bool, origin: Node | None) -> list[int]:
