@@ -11,6 +11,7 @@ may use into one folder and name that folder; what is missing is skipped:
     git clone https://github.com/JoakimHaurum/TokenReduction    repos/TokenReduction
     python benchmarks/official.py --repos repos
 
+official_vlm.py does the same for the methods of vision-language models.
 Only the functions named below are read and executed, so their other requirements need not be installed.
 """
 
@@ -22,7 +23,7 @@ import ast
 import math
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,22 +320,23 @@ def whole_model(repos: Path) -> Iterator[Row]:
 COMPARISONS = (tome, pitome, divprune, dart, evit, topk, whole_model)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def compare_all(comparisons: Sequence[Callable[[Path], Iterator[Row]]], description: str) -> int:
+    """Prints one table of all comparisons, or of those that the command line names."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--repos", type=Path, required=True, help="folder that holds your clones")
-    parser.add_argument("--only", choices=[c.__name__ for c in COMPARISONS], nargs="*", help="some comparisons")
+    parser.add_argument("--only", choices=[c.__name__ for c in comparisons], nargs="*", help="some comparisons")
     given = parser.parse_args()
-    print(f"| {'method':<9} | {'case':<70} | {'selections that differ':<22} | {'largest difference':<18} |")
-    print(f"|{'-' * 11}|{'-' * 72}|{'-' * 24}|{'-' * 20}|")
+    print(f"| {'method':<11} | {'case':<70} | {'selections that differ':<22} | {'largest difference':<18} |")
+    print(f"|{'-' * 13}|{'-' * 72}|{'-' * 24}|{'-' * 20}|")
     skipped = []
-    for compare in COMPARISONS:
+    for compare in comparisons:
         if given.only and compare.__name__ not in given.only:
             continue
         try:
             rows = torch.no_grad()(compare)(given.repos)  # a generator too keeps gradients off while it runs
             for row in rows:
                 count = f"{row.differ} of {row.of}" if row.of else "-"
-                print(f"| {row.method:<9} | {row.case:<70} | {count:<22} | {row.error:<18.1e} |", flush=True)
+                print(f"| {row.method:<11} | {row.case:<70} | {count:<22} | {row.error:<18.1e} |", flush=True)
         except (Missing, ImportError) as reason:
             skipped.append(f"{compare.__name__}: skipped, {reason}")
     print("\n".join(skipped))
@@ -342,4 +344,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare_all(COMPARISONS, __doc__ or ""))

@@ -135,7 +135,7 @@ def replace_constant(node: Node, value: Any) -> None:
 
 def describe(node: Node, module: ReductionModule) -> Reduction:
     """The reduction that a call_module node stands for."""
-    given = {name: v for name, v in zip(OUTPUTS, node.meta["val"], strict=True) if v is not None}
+    given = {name: v for name, v in zip(OUTPUTS, node.meta["val"]) if v is not None}
     if not module.needs_assign:
         given.pop("assign", None)
     contract = reduction_node(module, tuple(given))

@@ -192,6 +192,7 @@ def choose_slots(
     else:
         candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
         chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
+    place = recipe.place_in(spans is not None or chosen[0].language)
     refused = [b for b in chosen if b.why_not]
     if refused and (where is not None or len(refused) == len(chosen)):
         raise UnsupportedGraph(
@@ -199,8 +200,8 @@ def choose_slots(
             refused[0].mid,
         )
     chosen = [b for b in chosen if not b.why_not]
-    needs_attention = any(t not in ("x", "normed") for t in recipe.taps)
-    if recipe.place == "block" and needs_attention and where is not None:
+    needs_attention = place == "block" and recipe.reads_attention() and not recipe.ahead and not recipe.opening
+    if needs_attention and where is not None:
         early = [b for b in chosen if not before(b, blocks)]
         if early:
             raise UnsupportedGraph(
@@ -209,7 +210,7 @@ def choose_slots(
                 early[0].mid,
                 "place it later: where=[1] or higher",
             )
-    elif recipe.place == "block" and needs_attention:
+    elif needs_attention:
         chosen = [b for b in chosen if before(b, blocks)] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][
             :1
         ]
@@ -226,7 +227,7 @@ def choose_slots(
             "one method works within one stage",
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
-    return [make_slot(b, recipe.place, spans, layout) for b in chosen]
+    return [make_slot(b, place, spans, layout) for b in chosen]
 
 
 def no_blocks(structure: Structure) -> UnsupportedGraph:

@@ -10,12 +10,16 @@ from tokcompile.plugins import torch_ops
 from tokcompile.primitives.combine import apply, assignment
 from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, Tokens
 
+RESULTS = ("x", "index", "size", "assign")  # of every reduction, in this order
+NOT_RESTRICTED = ("scores", "embeds", "text_embeds")  # taps that are what they are, wherever the tokens stand
+
 
 class ReductionModule(nn.Module):
     """Reduces the n tokens from `start` on; what stands before and after passes through.
 
     forward(x: (B, L, D), size: (B, n) or None, *taps) -> (x': (B, L', D), index: (B, k), size': (B, k) or None,
-    assign: (B, n) or None). With `unit` u the n tokens are groups of u rows, kept or dropped together.
+    assign: (B, n) or None), and positions: (B, k, P) where the plan gives several to each token. With `unit` u the n
+    tokens are groups of u rows, kept or dropped together.
     """
 
     def __init__(
@@ -59,12 +63,16 @@ class ReductionModule(nn.Module):
         rows = x if u == 1 else x.reshape(x.shape[0], x.shape[1] // u, u * x.shape[2])
         new, new_size = apply(plan, rows, size, start // u, site.n)
         assign = assignment(plan, summary) if self.needs_assign else None
-        return (new if u == 1 else new.reshape(x.shape[0], -1, x.shape[2])), plan.index, new_size, assign
+        results = (new if u == 1 else new.reshape(x.shape[0], -1, x.shape[2])), plan.index, new_size, assign
+        positions = plan.positions if isinstance(plan, Mix) else None
+        return results if positions is None else (*results, positions)
 
     def restrict(self, tap: Tensor, name: str) -> Tensor:
         """A tap over the whole sequence as one over the reducible tokens."""
         site, u = self.site, self.unit
-        axis = 1 if name == "normed" else 2
+        if name in NOT_RESTRICTED:
+            return tap
+        axis = {"normed": 1, "text_attention": 3}.get(name, 2)
         tap = tap.narrow(axis, self.tap_start, site.n * u)
         return tap if u == 1 else tap.unflatten(axis, (site.n, u)).mean(axis + 1)
 

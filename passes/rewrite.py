@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
+from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
-from tokcompile.passes.reduction import ReductionModule
+from tokcompile.passes.reduction import RESULTS, ReductionModule
 from tokcompile.passes.rules import RULES, Call, NeedsFull
-from tokcompile.passes.taps import read_taps
+from tokcompile.passes.taps import read_taps, taps_of
 from tokcompile.passes.tokens import Batch, Label, Seq, Space, SplitsTokens, is_labelled, make_seq, normal, plain
 from tokcompile.recipe import Recipe, Site
 
@@ -87,6 +89,7 @@ class Rewriter:
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
         self.overhead_flops = 0
+        self.positioned: set[Space] = set()  # whose several positions a rotary table was read at
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:
             self.splices.setdefault(splice.at, []).append(splice)
@@ -102,6 +105,7 @@ class Rewriter:
                 self.step(node)
                 for splice in self.splices.get(node, ()):
                     self.splice(splice)
+        self.check_positions()
         graph = self.builder.graph
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()
         gm = GraphModule(self.builder.root, graph)  # anew, so that it holds only what is still read
@@ -182,12 +186,15 @@ class Rewriter:
         start = make_seq(before).new * s.unit
         tap_start = make_seq(self.body(s, self.before[s.at][1])[1]).new * s.unit
         site = replace(s.site, start=tap_start // s.unit, text=self.text_ranges(s))
-        module = ReductionModule(s.recipe, site, s.unit, s.recipe.taps_read(), start, tap_start)
+        module = ReductionModule(s.recipe, site, s.unit, taps_of(self, s), start, tap_start)
         self.builder.root.add_module(name, module)
         size = parent.size if parent else None
         standard = self.standard(x, s.block)
+        with look_ahead(self, s) if s.recipe.ahead else nullcontext(), FlopCounterMode(display=False) as counter:
+            taps = read_taps(self, s)
+        self.overhead_flops += counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            node = self.run_method(s, name, standard, size, read_taps(self, s))
+            node = self.run_method(s, name, standard, size, taps)
         self.overhead_flops += counter.get_total_flops()
         results = node.meta["val"]
         new = self.builder.emit(operator.getitem, node, 0)
@@ -197,10 +204,25 @@ class Rewriter:
         space.assign = once(lambda: self.assignment_of(node, module, space.n))
         space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
         space.ordered = bool(module.ordered)
+        if len(results) > len(RESULTS):
+            space.positions = self.builder.emit(operator.getitem, node, len(RESULTS))
+            space.bands = tuple(s.site.options.get("sections") or ())
         self.spaces.append(space)
         self.env[s.at] = self.native(new, s.block)
         self.labels[s.at] = self.label_after(s, make_seq([*before, space, *after]))
         self.full.pop(s.at, None)
+
+    def check_positions(self) -> None:
+        """Raises: UnsupportedGraph where a language model has no rotary tables for tokens with several positions."""
+        lost = next((s for s in self.spaces if s.positions is not None and s not in self.positioned), None)
+        texts = [s for many in self.splices.values() for s in many if s.language]
+        if lost is not None and texts:
+            raise UnsupportedGraph(
+                f"method {texts[0].recipe.name!r} gives each token several positions, and no rotary table is multiplied to "
+                "the tokens after it",
+                texts[0].at,
+                "positions=1 gives each token one position",
+            )
 
     def run_method(self, s: Splice, name: str, x: Node, size: Node | None, taps: list[Node]) -> Node:
         """Adds the call of a reduction. Raises: MethodError that names the method where its plan fails on fake tensors."""
@@ -222,7 +244,7 @@ class Rewriter:
         module.needs_assign = True
         with self.builder.mode:
             assign = torch.empty(index.shape[0], n, dtype=torch.int64, device=index.device)
-        node.meta["val"] = (*node.meta["val"][:3], assign)
+        node.meta["val"] = (*node.meta["val"][:3], assign, *node.meta["val"][len(RESULTS) :])
         if not module.recipe.track_size:  # dropped tokens are compared with the kept ones
             self.overhead_flops += 2 * index.shape[0] * n * index.shape[1] * x.shape[-1]
         return self.builder.emit(operator.getitem, node, 3)
@@ -251,8 +273,9 @@ class Rewriter:
             at += width
         raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
 
-    def text_ranges(self, s: Splice) -> tuple[tuple[int, int], ...]:
-        """The (start, stop) of text among the tokens that the taps are read over; none in a vision tower."""
+    def text_ranges(self, s: Splice, original: bool = False) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) of text among the tokens that the taps are read over, or among the original ones; none in a
+        vision tower."""
         if not s.language or s.unit > 1:
             return ()
         label = self.before[s.at][1]
@@ -263,7 +286,8 @@ class Rewriter:
         for part in seq.parts:
             if isinstance(part, int):
                 edges = [old, *(min(max(e, old), old + part) for span in visual for e in span), old + part]
-                ranges += [(a - old + new, b - old + new) for a, b in zip(edges[::2], edges[1::2]) if b > a]
+                shift = 0 if original else new - old
+                ranges += [(a + shift, b + shift) for a, b in zip(edges[::2], edges[1::2]) if b > a]
             old, new = (old + part, new + part) if isinstance(part, int) else (old + part.root_n, new + part.k)
         return tuple(ranges)
 

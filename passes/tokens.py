@@ -24,6 +24,8 @@ class Space:
     size:   (B, k) how many original tokens each one holds, or None where nothing was merged.
     ordered: whether `index` ascends, so that causal masks and the like stay what they were.
     sample: (space, i) where this is what sample i of another space chose, its batch taken apart.
+    positions: (B, k, P) tokens of the parent space that lend each new one P positions in rotary tables, in place of
+            `index`; bands: how many frequencies each axis of such a table has, () for one axis.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Space:
     proportional: bool = False
     ordered: bool = True
     sample: tuple[Space, int] | None = None
+    positions: Node | None = None
+    bands: tuple[int, ...] = ()
 
     @property
     def root_n(self) -> int:

@@ -15,11 +15,16 @@ inputs, in the order that the attribute `inputs` names:
     cls_attention       (B, H, L)       the softmax row of the class token
     last_attention      (B, H, L)       the softmax row of the last token
     received_attention  (B, H, L)       mean over all queries
+    earlier_attention   (B, H, L)       the same in an earlier block
+    text_attention      (B, H, T, L)    the softmax rows of the T text tokens after the reduced ones; without text their mean
+    scores              (B, H, L, L)    before the softmax, scaled and masked
+    embeds, text_embeds (B, n0, D), (B, T', D)  the reduced tokens and the text as they came into the first block
 outputs, in the order that the attribute `outputs` names:
     x                   (B, prefix + k*unit + suffix, D)
     index               (B, k)          int64, the kept tokens, counted without the prefix
     size                (B, k)          float32, only where sizes are tracked
     assign              (B, n)          int64, the new token of each old one; only where the model's output needs it
+    positions           (B, k, P)       int64, the tokens that lend each new one P positions; only from methods that give them
 attributes: those of `ATTRIBUTES`; `start` and `tap_start` are the first row reduced in x and in the taps: where one
 block reduces several spans, x is shorter already while the taps are not. `grid`, the (rows, columns) of the patches while
 they are still a whole raster and (0,) after; `text`, starts and stops of the text tokens in the taps in a language model,
@@ -42,8 +47,11 @@ PLUGIN_NAMESPACE = "tokcompile"
 PLUGIN_VERSION = "1"
 # the op types that the plugin library holds
 PLUGINS = frozenset({"Dart", "Topk", "Fastv", "Fastervlm", "Fopru", "Evit", "Tome", "Pitome", "Divprune"})
-INPUTS = ("x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention")
-OUTPUTS = ("x", "index", "size", "assign")
+INPUTS = (
+    "x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention",
+    "earlier_attention", "text_attention", "scores", "embeds", "text_embeds",
+)  # fmt: skip
+OUTPUTS = ("x", "index", "size", "assign", "positions")
 ATTRIBUTES: Mapping[str, type] = {
     "plugin_namespace": str,  # TensorRT before 10.10 looks a plugin up by these two alone
     "plugin_version": str,

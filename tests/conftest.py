@@ -18,6 +18,7 @@ from tests.models import FAMILIES, shake
 from tokcompile.passes import trace
 
 torch.set_num_threads(1)
+TOLD = {"evs": {"frames": 7}}  # what a method has to be told about 49 patches: here each row of them is a frame
 SUPPORT = Path(__file__).parent.parent / "build" / "support.json"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokcompile
-from tests.conftest import assert_equal, counts, error, leaves, run
+from tests.conftest import TOLD, assert_equal, counts, error, leaves, run
 from tests.models import FAMILIES
 from tokcompile import Flops, KeepRate, Remove, Share, Tokens
 from tokcompile.recipe import methods as known_methods
@@ -51,7 +51,7 @@ def test_every_method_can_keep_all(method, budget, family, program):
 @pytest.mark.parametrize("name", ["timm/vit", "hf/dinov2_with_registers"])
 def test_every_method_reduces(method, name, family, program):
     _, args, kwargs = family(name, 3)
-    optimized = tokcompile.optimize(program(name, 3), method=method, budget=Tokens(30))
+    optimized = tokcompile.optimize(program(name, 3), method=method, budget=Tokens(30), **TOLD.get(method, {}))
     assert optimized.plan.reductions[-1].k == 30
     assert optimized.report.flops_ratio < 0.95
     got, want = leaves(run(optimized, *args, **kwargs)), family(name, 3)()
@@ -132,7 +132,7 @@ def test_constant_arguments_are_part_of_the_call(family):
 def test_reduced_outputs_say_which_tokens_are_left(method, batch, family, program):
     _, args, _ = family("timm/vit_features", batch)
     optimized = tokcompile.optimize(program("timm/vit_features", batch), method=method, budget=Tokens(28),
-                                    outputs="reduced")  # fmt: skip
+                                    outputs="reduced", **TOLD.get(method, {}))  # fmt: skip
     output, kept = run(optimized, *args)
     last = optimized.plan.reductions[-1]
     assert output.shape == (batch, 1 + last.k, 48)

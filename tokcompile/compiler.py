@@ -249,7 +249,7 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
             options=options,
         )
         at = block.out if r.place == "attention" else block.entry
-        tapped = block if r.place == "attention" else before(block, blocks)
+        tapped = block if r.place == "attention" or recipe.ahead else before(block, blocks)
         language = block.language or (settings.spans is not None and not block.stage.visual)
         out.append(Splice(recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
     return out
@@ -270,7 +270,7 @@ def solve_flops(
     """
     original = total(terms(analysis.graph.graph, {}))
     n, many = slots[0].n, len(slots[0].spans)
-    stand_in = Recipe("probe", first_tokens, place=settings.recipe.place)
+    stand_in = Recipe("probe", first_tokens)
     steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
     probe = reductions(steps, slots, stand_in, {}, layout.unit)
     recipes = {**settings.recipes, stand_in.name: stand_in}

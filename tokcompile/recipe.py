@@ -12,7 +12,10 @@ from torch import Tensor
 from tokcompile.errors import MethodError
 from tokcompile.steps import Steps
 
-TAPS = ("x", "normed", "q", "k", "v", "rotated_k", "cls_attention", "received_attention", "last_attention")
+TAPS = (
+    "x", "normed", "q", "k", "v", "rotated_k", "cls_attention", "received_attention", "last_attention", "earlier_attention",
+    "text_attention", "scores", "embeds", "text_embeds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class Tokens:
     x: (B, n, D) residual stream. normed: (B, n, D) the same after the model's final norm. q, k, v: (B, H, n, d) of the
     attention last computed, before any rotary embedding; rotated_k: (B, H, n, d) the keys after it. cls_attention:
     (B, H, n) the softmax row of the class token; last_attention: (B, H, n) that of the last token. received_attention:
-    (B, H, n) mean over all queries. size: (B, n) original tokens in each, float32, where tracked. whole: the same taps
-    over the whole sequence of L tokens, `site.start` of which come before these n; None where tokens are in groups.
+    (B, H, n) mean over all queries; earlier_attention: the same of the block that `Recipe.earlier` names.
+    text_attention: (B, H, T, n) rows of the T text tokens after these; where there is no text one row, the mean over all
+    queries. scores: (B, H, L, L) before the softmax, scaled and masked. embeds: (B, n0, D) these tokens as they came into
+    the first block, before any reduction; text_embeds: (B, T', D) all text tokens there; both None where there is no text.
+    size: (B, n) original tokens in each, float32, where tracked. whole: the same taps over the whole sequence of L
+    tokens, `site.start` of which come before these n; None where tokens are in groups.
     """
 
     x: Tensor
@@ -61,6 +68,11 @@ class Tokens:
     received_attention: Tensor | None = None
     rotated_k: Tensor | None = None
     last_attention: Tensor | None = None
+    earlier_attention: Tensor | None = None
+    text_attention: Tensor | None = None
+    scores: Tensor | None = None
+    embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
     whole: Tokens | None = None
 
 
@@ -88,10 +100,14 @@ class Merge:
 
 @dataclass(frozen=True)
 class Mix:
-    """Soft merging: new tokens are `weights @ x`, weights: (B, k, n); `index`: (B, k) lends each one its position."""
+    """Soft merging: new tokens are `weights @ x`, weights: (B, k, n); `index`: (B, k) lends each one its position.
+
+    positions: (B, k, P) lends each one P positions: a rotary embedding's frequencies are shared out over them in order.
+    """
 
     index: Tensor
     weights: Tensor
+    positions: Tensor | None = None
 
 
 Plan = Callable[[Tokens, Site], Keep | Merge | Mix]
@@ -103,10 +119,13 @@ class Recipe:
 
     name: how users call it. plan: plain PyTorch on static shapes; for every input it must return the same shapes.
     taps: what `plan` reads, from `tokcompile.recipe.TAPS`. place: "attention" (between attention and MLP) or "block" (at
-    a block's entrance). steps: at which blocks, and how the budget spreads over them. track_size: whether tokens carry
-    how many original ones they hold. proportional: whether attention weighs keys by that size. options: names and
-    defaults of the method's own options; `least(n, options)` says how few of n tokens one step may leave. paper: the
-    source.
+    a block's entrance); language_place: the same in a language model, where it differs there. ahead: at a block's
+    entrance, whether attention is that of this block, computed beforehand, instead of the block before's. opening:
+    whether it may stand before any attention; `plan` then gets `x` alone. earlier(depth, options): the block whose
+    attention is `earlier_attention`. steps: at which blocks, and how the budget spreads over them. track_size: whether
+    tokens carry how many original ones they hold. proportional: whether attention weighs keys by that size. options:
+    names and defaults of the method's own options; `least(n, options)` says how few of n tokens one step may leave.
+    paper: the source.
 
     Example:
         >>> import torch, tokcompile
@@ -119,6 +138,10 @@ class Recipe:
     plan: Plan
     taps: tuple[str, ...] = ("x",)
     place: str = "attention"
+    language_place: str | None = None
+    ahead: bool = False
+    opening: bool = False
+    earlier: Callable[[int, Mapping[str, Any]], int] | None = None
     steps: Steps = field(default_factory=Steps)
     track_size: bool = False
     proportional: bool = False
@@ -130,12 +153,23 @@ class Recipe:
         unknown = [t for t in self.taps if t not in TAPS]
         if unknown:
             raise MethodError(f"recipe {self.name!r} reads unknown taps {unknown}; there are {', '.join(TAPS)}")
-        if self.place not in ("attention", "block"):
-            raise MethodError(f"recipe {self.name!r} has place {self.place!r}; it is 'attention' or 'block'")
+        for place in (self.place, self.language_place or self.place):
+            if place not in ("attention", "block"):
+                raise MethodError(f"recipe {self.name!r} has place {place!r}; it is 'attention' or 'block'")
+        if ("earlier_attention" in self.taps) != (self.earlier is not None):
+            raise MethodError(f"recipe {self.name!r} must have both the tap 'earlier_attention' and `earlier`, or neither")
 
     def taps_read(self) -> tuple[str, ...]:
         """The taps beside the residual stream itself."""
         return tuple(t for t in self.taps if t != "x")
+
+    def reads_attention(self) -> bool:
+        """Whether it needs an attention that has been computed, and not only the tokens."""
+        return any(t not in ("x", "normed", "embeds", "text_embeds") for t in self.taps)
+
+    def place_in(self, language: bool) -> str:
+        """Where in a block it stands."""
+        return (language and self.language_place) or self.place
 
     def with_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options with defaults filled in. Raises: MethodError for names the method does not have."""

@@ -74,10 +74,14 @@ def stages(*fractions: float, counts: Counts = same_share, rate: Rate = ceil_of_
 
 def once(fraction: float, language: int | None = None) -> Steps:
     """One reduction, at a fraction of the depth; in a language model at the entrance of layer `language`."""
-    layer = None if language is None else (lambda depth: (min(language, depth - 1),))
-    return Steps(at_fractions(fraction), same_share, language=layer)
+    return Steps(at_fractions(fraction), same_share, language=at_layer(language))
 
 
-def last_block() -> Steps:
-    """One reduction, in the last block: at its entrance are the features of layer -2, those that LLaVA takes from its tower."""
-    return Steps(lambda depth: (depth - 1,), same_share)
+def last_block(language: int | None = None) -> Steps:
+    """One reduction, in the last block: at its entrance are the features of layer -2, those that LLaVA takes from its
+    tower; in a language model at the entrance of layer `language`, 0 being before it."""
+    return Steps(lambda depth: (depth - 1,), same_share, language=at_layer(language))
+
+
+def at_layer(layer: int | None) -> Blocks | None:
+    return None if layer is None else (lambda depth: (min(layer, depth - 1),))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokcompile.passes.graph import aten
-from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, plain, rule
+import torch
+from torch.fx import Node
+
+from tokcompile.passes.graph import aten, get_attr, packet, shape
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, plain, rule, tokens_of
 
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
@@ -30,7 +33,48 @@ def pointwise(call: Call) -> Any:
     if call.node.target in (aten.type_as.default,):
         names = names[:1]
     label = call.join(call.label(name) for name in names)
-    return call.emit(label, **{name: call.coerce(name, label) for name in names})
+    return call.emit(label, **{name: rotary(call, name, label) or call.coerce(name, label) for name in names})
+
+
+def rotary(call: Call, name: str, label: Label) -> Node | None:
+    """A rotary table that is multiplied to tokens with several positions each; None for any other operand."""
+    seq = tokens_of(label[-2]) if packet(call.node) == "aten.mul" and len(label) > 2 else None
+    if seq is None or not any(s.positions is not None for space in seq.spaces for s in space.lineage()):
+        return None
+    node = call.old_args[name]
+    sizes = shape(node)
+    if call.labelled(name) or len(sizes) < 3 or sizes[-2] != seq.old or not is_rotary_table(node):
+        return None
+    call.rewriter.positioned.update(s for space in seq.spaces for s in space.lineage())
+    return call.gather.by_channel(call[name], seq, holds_pairs(call, node), call.node)
+
+
+def holds_pairs(call: Call, node: Node) -> bool:
+    """Whether a table that the graph holds as a constant has each frequency in two neighbouring channels."""
+    width = shape(node)[-1]
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    value = get_attr(call.rewriter.old, node.target) if node.op == "get_attr" else None
+    if value is None or value.is_meta or width % 2 or value.shape[-1] != width:
+        return False
+    halves = torch.equal(value[..., : width // 2], value[..., width // 2 :])
+    return not halves and torch.equal(value[..., 0::2], value[..., 1::2])
+
+
+def is_rotary_table(node: Node) -> bool:
+    """Whether a tensor is a cosine or a sine that has an entry for each channel, and comes from positions alone."""
+    if shape(node)[-1] < 2 or any(size != 1 for size in shape(node)[1:-2]):
+        return False
+    todo, seen = [node], {node}
+    while todo:
+        n = todo.pop()
+        if n.op == "placeholder" and n.meta["val"].is_floating_point():
+            return False
+        if packet(n) in ("aten.linear", "aten.embedding", "aten.conv2d"):
+            return False
+        todo += [i for i in n.all_input_nodes if i not in seen]
+        seen.update(n.all_input_nodes)
+    return True
 
 
 @rule(

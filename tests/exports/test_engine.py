@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.conftest import TOLD
 from tests.exports.models import attributes, reductions
 from tests.test_cli import ROOT, TINY, Vit
 from tokcompile.cli import main
@@ -33,10 +34,8 @@ def vit(method: str, batch: int = 1) -> tokcompile.OptimizedModel:
     """Two blocks over a class token and 49 patches."""
     torch.manual_seed(0)
     model = Vit(depth=2).eval()
-    try:
-        return tokcompile.optimize(model, (torch.randn(batch, 3, 28, 28),), method=method, budget=0.5)
-    except tokcompile.MethodError as error:
-        pytest.skip(f"not for vision towers: {error}")
+    options = TOLD.get(method, {})
+    return tokcompile.optimize(model, (torch.randn(batch, 3, 28, 28),), method=method, budget=0.5, **options)
 
 
 @pytest.fixture(scope="module")

@@ -32,23 +32,46 @@ def sequence(batch, length, *, seed=0, kind="normal", d=16, heads=2, dtype=torch
         x, normed, k = rows(0), rows(1), rows(2)[:, None].expand(batch, heads, length, d)
         q = v = k
         attention = (codes / 64)[:, None].expand(batch, heads, length)
+    scores = draw_scores(g, attention, kind)
     size = torch.randint(1, 5, (batch, length), generator=g).float()
     taps = dict(x=x, normed=normed, q=q, k=k, v=v, rotated_k=k)
     taps |= dict(cls_attention=attention, received_attention=attention, last_attention=attention)
+    taps |= dict(text_attention=attention[:, :, None], earlier_attention=attention.roll(1, 1), scores=scores)
     return {name: tap.to(dtype) for name, tap in taps.items()} | {"size": size}
+
+
+def draw_scores(g, attention, kind):
+    """A map of scores over the whole sequence: (B, H, L, L), alike for tokens that are alike."""
+    if kind == "normal":
+        return torch.randn(*attention.shape, attention.shape[-1], generator=g)
+    return (attention[:, :, :, None] * attention[:, :, None] * 512).round()
+
+
+# the axes of each tap that the tokens run along; of any other it is the third
+AXES = {"x": (1,), "normed": (1,), "size": (1,), "text_attention": (3,), "scores": (2, 3)}
 
 
 def body(taps, name, prefix, n=None):
     """A tap without its first tokens; n tokens of it."""
     n = taps["x"].shape[1] - prefix if n is None else n
-    return taps[name].narrow(1 if name in ("x", "normed", "size") else 2, prefix, n)
+    return taps[name] if name == "scores" else taps[name].narrow(AXES.get(name, (2,))[0], prefix, n)
+
+
+def shuffle(taps, order):
+    """The same tokens in another order."""
+    for name in taps:
+        for axis in AXES.get(name, (2,)):
+            taps = {**taps, name: taps[name].index_select(axis, order)}
+    return taps
 
 
 def tokens(recipe: Recipe, taps, prefix=0, n=None) -> Tokens:
-    """What the pass would give to the recipe's plan: only the taps it names."""
-    names = [*recipe.taps_read(), *(["size"] if recipe.track_size else [])]
-    whole = Tokens(**{name: taps[name] for name in ("x", *recipe.taps_read())})
-    return Tokens(x=body(taps, "x", prefix, n), whole=whole, **{name: body(taps, name, prefix, n) for name in names})
+    """What the pass would give to the recipe's plan: only the taps it names, of the text only where there is some."""
+    read = [name for name in recipe.taps_read() if name in taps]
+    names = [*(name for name in read if "embeds" not in name), *(["size"] if recipe.track_size else [])]
+    whole = Tokens(**{name: taps[name] for name in ("x", *read)})
+    given = {name: body(taps, name, prefix, n) for name in names} | {name: taps[name] for name in read if "embeds" in name}
+    return Tokens(x=body(taps, "x", prefix, n), whole=whole, **given)
 
 
 def site(recipe: Recipe, n, k, prefix=0, **rest) -> Site:
@@ -63,5 +86,5 @@ def run(recipe: Recipe, taps, where: Site):
     return plan, *apply(plan, given.x, given.size)
 
 
-def lowest(recipe: Recipe, n, prefix=0):
-    return recipe.least(n, {**recipe.options, "prefix": prefix})
+def lowest(recipe: Recipe, n, prefix=0, options=None):
+    return recipe.least(n, {**recipe.with_options(options or {}), "prefix": prefix})

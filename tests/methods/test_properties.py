@@ -5,17 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.methods.inputs import KINDS, lowest, run, sequence, site
+from tests.methods.inputs import KINDS, lowest, run, sequence, shuffle, site
 from tokcompile.primitives import FORMS, use_forms
 from tokcompile.recipe import Keep, Merge, methods
 
 METHODS = sorted(methods())
 DRAWS = dict(deadline=None, derandomize=True)
-# ToMe reads the parity of positions, VisionZip, PruMerge and HoloV read positions too, grid and random nothing else, M3 the
-# raster; the first pick of DivPrune and ToDRE ties where the two most isolated tokens are each other's nearest neighbour
-POSITIONS = ("tome", "visionzip", "prumerge", "holov", "m3", "grid", "random")
+# ToMe reads the parity of positions, VisionZip, PruMerge, HoloV and PPE read positions too, grid and random nothing else, M3,
+# HiPrune and EVS the raster; the first pick of DivPrune and ToDRE ties where the two most isolated tokens are each other's
+# nearest neighbour
+POSITIONS = ("tome", "visionzip", "prumerge", "holov", "m3", "grid", "random", "hiprune", "evs", "ppe")
 SYMMETRIC = [name for name in METHODS if name not in (*POSITIONS, "divprune", "todre")]
-TOKEN_AXIS = {"x": 1, "normed": 1, "size": 1}
 OPTIONS = {
     "evit": [{"fuse": False}],
     "pitome": [{"variant": "P"}, {"variant": "B"}],
@@ -24,15 +24,20 @@ OPTIONS = {
     "holov": [{"groups": 3}],
     "todre": [{"objective": "min"}],
     "prumerge": [{"grid": 0.0}, {"neighbours": 3}],
+    "sparsevlm": [{"recycle": 0}, {"recycle": 1.0, "per_cluster": 4}],
+    "hiprune": [{"alpha": 1.0}],
+    "ppe": [{"positions": 1}, {"positions": 50}],
 }
-VARIANTS = [(name, given) for name in METHODS for given in [{}, *OPTIONS.get(name, [])]]
+DEFAULTS = {"evs": {"frames": 2}}  # for what has to be said
+VARIANTS = [(name, given) for name in METHODS for given in [DEFAULTS.get(name, {}), *OPTIONS.get(name, [])]]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in given.items())]) for name, given in VARIANTS]
 
 
 @st.composite
 def cases(draw, recipe, options, most=40):
     """A site and the batch and seed to run it with."""
-    n = draw(st.integers(1, most))
+    frames = options.get("frames", 1)
+    n = draw(st.integers(1, most // frames)) * frames
     prefix = draw(st.integers(0, 3))
     chosen = recipe.with_options(options)
     k = draw(st.integers(recipe.least(n, {**chosen, "prefix": prefix}), n))
@@ -73,6 +78,7 @@ def test_exactly_k_distinct_tokens(name, options, data):
 @settings(max_examples=10, **DRAWS)
 @given(n=st.integers(1, 40), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))
 def test_keeping_all_changes_nothing(name, options, n, seed, kind):
+    n *= options.get("frames", 1)
     recipe, taps = methods()[name], sequence(2, n, seed=seed, kind=kind)
     plan, rows, _ = run(recipe, taps, site(recipe, n, n, options=options))
     assert plan.index.tolist() == [list(range(n))] * 2
@@ -84,7 +90,7 @@ def test_keeping_all_changes_nothing(name, options, n, seed, kind):
 @given(data=st.data())
 def test_a_sample_does_not_see_its_batch(name, data):
     recipe = methods()[name]
-    where, _, seed = data.draw(cases(recipe, {}))
+    where, _, seed = data.draw(cases(recipe, DEFAULTS.get(name, {})))
     taps = sequence(3, where.prefix + where.n, seed=seed)
     plan, rows, _ = run(recipe, taps, where)
     for b in range(3):
@@ -102,7 +108,7 @@ def test_shuffled_tokens_give_the_same_tokens(name, data):
     where, batch, seed = data.draw(cases(recipe, {}))
     taps = sequence(batch, where.n, seed=seed)
     order = torch.randperm(where.n, generator=torch.Generator().manual_seed(seed))
-    shuffled = {tap: value.index_select(TOKEN_AXIS.get(tap, 2), order) for tap, value in taps.items()}
+    shuffled = shuffle(taps, order)
     where = site(recipe, where.n, where.k, block=where.block, depth=where.depth)
     plan, rows = new_tokens(recipe, taps, where)
     again, again_rows = new_tokens(recipe, shuffled, where)
@@ -133,7 +139,7 @@ def test_every_form_gives_the_same_tokens(name, options, form, data):
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
 def test_half_precision_keeps_its_type(name, options, form, dtype):
     recipe = methods()[name]
-    where = site(recipe, 50, max(30, lowest(recipe, 50)), 1, options=options)
+    where = site(recipe, 50, max(30, lowest(recipe, 50, options=options)), 1, options=options)
     taps = sequence(2, 51, dtype=dtype)
     with use_forms(FORMS[form]):
         plan, rows, sizes = run(recipe, taps, where)
@@ -147,7 +153,7 @@ def test_half_precision_keeps_its_type(name, options, form, dtype):
 @pytest.mark.parametrize("name", METHODS)
 def test_half_precision_selects_as_float32_does(name):
     recipe = methods()[name]
-    where = site(recipe, 50, 30, 1)
+    where = site(recipe, 50, 30, 1, options=DEFAULTS.get(name, {}))
     half = sequence(2, 51, dtype=torch.float16)
     wide = {tap: value.float() for tap, value in half.items()}
     plan, rows, _ = run(recipe, half, where)
@@ -159,7 +165,7 @@ def test_half_precision_selects_as_float32_does(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_plan_has_no_data_dependent_shape(name):
     recipe = methods()[name]
-    where, taps = site(recipe, 20, 12, 1), sequence(2, 21)
+    where, taps = site(recipe, 20, 12, 1, options=DEFAULTS.get(name, {})), sequence(2, 21)
 
     class Plan(torch.nn.Module):
         def forward(self, taps):

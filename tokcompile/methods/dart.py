@@ -20,6 +20,19 @@ def quotas(total: int, pivots: int) -> list[int]:
     return picks
 
 
+def pick(pivots: Tensor, rows: Tensor, x: Tensor, k: int) -> Tensor:
+    """The pivots and, for each row in turn, its share of the free tokens least like it: pivots: (B, p), rows: (B, P, D),
+    x: (B, n, D) -> (B, k), ascending."""
+    similar = cosine(rows, x)
+    taken = torch.zeros_like(similar[:, 0]).scatter(1, pivots, float("-inf"))
+    kept = [pivots]
+    for r, quota in enumerate(quotas(k - pivots.shape[1], rows.shape[1])):
+        if quota:
+            kept.append(top_k(taken - similar[:, r], quota))
+            taken = taken.scatter(1, kept[-1], float("-inf"))
+    return ascending(torch.cat(kept, 1))
+
+
 def text_after(site: Site) -> tuple[int, list[tuple[int, int]]]:
     """How many pivots come from text, and from where: after the image alone."""
     spans = [span for span in site.text if span[0] >= site.start + site.n]
@@ -54,14 +67,7 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     rows, text = gather_rows(tokens.normed, pivots), text_pivots(tokens, site)
     if text is not None:
         rows = torch.cat([rows, text], 1)
-    similar = cosine(rows, tokens.normed)  # (B, all pivots, n)
-    taken = torch.zeros_like(similar[:, 0]).scatter(1, pivots, float("-inf"))
-    kept = [pivots]
-    for r, quota in enumerate(quotas(site.k - count, rows.shape[1])):
-        if quota:
-            kept.append(top_k(taken - similar[:, r], quota))
-            taken = taken.scatter(1, kept[-1], float("-inf"))
-    return Keep(ascending(torch.cat(kept, 1)))
+    return Keep(pick(pivots, rows, tokens.normed, site.k))
 
 
 DART = register_method(

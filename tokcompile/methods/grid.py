@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tokcompile.errors import MethodError
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
 from tokcompile.steps import once
 
@@ -24,10 +25,25 @@ def sub_grid(rows: int, columns: int, k: int) -> tuple[int, int] | None:
     return (best := min(fits, key=skew), k // best) if fits else None
 
 
+def raster(site: Site) -> tuple[int, int] | None:
+    """Rows and columns of the image: the option `shape`, else the patch grid; None where the tokens are no whole grid.
+
+    Raises: MethodError for a shape that does not hold these tokens.
+    """
+    shape = site.options.get("shape")
+    if shape is not None:
+        if len(shape) != 2 or shape[0] * shape[1] != site.n:
+            raise MethodError(f"shape={tuple(shape)} does not hold these {site.n} tokens: it is (rows, columns) of each image")
+        return int(shape[0]), int(shape[1])
+    if site.grid is not None and len(site.grid) == 2 and site.grid[0] * site.grid[1] == site.n:
+        return site.grid[0], site.grid[1]
+    return None
+
+
 def chosen(site: Site) -> list[int]:
     """The k kept positions, ascending."""
-    if site.grid is not None and len(site.grid) == 2 and site.grid[0] * site.grid[1] == site.n:
-        rows, columns = site.grid
+    if whole := raster(site):
+        rows, columns = whole
         if found := sub_grid(rows, columns, site.k):
             return [r * columns + c for r in spread(rows, found[0]) for c in spread(columns, found[1])]
     return spread(site.n, site.k)
@@ -38,4 +54,13 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     return Keep(torch.tensor(chosen(site), device=tokens.x.device).expand(tokens.x.shape[0], -1))
 
 
-GRID = register_method(Recipe("grid", plan, steps=once(1 / 4), paper="baseline: an even sub-grid of the patches"))
+GRID = register_method(
+    Recipe(
+        "grid",
+        plan,
+        language_place="block",
+        steps=once(1 / 4, language=0),
+        options={"shape": None},
+        paper="baseline: an even sub-grid of the patches",
+    )
+)

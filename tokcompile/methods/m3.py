@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokcompile.methods.grid import sub_grid
+from tokcompile.methods.grid import raster, sub_grid
 from tokcompile.primitives import identity
 from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
 from tokcompile.steps import last_block
@@ -17,8 +17,8 @@ def cells(n: int, parts: int) -> list[range]:
 
 def pools(site: Site) -> list[list[int]]:
     """What each new token averages: an r x c = k cut of the patch grid where k allows one, else k runs in raster order."""
-    if site.grid is not None and len(site.grid) == 2 and site.grid[0] * site.grid[1] == site.n:
-        rows, columns = site.grid
+    if whole := raster(site):
+        rows, columns = whole
         if found := sub_grid(rows, columns, site.k):
             return [[r * columns + c for r in y for c in x] for y in cells(rows, found[0]) for x in cells(columns, found[1])]
     return [list(run) for run in cells(site.n, site.k)]
@@ -37,5 +37,12 @@ def plan(tokens: Tokens, site: Site) -> Keep | Mix:
 
 
 M3 = register_method(
-    Recipe("m3", plan, place="block", steps=last_block(), paper="Matryoshka Multimodal Models, arXiv 2405.17430")
+    Recipe(
+        "m3",
+        plan,
+        place="block",
+        steps=last_block(language=0),
+        options={"shape": None},
+        paper="Matryoshka Multimodal Models, arXiv 2405.17430",
+    )
 )

@@ -1,5 +1,6 @@
 """The few operations that methods are made of, in plain PyTorch with static shapes."""
 
+from tokcompile.primitives.cluster import density_peaks, members
 from tokcompile.primitives.combine import apply, gather_rows
 from tokcompile.primitives.forms import FORMS, Forms, current_forms, use_forms
 from tokcompile.primitives.score import cosine, unit
@@ -21,11 +22,13 @@ __all__ = [
     "complement",
     "cosine",
     "current_forms",
+    "density_peaks",
     "farthest_points",
     "first_argmax",
     "gather_rows",
     "identity",
     "keep_best",
+    "members",
     "top_k",
     "unit",
     "use_forms",

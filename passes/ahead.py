@@ -1,0 +1,71 @@
+"""Looking ahead: the attention of the block at whose entrance a reduction stands, computed on all tokens that come in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from tokcompile.passes.rewrite import Rewriter, Splice
+
+
+@contextmanager
+def look_ahead(rw: Rewriter, s: Splice) -> Iterator[None]:
+    """While open, the nodes from the place of the reduction to the block's attention have their values without it.
+
+    The walk writes them anew for the tokens that are left. What of these nodes no tap reads (values, the fused attention
+    itself) is dead code, and its FLOPs are not counted.
+    """
+    targets = [a.node for a in s.block.attentions]
+    order = rw.structure.order
+    needed = sorted(ancestors(targets, rw, s.at), key=order.__getitem__)
+    inside = followers_among(needed, s.at)
+    read = ancestors([n for a in s.block.attentions for n in ((a.q, a.k) if a.fused else (a.node,))], rw, s.at)
+    kept = rw.env[s.at], rw.labels.get(s.at), rw.full.copy(), rw.builder.origin
+    put(rw, s.at, *rw.before[s.at])
+    for node in needed:
+        rw.builder.origin = node
+        with FlopCounterMode(display=False) as counter:
+            rw.step(node)
+        if node in read and node in inside:
+            rw.overhead_flops += counter.get_total_flops()
+    try:
+        yield
+    finally:
+        for node in inside:
+            rw.env.pop(node, None)
+            rw.labels.pop(node, None)
+        put(rw, s.at, *kept[:2])
+        rw.full, rw.builder.origin = kept[2:]
+
+
+def put(rw: Rewriter, node: Node, value: Node, label: object) -> None:
+    rw.env[node] = value
+    rw.labels.pop(node, None)
+    if label is not None:
+        rw.labels[node] = label
+
+
+def ancestors(targets: list[Node], rw: Rewriter, stop: Node) -> set[Node]:
+    """What the targets need and the walk has not come to yet, without `stop`."""
+    found: set[Node] = set()
+    todo = list(targets)
+    while todo:
+        node = todo.pop()
+        if node is not stop and node not in found and node not in rw.env:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def followers_among(nodes: list[Node], start: Node) -> set[Node]:
+    """Those of the nodes, which are in order, that depend on `start`."""
+    found = {start}
+    for node in nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found - {start}

@@ -1,0 +1,155 @@
+"""Queries, keys and values of an attention, laid out as (B, H, L, d) whatever the model's own layout is."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.find import Attention
+from tokcompile.passes.graph import aten, packet, shape
+from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
+
+if TYPE_CHECKING:
+    from tokcompile.passes.rewrite import Rewriter, Splice
+
+PROJECTIONS = {
+    "aten.linear",
+    "aten.addmm",
+    "aten.matmul",
+    "aten.layer_norm",
+    "aten.rms_norm",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.einsum",
+}
+
+
+def attentions_of(s: Splice) -> list[Attention]:
+    """The attentions a method reads: those of the block before its place, or of the block it stands in."""
+    if s.tap_block is None:
+        raise UnsupportedGraph(
+            f"method {s.recipe.name!r} reads the attention before its place, but no block over these tokens comes before",
+            s.at,
+            "place it later: where=[1] or higher",
+        )
+    return s.tap_block.attentions
+
+
+def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
+    """q, k or v as (B, H, L, d), by default before any rotary embedding; attentions side by side count as more heads."""
+    parts = []
+    for attention in attentions_of(s):
+        node: Node = getattr(attention, name)
+        if attention.fused and name != "v" and not rotated:
+            node = before_rotary(node)
+        parts.append(standard(rw, s, node, name, attention))
+    return side_by_side(rw, s, parts)
+
+
+def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
+    """Several attentions of one block: over the same tokens they are more heads, over segments in order more tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    dim = 1 if all(shape(p)[2] == token_length(rw, s) for p in parts) else 2
+    if dim == 2 and sum(shape(p)[2] for p in parts) != token_length(rw, s):
+        raise UnsupportedGraph(
+            f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens",
+            s.at,
+            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+        )
+    return rw.builder.emit(aten.cat.default, parts, dim)
+
+
+def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention) -> Node:
+    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses."""
+    value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
+    length, full = token_length(rw, s), shape(s.at)[s.block.token_axis]
+    sizes = shape(value)
+    rank = len(sizes)
+    usual = rank - 1 if not attention.fused and name == "k" and keys_last(attention) else rank - 2
+    wanted = length if is_labelled(label) else full
+    if len(s.tap_block.attentions if s.tap_block else ()) > 1:  # perhaps one segment each
+        wanted = sizes[usual]
+    axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
+    operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known
+    token = usual if operand or usual in axes else next(iter(reversed(axes)), usual)
+    if sizes[token] != wanted:
+        raise UnsupportedGraph(
+            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
+            "residual stream (windows, or attention over channels)",
+            node,
+            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+        )
+    channel = next(d for d in (rank - 1, rank - 2, rank - 3) if d != token)
+    lead = [d for d in range(rank) if d not in (token, channel)]
+    if [*lead, token, channel] != list(range(rank)):
+        value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
+    count = prod(sizes[d] for d in lead)
+    value = rw.gather.reshape(value, [s.batch, count // s.batch, wanted, sizes[channel]])
+    return restricted(rw, s, value, 2) if wanted == full != length else value
+
+
+def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:
+    """A tensor over the full sequence (an attention that tokens were given back for) at the tokens that are left."""
+    seq = next(a for a in (rw.before[s.at][1] or ())[s.block.token_axis] if isinstance(a, Seq))
+    have = plain(shape(value))
+    want = [*have[:dim], (seq,), *have[dim + 1 :]]
+    if s.batch > 1:
+        want[0] = (Batch(s.batch),)
+    return rw.gather.coerce(value, have, tuple(want), s.at)
+
+
+def token_length(rw: Rewriter, s: Splice) -> int:
+    return shape(rw.before[s.at][0])[s.block.token_axis]
+
+
+def keys_last(attention: Attention) -> bool:
+    """Whether the score product takes keys as (d, L): so for matmul, never for einsum."""
+    return any(packet(u) in ("aten.matmul", "aten.bmm", "aten.baddbmm") for u in attention.k.users)
+
+
+def before_rotary(node: Node) -> Node:
+    """Walks a query or key back to what it was before position was rotated into it; the node itself if it never was."""
+    size = _numel(node)
+    found, todo, seen = node, [node], {node}
+    while todo:
+        n = todo.pop()
+        if packet(n) in PROJECTIONS:
+            continue
+        if packet(n) == "aten.mul" and rotates(n):
+            source = next(a for a in n.args[:2] if isinstance(a, Node) and not is_table(a))
+            while packet(source) in ("aten.slice", "aten.to", "aten._to_copy"):
+                source = source.args[0]
+            if _numel(source) == size:
+                found = source
+        for inner in n.all_input_nodes:
+            if inner not in seen and inner.op == "call_function" and _numel(inner) <= size and not is_table(inner):
+                seen.add(inner)
+                todo.append(inner)
+    return found
+
+
+def rotates(node: Node) -> bool:
+    tables = [a for a in node.args[:2] if isinstance(a, Node) and is_table(a)]
+    return len(tables) == 1 and len(shape(tables[0])) >= 2 and max(shape(tables[0])[-3:-1]) > 1
+
+
+def is_table(node: Node) -> bool:
+    """A cosine or sine table: it does not come from the tokens."""
+    todo, seen = [node], set()
+    while todo:
+        n = todo.pop()
+        if packet(n) in PROJECTIONS or n.op == "placeholder":
+            return False
+        if n not in seen:
+            seen.add(n)
+            todo.extend(n.all_input_nodes)
+    return True
+
+
+def _numel(node: Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if hasattr(value, "numel") else 0

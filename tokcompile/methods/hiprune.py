@@ -1,0 +1,62 @@
+"""HiPrune: anchors of a middle layer with their neighbours, and the registers of a deep one (Liu et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+
+from tokcompile.errors import MethodError
+from tokcompile.primitives import identity, keep_best, top_k
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.steps import last_block
+
+
+def object_layer(depth: int, options: Mapping[str, Any]) -> int:
+    """The middle layer: a block's number, or a share of the depth; 1/3 of 24 is the published block 8, of 12 block 4."""
+    layer = options["layer"]
+    if not isinstance(layer, (int, float)) or not 0 <= layer < (depth if isinstance(layer, int) else 1):
+        raise MethodError(f"hiprune's layer is one of the {depth} blocks, or a share of the depth below 1, not {layer!r}")
+    return layer if isinstance(layer, int) else round(depth * layer)
+
+
+def neighbours(site: Site) -> list[int]:
+    """Steps in the raster to the tokens around an anchor; above and below only where a row's length is known."""
+    width = site.grid[-1] if site.grid is not None else isqrt(site.n)
+    known = site.grid is not None or width * width == site.n
+    return [0, -1, 1, -width, width] if known else [0, -1, 1]
+
+
+def plan(tokens: Tokens, site: Site) -> Keep:
+    """round(k alpha / 5) anchors get most attention in the middle layer; they and their neighbours are kept, and of the
+    others those that get most in the layer before."""
+    assert tokens.earlier_attention is not None
+    assert tokens.received_attention is not None
+    if not 0 <= site.options["alpha"] <= 1:
+        raise MethodError(f"hiprune's alpha is a share from 0 to 1, not {site.options['alpha']}")
+    if site.k == site.n:
+        return Keep(identity(tokens.x))
+    deep = tokens.received_attention.float().mean(1)
+    count = round(site.k * site.options["alpha"] / 5)
+    if count:
+        anchors = top_k(tokens.earlier_attention.float().mean(1), count)
+        steps = torch.tensor(neighbours(site), device=anchors.device)
+        around = (anchors[..., None] + steps).clamp(0, site.n - 1).flatten(1)  # past the ends: the first or last token
+        deep = deep + torch.zeros_like(deep).scatter(1, around, 2.0)  # attention is below 1: these come first
+    return Keep(keep_best(deep, site.k))
+
+
+HIPRUNE = register_method(
+    Recipe(
+        "hiprune",
+        plan,
+        taps=("x", "earlier_attention", "received_attention"),
+        place="block",
+        earlier=object_layer,
+        steps=last_block(),
+        options={"alpha": 0.1, "layer": 1 / 3},
+        paper="HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in VLMs, arXiv 2508.00553",
+    )
+)

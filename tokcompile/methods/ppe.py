@@ -1,0 +1,51 @@
+"""PPE: clusters of look-alikes, each a token that keeps the positions of several of its members (ICLR 2026)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokcompile.errors import MethodError
+from tokcompile.primitives import density_peaks, identity, members
+from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
+from tokcompile.steps import last_block
+
+
+def neighbour_count(n: int, k: int) -> int:
+    """Of how many nearest tokens the density is, as published."""
+    return min(n, 5 if k >= 5 else min(3, max(k // 2, 1)))
+
+
+def last_members(inside: Tensor, count: int) -> Tensor:
+    """The last members of each cluster by index, backwards, over and over where it has fewer: inside: (B, k, n), ones and
+    zeros -> (B, k, count)."""
+    n = inside.shape[2]
+    order = torch.topk(inside * torch.arange(1, n + 1, device=inside.device), min(count, n), dim=-1).indices
+    turn, size = torch.arange(count, device=inside.device).float(), inside.sum(-1, keepdim=True)
+    return order.gather(2, (turn - size * (turn / size).floor()).to(torch.int64))
+
+
+def plan(tokens: Tokens, site: Site) -> Keep | Mix:
+    """Means of k clusters by density peaks, best centre first; a first reduction gives each several positions, later ones
+    the whole set of positions of its last member."""
+    positions = site.options["positions"]
+    if positions < 1:
+        raise MethodError(f"ppe gives each token at least one position, not {positions}")
+    if site.k == site.n:
+        return Keep(identity(tokens.x))
+    _, slots = density_peaks(tokens.x, site.k, neighbour_count(site.n, site.k))
+    inside = members(slots, site.k)
+    many = last_members(inside, positions if site.step == 0 else 1)
+    return Mix(many[..., 0], inside / inside.sum(-1, keepdim=True), many if many.shape[2] > 1 else None)
+
+
+PPE = register_method(
+    Recipe(
+        "ppe",
+        plan,
+        place="block",
+        steps=last_block(language=0),
+        options={"positions": 8, "sections": None},
+        paper="Positional Preservation Embedding for Token Compression in Multimodal Large Language Models, arXiv 2510.22936",
+    )
+)
