@@ -104,7 +104,8 @@ def refuse_random(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
-            if packet(node) == "aten.scaled_dot_product_attention" or (packet(node) in DROPOUTS and not bind(node)["train"]):
+            # dropout and recurrent layers draw only in training
+            if packet(node) == "aten.scaled_dot_product_attention" or bind(node).get("train") is False:
                 continue
             raise UnsupportedGraph(
                 "the model draws random numbers at inference",

@@ -225,12 +225,22 @@ def residual(attention: Attention, order: dict[Node, int], dependent: set[Node])
         after.add(node)
         if packet(node) in ADD and len(node.all_input_nodes) == 2:
             x, y = node.args[0], node.args[1]
-            joined = (x, y) if y in after else (y, x)
-            if (x in after) != (y in after) and joined[0] in before and shape(joined[0]) == shape(node):
-                return joined[0], node
+            stream = x if y in after else y
+            if (x in after) != (y in after) and shape(stream) == shape(node) and unscaled(stream, dependent) in before:
+                return unscaled(stream, dependent), node
         if packet(node) == SDPA or packet(node) in SOFTMAX:
             break
     return "no residual add after it (cross or pooling attention, or the last step of a head): left alone"
+
+
+def unscaled(node: Node, dependent: set[Node]) -> Node:
+    """The stream before a scale of its own (`x * s + f(x)`): what is multiplied by something that no input reaches."""
+    while packet(node) in ("aten.mul", "aten.div"):
+        inputs = [n for n in node.all_input_nodes if n in dependent]
+        if len(inputs) != 1 or shape(inputs[0]) != shape(node):
+            break
+        node = inputs[0]
+    return node
 
 
 def sorted_users(node: Node, order: dict[Node, int]) -> Iterator[Node]:
@@ -281,7 +291,8 @@ def set_ends(structure: Structure) -> None:
     for block in structure.blocks:
         later = [a.node for b in structure.blocks[block.index + 1 :] for a in b.attentions]
         limit = min((structure.order[n] for n in later), default=1 << 60)
-        ends = [u for u in block.mid.users if packet(u) in ADD and structure.order[u] < limit]
+        users = [*block.mid.users, *(v for u in block.mid.users if unscaled(u, {block.mid}) is block.mid for v in u.users)]
+        ends = [u for u in users if packet(u) in ADD and structure.order[u] < limit]
         block.end = min(ends, key=structure.order.__getitem__, default=None)
         if block.end is not None:
             block.parallel = not depends(block.end, block.mid, structure.order)

@@ -367,7 +367,7 @@ def clipped(counts: Sequence[int], recipe: Recipe, slot: Slot, options: Mapping[
     """A schedule in which no step removes more than the method can (ToMe: half of the tokens)."""
     out, n = [], slot.n
     for k in counts:
-        n = min(n, max(k, least(recipe, n, slot, options or {})))
+        n = min(n, max(k, len(slot.spans), least(recipe, n, slot, options or {})))
         out.append(n)
     return out
 

@@ -23,6 +23,7 @@ from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
+from tokcompile.steps import same_number
 
 LARGEST_UNIT = 16  # a view that splits tokens into larger groups is a grid or a window, not a merger
 MOST_SEGMENTS = 256  # images or windows in one sequence, each reduced by itself
@@ -291,6 +292,8 @@ def solve_flops(
         return total(cost, wanted) / original
 
     low, high = many, n
+    if share(low) > ratio and settings.recipe.steps.counts is same_number:
+        low = n - n * len(slots)  # a larger r than would last to the end: every step takes what one step can
     if share(low) > ratio:
         raise BudgetError(
             f"Flops({ratio}) cannot be met: even with {counts(low)[-1]} token left {share(low):.3f} of the FLOPs remain "

@@ -442,6 +442,12 @@ def test_random_ops_are_refused(fn):
         canonical(fn, X)
 
 
+def test_a_recurrent_layer_draws_nothing_at_inference():
+    lstm = torch.nn.LSTM(8, 8, 2, dropout=0.5)
+    gm = canonical(lstm, torch.randn(4, 2, 8))
+    assert any("lstm" in op for op in ops(gm))
+
+
 def test_the_given_graph_is_not_changed():
     traced = trace(Function(written_mask).eval(), (X,))
     before = str(traced.gm.graph)

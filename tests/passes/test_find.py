@@ -200,6 +200,11 @@ def attention_only(m, x):
     return x + m.attend(m.norm1(x))
 
 
+def scaled_stream(m, x):
+    x = x * m.scale + m.attend(m.norm1(x))
+    return x * m.scale + m.mlp(m.norm2(x))
+
+
 def causal(m, x):
     x = x + m.attend(m.norm1(x), is_causal=True)
     return x + m.mlp(x)
@@ -223,6 +228,7 @@ def cross(m, x):
     (parallel, "aten.add", "aten.add"),
     (parallel_in_one_add, "aten.add", None),
     (attention_only, "aten.add", None),
+    (scaled_stream, "aten.add", "aten.add"),
     (causal, "aten.add", "aten.add"),
 ], ids=lambda v: getattr(v, "__name__", v) or "none")  # fmt: skip
 def test_blocks_however_they_are_wired(wiring, mid_op, end_op):

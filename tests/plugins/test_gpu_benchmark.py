@@ -154,7 +154,16 @@ def test_every_eager_form_is_there_and_every_case_possible():
 
 
 def test_targets_count_what_was_measured(session):
-    row = {"method": "dart", "text": 0, "B": 1, "N": 2880, "D": 4096, "graph us": 40.0, "floor us": 20.0, "eager over kernel": 9.0}
+    row = {
+        "method": "dart",
+        "text": 0,
+        "B": 1,
+        "N": 2880,
+        "D": 4096,
+        "graph us": 40.0,
+        "floor us": 20.0,
+        "eager over kernel": 9.0,
+    }
     session.part("headline")["rows"].append(row)
     session.part("models")["rows"].append({"method": "tome", "B": 8, "over flops": 0.04})
     session.part("models")["rows"].append({"method": "tome", "B": 1, "over flops": 0.04})
