@@ -106,11 +106,11 @@ def test_a_flops_budget_is_the_largest_count_that_fits(name, method, ratio, prog
 def test_flops_below_what_a_constant_r_reaches(program):
     """When no token would be left at the end, r goes on growing and each step removes what one step can."""
     evenly = tokcompile.optimize(program("timm/vit"), method="tome", budget=Tokens(10)).report.flops_ratio
-    less = tokcompile.optimize(program("timm/vit"), method="tome", budget=Flops(0.9 * evenly))
-    assert less.report.flops_ratio <= 0.9 * evenly
+    less = tokcompile.optimize(program("timm/vit"), method="tome", budget=Flops(0.8 * evenly))
+    assert less.report.flops_ratio <= 0.8 * evenly
     removed = [a - b for _, a, b in counts(less)]
-    assert removed[0] > PATCHES // 4
-    assert all(r <= removed[0] for r in removed)
+    assert 4 * removed[0] > PATCHES
+    assert removed[-1] < removed[0]
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
