@@ -1,4 +1,4 @@
-"""`python -m benchmarks [quality|speed|scaling|optimize|gpu|all] [options]`; without a name, all but gpu."""
+"""`python -m benchmarks [quality|speed|scaling|optimize|prefill|gpu|all] [options]`; without a name, all but gpu."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ BENCHMARKS = {
     "speed": "benchmarks.speed",
     "scaling": "benchmarks.scaling",
     "optimize": "benchmarks.optimize_cost",
+    "prefill": "benchmarks.prefill",
     "gpu": "benchmarks.gpu",
 }
 ALL = [module for name, module in BENCHMARKS.items() if name != "gpu"]

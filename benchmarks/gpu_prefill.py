@@ -136,7 +136,9 @@ def time_prefill(session: Session, name: str, visual: int) -> None:
     unreduced = captured(session.device, lambda: plain.graph_module(x))
     about = {"model": name, "visual": visual, "text": BEFORE + AFTER, "layer": LAYER}
     same = pair(session, unreduced, unreduced)
-    session.add("prefill", {**about, "method": "A/A", "kept": visual, "flops": 1.0, **times(same), "over flops": same.median - 1})
+    session.add(
+        "prefill", {**about, "method": "A/A", "kept": visual, "flops": 1.0, **times(same), "over flops": same.median - 1}
+    )
     kept = tokcompile.Tokens(max(1, round((1 - REMOVED) * visual)))
     made = tokcompile.optimize(source, (x,), method="dart", budget=kept, **place)
     at_random = tokcompile.optimize(source, (x,), plan=made.plan.replace(method="random", options={}), spans=place["spans"])
