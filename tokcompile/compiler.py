@@ -252,9 +252,10 @@ def solve_flops(
 
     low, high = many, n
     if share(low) > ratio:
+        left = counts(low)[-1]
         raise BudgetError(
-            f"Flops({ratio}) cannot be met: even with {counts(low)[-1]} token left {share(low):.3f} of the FLOPs remain "
-            f"(reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
+            f"Flops({ratio}) cannot be met: even with {left} token{'s' * (left != 1)} left {share(low):.3f} of the FLOPs "
+            f"remain (reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
         )
     while low < high:
         middle = (low + high + 1) // 2
