@@ -215,8 +215,8 @@ def test_bad_budgets_are_refused(cli, text, message):
         (["--span", "5:300"], "does not lie within the 50 tokens"),
         (["-o", "proportional"], "is not KEY=VALUE"),
         (["-o", "proportionale=true"], "did you mean proportional?"),
-        (["-o", "proportional=3"], "takes a bool such as true, not 3"),
-        (["--method", "dart", "-o", "pivots=many"], "dart's pivots takes a int such as 4, not 'many'"),
+        (["-o", "proportional=3"], "takes true or false, such as true, not 3"),
+        (["--method", "dart", "-o", "pivots=many"], "dart's pivots takes an int such as 4, not 'many'"),
         (["--plan", "missing.json"], "cannot read the plan 'missing.json'"),
         (["--plan", "pyproject.toml"], "not a tokcompile plan"),
         (["--batch", "0"], "positive number"),
@@ -345,10 +345,12 @@ def test_bench_refuses_what_makes_no_sense(cli, arguments, message):
 def test_demo_is_handed_its_arguments(cli, monkeypatch):
     seen = []
     fake = types.ModuleType("tokcompile.demo.run")
-    fake.main = lambda args: seen.append(args) or 3
+    fake.main = lambda args: seen.append(args) or print("a table") or {"models": []}
     monkeypatch.setitem(sys.modules, "tokcompile.demo.run", fake)
-    assert cli("demo", "--out", "there", "--image", "cat.jpg", "--quick")[0] == 3
+    assert cli("demo", "--out", "there", "--image", "cat.jpg", "--quick")[:2] == (0, "a table\n")
     assert (seen[0].out, seen[0].image, seen[0].quick) == ("there", "cat.jpg", True)
+    code, out, err = cli("demo", "--json")
+    assert (code, json.loads(out), err) == (0, {"models": []}, "a table\n")
 
 
 def test_demo_without_its_packages_says_what_to_install(cli, monkeypatch):

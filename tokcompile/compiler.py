@@ -295,9 +295,10 @@ def solve_flops(
     if share(low) > ratio and settings.recipe.steps.counts is same_number:
         low = n - n * len(slots)  # a larger r than would last to the end: every step takes what one step can
     if share(low) > ratio:
+        left = counts(low)[-1]
         raise BudgetError(
-            f"Flops({ratio}) cannot be met: even with {counts(low)[-1]} token left {share(low):.3f} of the FLOPs remain "
-            f"(reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
+            f"Flops({ratio}) cannot be met: even with {left} token{'s' * (left != 1)} left {share(low):.3f} of the FLOPs "
+            f"remain (reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
         )
     while low < high:
         middle = (low + high + 1) // 2

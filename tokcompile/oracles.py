@@ -62,7 +62,7 @@ class Check:
         return json.dumps({**asdict(self), "errors": self.errors}, indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{'oracle':<14}{'block':>6}  {'error':>9}  result"]
+        lines = [f"{'oracle':<14}{'block':>6}  {'error':>9}  result"] if self.results else []
         for r in self.results:
             error = "-" if r.error is None else f"{r.error:.1e}"
             lines.append(

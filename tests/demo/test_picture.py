@@ -46,7 +46,7 @@ def test_the_file_shows_every_row(tmp_path):
     pairs = stage(*np.arange(256) // 2)
     made.rows = [
         drawing.Row("tome", ["one"], made.saliency * 0.5, [untouched(256), pairs, pairs]),
-        drawing.Row("smaller input", ["two"], made.saliency, size=168),
+        drawing.Row("smaller input", ["two"], made.saliency, size=(154, 168)),
     ]
     drawing.draw(made, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:

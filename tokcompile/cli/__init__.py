@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         # whatever a model or a library prints goes to stderr: stdout holds the result only
-        with contextlib.redirect_stdout(sys.stderr if args.captures else sys.stdout):
+        with contextlib.redirect_stdout(sys.stderr if args.captures or args.json else sys.stdout):
             result = args.run(args)
         emit(result, args.json)
         return int(result.code)

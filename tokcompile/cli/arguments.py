@@ -20,7 +20,8 @@ examples:
   tokcompile bench timm:vit_small_patch16_224 --method tome,topk --budget 0.5 --runtime onnxruntime
   tokcompile COMMAND --help
 
-exit codes: 0 done; 1 a check failed; 2 wrong usage, or a model that cannot be reduced as asked (with the reason)"""
+exit codes: 0 done; 1 a check failed, or an unexpected error with its traceback; 2 wrong usage, or
+a model that cannot be reduced as asked (with the reason)"""
 
 OPTIMIZE = """\
 examples:
@@ -126,9 +127,8 @@ def command(made: Any, name: str, run: Any, text: str, epilog: str | None) -> ar
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    sub.set_defaults(run=run, captures=name != "demo", json=False)
-    if name != "demo":
-        sub.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    sub.set_defaults(run=run, captures=name != "demo")  # the demo prints its tables as it goes
+    sub.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     return sub
 
 

@@ -210,8 +210,9 @@ def method_data(recipe: Recipe) -> dict[str, Any]:
     """steps: the blocks of 12, and how the counts fall; rate: the rounding rule of keep-rate budgets."""
     steps, depth = recipe.steps, 12
     chosen = list(steps.blocks(depth))
-    where = "every block" if len(chosen) == depth else f"blocks {', '.join(map(str, chosen))} of {depth}"
-    spread = f", {title(steps.counts)}" if len(chosen) > 1 else ""
+    several = len(chosen) > 1
+    where = "every block" if len(chosen) == depth else f"block{'s' * several} {', '.join(map(str, chosen))} of {depth}"
+    spread = f", {title(steps.counts)}" if several else ""
     return {
         "reads": list(recipe.taps),
         "place": recipe.place,
@@ -279,5 +280,4 @@ def demo(args: Namespace) -> Result:
         run = importlib.import_module("tokcompile.demo.run")
     except ImportError as error:
         raise TokcompileError(f"the demo needs pip install 'tokcompile[demo]' ({error})") from error
-    code = run.main(args)
-    return Result(code=int(code or 0))
+    return Result(run.main(args))

@@ -109,8 +109,8 @@ def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
         allowed = (int, float) if isinstance(default, float) else type(default)
         right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
         if default is not None and not right:
-            kind = type(default).__name__
-            raise MethodError(f"{recipe.name}'s {name} takes a {kind} such as {json.dumps(default)}, not {value!r}")
+            kind = {"int": "an int", "bool": "true or false,", "str": "text"}.get(type(default).__name__, "a number")
+            raise MethodError(f"{recipe.name}'s {name} takes {kind} such as {json.dumps(default)}, not {value!r}")
 
 
 def check_folder(path: str, overwrite: bool) -> None:

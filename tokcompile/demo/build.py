@@ -31,18 +31,22 @@ class Job:
 
     method: str
     budget: float = 1.0
-    size: int = weights.SIZE
+    size: tuple[int, int] = weights.WHOLE
 
     @property
     def name(self) -> str:
         if self.method == ORIGINAL:
             return ORIGINAL
-        return f"{self.method if self.method != SMALLER else f'input-{self.size}'}-flops-{self.budget:g}"
+        kind = self.method if self.method != SMALLER else f"input-{pixels(self.size)}"
+        return f"{kind}-flops-{self.budget:g}"
 
 
 @dataclass
 class Built:
-    """What came of a job. tokens: patch tokens leaving each block. note: why it is not the method's default."""
+    """What came of a job. tokens: patch tokens leaving each block. note: why it is not the method's default.
+
+    twin: a file with random selection at the same blocks and counts, which tells what choosing costs.
+    """
 
     job: Job
     file: str
@@ -54,20 +58,25 @@ class Built:
     error: float
     bytes: int
     note: str = ""
+    twin: str = ""
 
 
-def build_all(jobs: Sequence[Job], folder: Path, photograph: torch.Tensor, workers: int) -> Iterator[Built]:
-    """Yields each model as it is finished. photograph: (1, 3, 224, 224), on which the tokens are followed.
+def pixels(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
+
+
+def build_all(jobs: Sequence[Job], folder: Path, spare: Path, photograph: torch.Tensor, workers: int) -> Iterator[Built]:
+    """Yields each model as it is finished. spare: where the twins go. photograph: (1, 3, 224, 224), to follow the tokens on.
 
     Raises: TokcompileError.
     """
     if workers == 1:
         builder = Builder(photograph)
-        yield from (builder.build(job, folder) for job in jobs)
+        yield from (builder.build(job, folder, spare) for job in jobs)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (photograph.numpy(),))
     try:
-        for future in as_completed([pool.submit(work, job, folder) for job in jobs]):
+        for future in as_completed([pool.submit(work, job, folder, spare) for job in jobs]):
             yield future.result()
     except BrokenProcessPool as error:
         raise TokcompileError(f"a worker process ended early, perhaps for want of memory ({error})") from error
@@ -83,8 +92,8 @@ def start_worker(photograph: Any) -> None:
     _builder.append(Builder(torch.from_numpy(photograph)))
 
 
-def work(job: Job, folder: Path) -> Built:
-    return _builder[0].build(job, folder)
+def work(job: Job, folder: Path, spare: Path) -> Built:
+    return _builder[0].build(job, folder, spare)
 
 
 class Builder:
@@ -95,26 +104,36 @@ class Builder:
         self.model = weights.load_saliency_vit()
         self.program: Any = None
 
-    def build(self, job: Job, folder: Path) -> Built:
+    def build(self, job: Job, folder: Path, spare: Path) -> Built:
         """Optimizes, exports and verifies one model and writes its plan."""
         optimized, note = self.optimize(job)
         report = optimized.export_onnx(folder / f"{job.name}.onnx")
         plan = json.loads(optimized.plan.json())
-        stages = follow(optimized, self.photograph) if job.size == weights.SIZE else []
+        stages = follow(optimized, self.photograph) if job.size == weights.WHOLE else []
         if stages:
             save_text(folder / f"plan-{job.name}.json", optimized.plan.json() + "\n")
         costs = optimized.report
-        depth, patches = len(costs.blocks), (job.size // weights.PATCH) ** 2
+        depth, patches = len(costs.blocks), job.size[0] * job.size[1] // weights.PATCH**2
         tokens = per_block(stages, depth, patches)
         return Built(
             job, f"{job.name}.onnx", costs.flops, costs.overhead_flops, tokens, stages, plan, report.error or 0.0,
-            report.bytes, note,
+            report.bytes, note, self.twin(optimized, job, spare),
         )  # fmt: skip
+
+    def twin(self, optimized: tokcompile.OptimizedModel, job: Job, spare: Path) -> str:
+        """Writes random selection at the blocks and counts of a method whose schedule is not that of random itself."""
+        random = get_method("random")
+        if not optimized.plan.reductions or same_schedule(get_method(job.method), random):
+            return ""
+        file = spare / f"{job.name}.onnx"
+        plan = optimized.plan.replace(method=random.name, options={})
+        tokcompile.optimize(self.program, plan=plan).export_onnx(file, verify=False)
+        return str(file)
 
     def optimize(self, job: Job) -> tuple[tokcompile.OptimizedModel, str]:
         """The optimized model, and why it reduces elsewhere than the method does by default."""
-        if job.size != weights.SIZE:
-            example = torch.zeros(1, 3, job.size, job.size)
+        if job.size != weights.WHOLE:
+            example = torch.zeros(1, 3, *job.size)
             return tokcompile.optimize(self.model, (example,), method="random", budget=1.0), ""
         if self.program is None:  # passing the program instead of the model saves tracing it for each method
             with torch.no_grad():
@@ -122,6 +141,11 @@ class Builder:
         if job.method == ORIGINAL:
             return tokcompile.optimize(self.program, method="random", budget=1.0), ""
         return within_budget(self.program, job)
+
+
+def same_schedule(one: tokcompile.Recipe, other: tokcompile.Recipe) -> bool:
+    a, b = one.steps, other.steps
+    return one.place == other.place and a.counts is b.counts and list(a.blocks(DEPTH)) == list(b.blocks(DEPTH))
 
 
 def within_budget(program: Any, job: Job) -> tuple[tokcompile.OptimizedModel, str]:

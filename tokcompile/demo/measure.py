@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokcompile.bench import Ratio, paired
 from tokcompile.demo import weights
-from tokcompile.demo.weights import PATCH, SIZE, WIDTH
+from tokcompile.demo.weights import PATCH, SIZE, WHOLE, WIDTH
 from tokcompile.errors import TokcompileError
 
 Array = np.ndarray[Any, Any]
@@ -50,18 +50,18 @@ class Session:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (entry,) = self.session.get_inputs()
-        self.name, self.size = entry.name, int(entry.shape[-1])
+        self.name, self.size = entry.name, (int(entry.shape[-2]), int(entry.shape[-1]))
 
     def outputs(self, image: Any) -> Output:
         """What the model says about an image."""
         saliency, cls, _ = self.session.run(None, self.feed(image))
         whole = torch.from_numpy(saliency)
-        if self.size != SIZE:
-            whole = F.interpolate(whole, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+        if self.size != WHOLE:
+            whole = F.interpolate(whole, size=WHOLE, mode="bilinear", align_corners=False)
         return Output(whole[0, 0].numpy(), cls[0])
 
     def feed(self, image: Any) -> dict[str, Array]:
-        return {self.name: weights.preprocess(image, self.size).numpy()}
+        return {self.name: shrunk(weights.preprocess(image), self.size).numpy()}
 
     def runner(self, image: Any) -> Callable[[], Any]:
         """A call without arguments that runs the model once, without the preparation of the image."""
@@ -82,9 +82,14 @@ def latency(original: Session, other: Session, image: Any, pairs: int) -> Ratio:
     return paired(original.runner(image), other.runner(image), pairs)
 
 
-def flops_at(size: int) -> int:
+def shrunk(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """image: (1, 3, 224, 224), whole and with fewer pixels."""
+    return image if size == WHOLE else F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def flops_at(size: tuple[int, int]) -> int:
     """FLOPs of the demo model at an input size, two per multiplication and addition."""
-    patches = (size // PATCH) ** 2
+    patches = size[0] * size[1] // PATCH**2
     tokens = patches + 1
     blocks = DEPTH * (2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH)
     embedding = 2 * patches * 3 * PATCH**2 * WIDTH
@@ -92,7 +97,7 @@ def flops_at(size: int) -> int:
     return blocks + embedding + head
 
 
-def smaller_size(budget: float) -> int:
-    """The input size whose FLOPs come closest to this share of those at 224 px, the larger one of two as close."""
-    sizes = range(SIZE - PATCH, PATCH, -PATCH)
-    return min(sizes, key=lambda size: abs(flops_at(size) / flops_at(SIZE) - budget))
+def smaller_size(budget: float) -> tuple[int, int]:
+    """The input size, at most one patch wider than high, whose FLOPs come closest to this share of those at 224 px."""
+    sizes = [(side, side + more) for side in range(2 * PATCH, SIZE, PATCH) for more in (0, PATCH)]
+    return min(sizes, key=lambda size: abs(flops_at(size) / flops_at(WHOLE) - budget))

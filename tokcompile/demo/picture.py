@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from tokcompile.demo import weights
+from tokcompile.demo.build import pixels
+from tokcompile.demo.measure import shrunk
 from tokcompile.demo.trackers import Stage
 from tokcompile.errors import TokcompileError
 from tokcompile.files import atomic
@@ -33,7 +35,7 @@ class Row:
     lines: Sequence[str]
     saliency: Array
     stages: Sequence[Stage] = ()
-    size: int = weights.SIZE
+    size: tuple[int, int] = weights.WHOLE
 
 
 @dataclass
@@ -49,17 +51,17 @@ class Picture:
 
     @cached_property
     def canvas(self) -> Array:
-        return view(self.image, self.grid * CELL)
+        return colours(weights.preprocess(self.image, self.grid * CELL))
 
     @cached_property
     def box(self) -> tuple[slice, slice]:
         return weights.content_box(self.image.height, self.image.width)
 
 
-def view(image: Any, size: int) -> Array:
-    """(size, size, 3) in 0..1: the photograph as it fills the model's square input."""
-    pixels = weights.preprocess(image, size)[0].permute(1, 2, 0).numpy()
-    return np.clip(pixels * np.array(weights.STD) + np.array(weights.MEAN), 0, 1)
+def colours(image: Any) -> Array:
+    """(H, W, 3) in 0..1 of a model's input (1, 3, H, W)."""
+    values = image[0].permute(1, 2, 0).numpy() * np.array(weights.STD) + np.array(weights.MEAN)
+    return np.clip(values, 0, 1)
 
 
 def enlarge(cells: Array, factor: int) -> Array:
@@ -140,7 +142,7 @@ def inside(picture: Picture, values: Array) -> Array:
 def draw_head(figure: Any, axes: Sequence[Any], picture: Picture) -> None:
     """The original's row."""
     label(axes[0], "original", [f"{picture.grid**2} patches", "in every block"])
-    draw_whole(axes, picture, weights.SIZE, picture.saliency)
+    draw_whole(axes, picture, weights.WHOLE, picture.saliency)
     show_saliency(axes[3], inside(picture, picture.saliency), "saliency of the original", dict(cmap="gray", vmin=0, vmax=1))
 
 
@@ -148,7 +150,8 @@ def draw_row(axes: Sequence[Any], picture: Picture, row: Row, worst: float) -> N
     """One model: its tokens at the shown blocks, its saliency and the error of that."""
     label(axes[0], row.title, row.lines)
     for axis, block, stage in zip(axes, picture.blocks, row.stages, strict=False):
-        show(axis, paint(picture.canvas, stage, picture.grid), f"after block {block}: {stage.count} tokens", picture.grid)
+        painted = paint(picture.canvas, stage, picture.grid)
+        show(axis, painted, f"after block {block}: {stage.count} tokens", picture.grid, picture.grid)
         outline(axis, borders(stage, picture.grid), 0.7)
     if not row.stages:
         draw_whole(axes, picture, row.size, row.saliency)
@@ -158,21 +161,21 @@ def draw_row(axes: Sequence[Any], picture: Picture, row: Row, worst: float) -> N
     show_saliency(axes[4], error, title, dict(cmap="inferno", vmin=0, vmax=worst))
 
 
-def draw_whole(axes: Sequence[Any], picture: Picture, size: int, saliency: Array) -> None:
+def draw_whole(axes: Sequence[Any], picture: Picture, size: tuple[int, int], saliency: Array) -> None:
     """A model that keeps all its tokens: what it sees, its patches, and the photograph in the light of its saliency."""
-    grid = size // weights.PATCH
-    seen = picture.canvas if size == weights.SIZE else view(picture.image, size)
-    show(axes[0], seen, f"photograph at {size} px", grid)
-    show(axes[1], seen, f"its {grid**2} patches", grid)
-    lines = [[(i, 0), (i, grid)] for i in range(1, grid)]
-    outline(axes[1], lines + [[(y, x) for x, y in line] for line in lines], 0.4)
+    rows, columns = (side // weights.PATCH for side in size)
+    seen = picture.canvas if size == weights.WHOLE else colours(shrunk(weights.preprocess(picture.image), size))
+    show(axes[0], seen, f"photograph at {pixels(size)} px", rows, columns)
+    show(axes[1], seen, f"its {rows * columns} patches", rows, columns)
+    lines = [[(0, y), (columns, y)] for y in range(1, rows)] + [[(x, 0), (x, rows)] for x in range(1, columns)]
+    outline(axes[1], lines, 0.4)
     light = enlarge(saliency, CELL // weights.PATCH)[..., None]
-    show(axes[2], picture.canvas * (0.15 + 0.85 * light), "lit by its saliency", grid)
+    show(axes[2], picture.canvas * (0.15 + 0.85 * light), "lit by its saliency", picture.grid, picture.grid)
 
 
-def show(axis: Any, pixels: Array, title: str, grid: int) -> Any:
-    """An image whose coordinates are patches."""
-    axis.imshow(pixels, extent=(0, grid, grid, 0), interpolation="antialiased")
+def show(axis: Any, image: Array, title: str, rows: int, columns: int) -> Any:
+    """An image whose coordinates are patches, filling the square of its panel as it fills the photograph."""
+    axis.imshow(image, extent=(0, columns, rows, 0), aspect=rows / columns, interpolation="antialiased")
     axis.set_title(title, fontsize=9.5, pad=3)
     return axis
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,8 +53,8 @@ class Findings:
     rows: list[Measured] = field(default_factory=list)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the demo. args: out (folder), image (path or None), quick (bool). Raises: TokcompileError."""
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the demo and returns its report. args: out (folder), image (path or None), quick. Raises: TokcompileError."""
     start = time.perf_counter()
     check_installed()
     photographs = load_photographs(args.image)
@@ -61,14 +62,14 @@ def main(args: argparse.Namespace) -> int:
     methods = QUICK_METHODS if args.quick else METHODS
     jobs = make_jobs(methods, QUICK_BUDGETS if args.quick else BUDGETS)
     note(f"photograph: {photographs.title}; results go to {folder}")
-    built = build(jobs, folder, photographs.images[0])
-    with bench.torch_threads(1):
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".random-") as spare, bench.torch_threads(1):
+        built = build(jobs, folder, Path(spare), photographs.images[0])
         findings = measure(built, folder, photographs, QUICK_PAIRS if args.quick else PAIRS)
     show(findings)
     pictures = draw_all(findings, folder)
-    save_report(findings, folder, pictures, time.perf_counter() - start)
+    report = save_report(findings, folder, pictures, time.perf_counter() - start)
     print(f"\n{folder}: {', '.join(pictures)}, report.json, {len(built)} ONNX files and their plans")
-    return 0
+    return report
 
 
 def check_installed() -> None:
@@ -118,12 +119,12 @@ def make_jobs(methods: Sequence[str], budgets: Sequence[float]) -> list[Job]:
     return [*jobs, Job(ORIGINAL), *(Job(SMALLER, budget, smaller_size(budget)) for budget in budgets)]
 
 
-def build(jobs: Sequence[Job], folder: Path, image: Any) -> list[Built]:
+def build(jobs: Sequence[Job], folder: Path, spare: Path, image: Any) -> list[Built]:
     """All models, in the order of the jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     done: dict[Job, Built] = {}
     with progress("compiling and exporting", len(jobs)) as advance:
-        for made in build_all(jobs, folder, weights.preprocess(image), min(cores, WORKERS)):
+        for made in build_all(jobs, folder, spare, weights.preprocess(image), min(cores, WORKERS)):
             done[made.job] = made
             advance(made.job.name)
     return [done[job] for job in jobs]
@@ -146,21 +147,21 @@ def measure(built: Sequence[Built], folder: Path, photographs: Photographs, pair
             outputs = [session.outputs(image) for image in images]
             qualities = [quality(*each) for each in zip(outputs, truth, images, strict=True)]
             ratio = latency(original, session, images[0], pairs)
-            flops = one.flops / plain.flops
-            found.rows.append(Measured(one, outputs[0], qualities, ratio, flops, ratio.median - flops))
+            twin = latency(original, Session(Path(one.twin)), images[0], pairs) if one.twin else None
+            found.rows.append(Measured(one, outputs[0], qualities, ratio, one.flops / plain.flops, twin))
             advance(f"{one.job.name} {ratio}")
     budgets = list(dict.fromkeys(m.built.job.budget for m in found.rows))
     found.rows.sort(key=lambda m: budgets.index(m.built.job.budget))
-    add_random(found.rows)
+    add_twins(found.rows)
     return found
 
 
-def add_random(rows: Sequence[Measured]) -> None:
-    """Fills in what each method takes more than random selection at the same budget."""
-    baseline = {m.built.job.budget: m.latency.median for m in rows if m.name == "random"}
+def add_twins(rows: Sequence[Measured]) -> None:
+    """Random selection itself is the twin of the methods that have its schedule."""
+    baseline = {m.built.job.budget: m.latency for m in rows if m.name == "random"}
     for m in rows:
-        if m.name not in ("random", SMALLER):
-            m.over_random = m.latency.median - baseline[m.built.job.budget]
+        if m.twin is None and m.name not in ("random", SMALLER):
+            m.twin = baseline[m.built.job.budget]
 
 
 def show(found: Findings) -> None:
@@ -200,7 +201,7 @@ def make_picture(found: Findings, rows: Sequence[Measured], budget: float) -> Pi
     return picture
 
 
-def save_report(found: Findings, folder: Path, pictures: Sequence[str], seconds: float) -> None:
+def save_report(found: Findings, folder: Path, pictures: Sequence[str], seconds: float) -> dict[str, Any]:
     image, original = found.photographs.images[0], found.original
     data = {
         "tokcompile": tokcompile.__version__,
@@ -216,3 +217,4 @@ def save_report(found: Findings, folder: Path, pictures: Sequence[str], seconds:
         "seconds": seconds,
     }  # fmt: skip
     save_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
+    return data

@@ -10,35 +10,46 @@ from typing import Any
 
 from tokcompile.bench import Ratio
 from tokcompile.cli.show import Table, note, rich_table
-from tokcompile.demo.build import DEPTH, ORIGINAL, Built
+from tokcompile.demo.build import DEPTH, ORIGINAL, Built, pixels
 from tokcompile.demo.measure import Output, Quality
 
 LEGEND = """\
 FLOPs, latency: shares of the original's; latency is CPU time in onnxruntime with one thread, batch 1, the median over
   alternating pairs, with quartiles. The A/A line is the original against itself: smaller differences say nothing.
-- FLOPs: latency less FLOPs, which is what choosing and merging tokens costs, and short sequences being less efficient.
-- random: latency less that of random selection at the same budget, which chooses for free.
+- FLOPs: latency less FLOPs: choosing and merging tokens, and short sequences being less efficient.
+selection overhead: latency less that of random selection at the same blocks and counts, which chooses for free.
 saliency error: mean absolute difference from the original's saliency (0 to 1) on the photograph; others: the mean over
   {others}.
 CLS cosine: of the class token with the original's, on the photograph.
-smaller input: the original model on a smaller photograph, the size whose FLOPs are closest to the budget."""
+smaller input: the original model on a smaller photograph, its size (height x width) the one whose FLOPs are closest."""
 
 
 @dataclass
 class Measured:
-    """All numbers of one model. quality: of the photograph and then of the other photographs."""
+    """All numbers of one model. quality: of the photograph and then of the other photographs.
+
+    twin: latency of random selection at the same blocks and counts.
+    """
 
     built: Built
     output: Output
     quality: list[Quality]
     latency: Ratio
     flops: float
-    over_flops: float
-    over_random: float | None = None
+    twin: Ratio | None = None
 
     @property
     def name(self) -> str:
         return self.built.job.method
+
+    @property
+    def over_flops(self) -> float:
+        return self.latency.median - self.flops
+
+    @property
+    def selection(self) -> float | None:
+        """What choosing and merging costs, as a share of the original's latency."""
+        return self.latency.median - self.twin.median if self.twin else None
 
     @property
     def others(self) -> float | None:
@@ -50,11 +61,12 @@ class Measured:
         """For report.json."""
         job, built = self.built.job, self.built
         return {
-            "model": job.method, "budget_flops": job.budget, "input_size": job.size, "onnx": built.file,
+            "model": job.method, "budget_flops": job.budget, "input_size": list(job.size), "onnx": built.file,
             "onnx_bytes": built.bytes, "onnx_relative_error": built.error, "tokens_per_block": built.tokens,
             "flops": built.flops, "flops_ratio": self.flops, "selection_flops": built.overhead_flops,
             "latency": asdict(self.latency), "latency_minus_flops": self.over_flops,
-            "latency_minus_random": self.over_random, "saliency_error": self.quality[0].error,
+            "latency_of_random_at_the_same_counts": asdict(self.twin) if self.twin else None,
+            "selection_overhead": self.selection, "saliency_error": self.quality[0].error,
             "saliency_error_largest": self.quality[0].worst, "cls_cosine": self.quality[0].cosine,
             "other_photographs": [asdict(q) for q in self.quality[1:]], "note": built.note, "plan": built.plan,
         }  # fmt: skip
@@ -106,15 +118,15 @@ def tokens_table(original: Built, rows: Sequence[Measured]) -> Table:
 
 
 def numbers_table(rows: Sequence[Measured]) -> Table:
-    headers = ("budget", "model", "FLOPs", "latency", "quartiles", "- FLOPs", "- random", "saliency error", "others",
-               "CLS cosine")  # fmt: skip
+    headers = ("budget", "model", "FLOPs", "latency", "quartiles", "- FLOPs", "selection overhead", "saliency error",
+               "others", "CLS cosine")  # fmt: skip
     lines = []
     for m in rows:
         t, photograph = m.latency, m.quality[0]
-        name = f"{m.built.job.size} px input" if not m.built.stages else m.name
+        name = f"{pixels(m.built.job.size)} input" if not m.built.stages else m.name
         lines.append(
             (f"{m.built.job.budget:g}", name, f"{m.flops:.3f}", f"{t.median:.3f}", f"{t.low:.3f}-{t.high:.3f}",
-             f"{m.over_flops:+.3f}", signed(m.over_random), f"{photograph.error:.3f}", plain(m.others),
+             f"{m.over_flops:+.3f}", signed(m.selection), f"{photograph.error:.3f}", plain(m.others),
              f"{photograph.cosine:.3f}")
         )  # fmt: skip
     return Table(headers, lines, headers[2:], title="Against the original")

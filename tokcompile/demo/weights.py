@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 
 PATCH = 14
 SIZE = 224
+WHOLE = (SIZE, SIZE)
 WIDTH = 384
 NATIVE_GRID = 37  # the position embeddings are those of 518 px; every input size interpolates from them
 MEAN = (0.485, 0.456, 0.406)
