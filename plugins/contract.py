@@ -28,7 +28,7 @@ outputs, in the order that the attribute `outputs` names:
 attributes: those of `ATTRIBUTES`; `start` and `tap_start` are the first row reduced in x and in the taps: where one
 block reduces several spans, x is shorter already while the taps are not. `grid`, the (rows, columns) of the patches while
 they are still a whole raster and (0,) after; `text`, starts and stops of the text tokens in the taps in a language model,
-(0,) in a vision tower: runs after the reducible tokens may lend DART pivots; `option_<name>` for the method's options that are numbers or strings; and c0, c1, ...: the
+(0,) in a vision tower; `option_<name>` for the method's options that are numbers or strings; and c0, c1, ...: the
 constants of the function body that differ between the model's reductions of this method, which only the body reads.
 """
 
@@ -46,7 +46,7 @@ DOMAIN_VERSION = 1
 PLUGIN_NAMESPACE = "tokcompile"
 PLUGIN_VERSION = "1"
 # the op types that the plugin library holds
-PLUGINS = frozenset({"Dart", "Topk", "Fastv", "Fastervlm", "Fopru", "Evit", "Tome", "Pitome", "Divprune"})
+PLUGINS = frozenset({"Dart", "Topk", "Fastv", "Fastervlm", "Fopru", "Pyramiddrop", "Evit", "Tome", "Pitome", "Divprune"})
 INPUTS = (
     "x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention",
     "earlier_attention", "text_attention", "scores", "embeds", "text_embeds",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tokcompile.methods import dart, divprune, evit, fastervlm, fastv, fopru, pitome, tome, topk
+from tokcompile.methods import dart, divprune, evit, fastervlm, fastv, fopru, pitome, pyramiddrop, tome, topk
 from tokcompile.recipe import Recipe, Site
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def kernel_of_plan(recipe: Recipe, site: Site) -> tuple[str, tuple[float, ...]] 
         if options["text_pivots"] < 0:
             return None
         return ("dart", (float(min(options["pivots"], site.k)),)) if options["pivots"] >= 1 else None
-    if recipe.plan in (topk.plan, fastv.plan, fastervlm.plan):
+    if recipe.plan in (topk.plan, fastv.plan, fastervlm.plan, pyramiddrop.plan):
         return "topk", (0.0,)
     if recipe.plan is fopru.plan:
         return ("topk", (0.0,)) if options["strategy"] == "rank" else None

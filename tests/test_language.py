@@ -89,8 +89,9 @@ def test_a_model_without_its_weights(method, family):
     assert all(b.device.type == "cpu" for b in ours)  # what the pass adds is not lost with the weights
 
 
-@pytest.mark.parametrize(("text_pivots", "name"), [(4, "DartPlain"), (0, "Dart")])
-def test_what_the_plugin_cannot_do_has_another_op_type(text_pivots, name, family, program, tmp_path):
-    options = {"method": "dart", "budget": Tokens(11), "spans": [SPAN], "text_pivots": text_pivots}
-    optimized = tokcompile.optimize(program("hf/llama"), **options)
-    assert optimized.export_onnx(tmp_path / "llama.onnx", target="tensorrt_rtx").nodes == {name: 1}
+@pytest.mark.parametrize(("method", "name"), [("dart", "Dart"), ("fastv", "Fastv")])
+def test_a_reduction_is_one_node_that_a_plugin_takes(method, name, program, tmp_path):
+    optimized = tokcompile.optimize(program("hf/llama"), method=method, budget=Tokens(11), spans=[SPAN])
+    report = optimized.export_onnx(tmp_path / "llama.onnx", target="tensorrt_rtx")
+    assert report.nodes == {name: 1}
+    assert [r["fused"] for r in report.reductions] == [True]

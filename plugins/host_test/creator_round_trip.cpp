@@ -41,6 +41,7 @@ std::vector<Case> const CASES = {
     {"Fastv", "x,last_attention", "x,index", {X, ROW}, [](Fields&) {}},
     {"Fastervlm", "x,cls_attention", "x,index", {X, ROW}, [](Fields&) {}},
     {"Fopru", "x,received_attention", "x,index", {X, ROW}, [](Fields& f) { f.text("option_strategy", "rank"); }},
+    {"Pyramiddrop", "x,size,last_attention", "x,index,size", {X, SIZE, ROW}, [](Fields&) {}},
     {"Evit", "x,cls_attention", "x,index", {X, ROW}, [](Fields& f) { f.ints("option_fuse", {1}); }},
     {"Tome", "x,size,k", "x,index,size", {X, SIZE, K}, [](Fields& f) { f.ints("prefix", {1}); }},
     {"Tome", "x,k,size", "x,size,index,assign", {X, K, SIZE}, [](Fields& f) { f.ints("prefix", {1}); }},
@@ -289,7 +290,7 @@ void misshapen(Case const& c, size_t input, Sizes const& sizes, std::string cons
 }
 
 void checkMisshapen() {
-  auto const &dart = CASES[0], &text = CASES[1], &topk = CASES[3], &tome = CASES[9];
+  auto const &dart = CASES[0], &text = CASES[1], &topk = CASES[3], &tome = CASES[10];
   misshapen(dart, 0, {3, 12, 16}, "input x is 3x12x16; it must hold n = 12 groups of unit = 1 from start = 1");
   misshapen(dart, 0, {14, 16}, "input x is 14x16; it must have 3 dimensions");
   misshapen(dart, 1, {3, 14, 8}, "input normed is 3x14x8; it must be as wide as x, 16");
@@ -317,7 +318,7 @@ void checkCounts() {
 int main() {
   setLoggerFinder(&logger);
   int32_t count = 0;
-  check(getCreators(count) && count == 9, "nine creators");
+  check(getCreators(count) && count == 10, "ten creators");
   check(!creator("Grid") && !creator("Random"), "grid and random stay plain ops");
   for (auto const& c : CASES) {
     checkCase(c);

@@ -116,6 +116,7 @@ std::vector<Method> const& methods() {
       {"Fastervlm", {ATTENTION}, true, {}, nullptr, topkWorkspace, topk},
       {"Fopru", {ATTENTION}, true, {{"option_strategy", &A::option_strategy, 0, 0, {"rank"}}}, nullptr, topkWorkspace,
        topk},
+      {"Pyramiddrop", {ATTENTION}, true, {}, nullptr, topkWorkspace, topk},
       {"Evit", {ATTENTION}, true, {{"option_fuse", &A::option_fuse, 0, 1}}, nullptr, topkWorkspace, topk},
       {"Tome", {{"k"}}, true, {{"prefix", &A::prefix, 0}}, checkTome,
        [](tc_shape const& s, A const&) { return tc_tome_workspace(&s); },

@@ -17,6 +17,7 @@ import tokcompile
 from tests.conftest import TOLD
 from tests.exports.models import attributes, reductions
 from tests.test_cli import ROOT, TINY, Vit
+from tests.tiny import WIDTH, Tiny, optimize
 from tokcompile.cli import main
 from tokcompile.errors import EngineError, ExportError
 from tokcompile.exports import process, tensorrt_api, tensorrt_rtx
@@ -25,7 +26,10 @@ from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import build, torch_ops
 
 needs_rtx = pytest.mark.skipif(tensorrt_rtx.version() is None, reason=f"TensorRT-RTX is not here: {tensorrt_rtx.INSTALL}")
-FUSED = ("dart", "topk", "evit", "tome", "pitome", "divprune")
+FUSED = ("dart", "topk", "fastervlm", "fopru", "evit", "tome", "pitome", "divprune")
+IN_LANGUAGE = ("dart", "fastv", "pyramiddrop")
+OPTIONS = {"evs": {"frames": 7}}
+NOT_FREE = ("random",)  # whose batch cannot be free
 METHODS = sorted(tokcompile.methods())
 
 
@@ -36,6 +40,20 @@ def vit(method: str, batch: int = 1) -> tokcompile.OptimizedModel:
     model = Vit(depth=2).eval()
     options = TOLD.get(method, {})
     return tokcompile.optimize(model, (torch.randn(batch, 3, 28, 28),), method=method, budget=0.5, **options)
+
+
+@functools.cache
+def language(method: str) -> tokcompile.OptimizedModel:
+    """A small Llama: two images of 25 and 29 tokens with text around them, reduced at the entrance of layer 1."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    inputs = {"inputs_embeds": torch.randn(1, 80, 32), "use_cache": False}
+    options = {"budget": tokcompile.Tokens(24), "spans": [(5, 30), (41, 70)], "where": [1]}
+    return tokcompile.optimize(LlamaForCausalLM(config).eval(), kwargs=inputs, method=method, **options)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +105,65 @@ def test_plugin_form(method, library, tmp_path):
     report = opt.build_engine(path, backend="tensorrt_rtx", precision="fp16", plugin_library=library, verify=False)
     check(report, opt, path, plugins=len(opt.plan.reductions))
     assert report.plugin_library == str(library)
+
+
+@needs_rtx
+@pytest.mark.parametrize("method", IN_LANGUAGE)
+def test_a_language_model_has_one_plugin_layer_for_each_image(method, library, tmp_path):
+    """DART's pivots from text among them: the second image's are all after it, the first one's also between the two."""
+    opt, path = language(method), tmp_path / "m.engine"
+    report = opt.build_engine(path, backend="tensorrt_rtx", precision="bf16", plugin_library=library, verify=False)
+    assert [(t["n"], t["k"]) for t in report.tokens] == [(r.n, r.k) for r in opt.plan.reductions]
+    first, second = opt.plan.reductions
+    assert [t["length"] for t in report.tokens] == [80 - 25 + first.k, 80 - 25 - 29 + first.k + second.k]
+    assert report.plugin_layers == 2
+
+
+@functools.cache
+def all_of(method: str) -> list[tuple[tokcompile.OptimizedModel, tuple[int, ...] | None]]:
+    """A vision tower with one image and with a free batch, or a language model where a tower is not for the method."""
+    try:
+        found = [(vit(method), None), (vit(method, 2), (1, 4, 8))]
+    except pytest.skip.Exception:
+        return [(language(method), None)]
+    return [*found, (language(method), None)] if method == "dart" else found
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_form_precision_and_batch(method, precision, library, tmp_path):
+    """Plain and plugin, static and free batch; what cannot be freed is refused."""
+    built = 0
+    for opt, profiles in all_of(method):
+        for plugins in (False, True):
+            options = {"precision": precision, "plugins": plugins, "plugin_library": library if plugins else None}
+            try:
+                report = opt.build_engine(
+                    tmp_path / "m.engine", backend="tensorrt_rtx", profiles=profiles, verify=bool(profiles), **options
+                )
+            except ExportError as why:
+                assert profiles, why
+                assert precision == "bf16" or method in NOT_FREE, why
+                continue
+            assert report.plugin_layers == (plugins and method in (*FUSED, *IN_LANGUAGE)) * len(opt.plan.reductions)
+            assert [(t["block"], t["n"], t["k"]) for t in report.tokens] == [(r.block, r.n, r.k) for r in opt.plan.reductions]
+            assert report.compute_capabilities == ["SM80", "SM86", "SM89", "SM120"]
+            built += 1
+    assert built >= 2
+
+
+@needs_rtx
+def test_more_tokens_than_topk_takes(library, tmp_path):
+    """TopK ends at K = 3,840: the plain form is refused with the way out, the plugin's engine is built."""
+    opt = optimize((Tiny().eval(), (torch.randn(1, 4001, WIDTH),)), method="fastervlm", budget=tokcompile.Tokens(3900))
+    path = tmp_path / "m.engine"
+    with pytest.raises(ExportError, match=r"node 'reduction_0' selects the top 3900 tokens.*3840\n.*form='plugin'"):
+        opt.build_engine(path, backend="tensorrt_rtx", verify=False)
+    assert os.listdir(tmp_path) == []
+    report = opt.build_engine(path, backend="tensorrt_rtx", plugin_library=library, verify=False)
+    assert (report.plugin_layers, report.tokens[0]["k"]) == (1, 3900)
 
 
 @needs_rtx
@@ -353,12 +430,25 @@ def test_torch_tensorrt_would_give_a_plugin_the_attributes_of_its_node(method):
 
     module = next(m for m in vit(method).graph_module.modules() if isinstance(m, ReductionModule))
     kernel = torch_ops.KERNELS[module.kernel.name]
-    name, got = describe(module.kernel.name, module.kernel.place, module.kernel.numbers, False)
+    use = module.kernel
+    name, got = describe(use.name, use.place, use.numbers, use.text, False)
     outputs = ("x", "index", *(["size"] if kernel.merges else []))
     want = reduction_node(module, outputs).attributes
-    same = ("n", "k", "unit", "start", "tap_start", "prefix", "inputs", "outputs", "option_pivots", "option_alpha")
+    same = ["n", "k", "unit", "start", "tap_start", "prefix", "outputs", "option_pivots", "option_alpha"]
+    same += ["inputs"] * (module.names == kernel.taps)  # an attention row of another name is as good
     assert {key: got[key] for key in same if key in want} == {key: want[key] for key in same if key in want}
-    assert (name, got.get("option_fuse")) == {"topk": ("evit", False), "evit": ("evit", True)}.get(method, (method, None))
+    by_score = {"topk": False, "fastervlm": False, "fopru": False, "evit": True}
+    assert (name, got.get("option_fuse")) == (("evit", by_score[method]) if method in by_score else (method, None))
+
+
+def test_torch_tensorrt_would_give_dart_its_text():
+    from tokcompile.exports.torch_tensorrt import describe
+
+    module = next(m for m in language("dart").graph_module.modules() if isinstance(m, ReductionModule))
+    use = module.kernel
+    _, got = describe(use.name, use.place, use.numbers, use.text, False)
+    assert got["text"] == [30, 41, 70, 80]
+    assert got["option_text_pivots"] == 4
 
 
 def test_without_torch_tensorrt():

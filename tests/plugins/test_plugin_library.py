@@ -20,7 +20,7 @@ from tokcompile.plugins.contract import OUTPUTS, PLUGIN_NAMESPACE, PLUGIN_VERSIO
 from tokcompile.plugins.torch_library import find_nvcc
 from tokcompile.recipe import Site, get_method
 
-METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "evit", "tome", "pitome", "divprune")
+METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "pyramiddrop", "evit", "tome", "pitome", "divprune")
 CODES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 TYPES = {0: torch.float32, 1: torch.float16, 7: torch.bfloat16, 8: torch.int64}  # nvinfer1::DataType
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # two roundings: of the kernel, of the reference

@@ -21,7 +21,7 @@ from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import torch_library, torch_ops
 from tokcompile.recipe import Keep, Site, get_method
 
-METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "evit", "tome", "pitome", "divprune")
+METHODS = ("dart", "topk", "fastv", "fastervlm", "fopru", "pyramiddrop", "evit", "tome", "pitome", "divprune")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 names = pytest.mark.parametrize("method", METHODS)
