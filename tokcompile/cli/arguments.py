@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_check(command(made, "check", commands.check, "check that the pass understands a model", CHECK))
     command(made, "methods", commands.methods, "list the reduction methods", None)
     add_bench(command(made, "bench", commands.bench, "time the original against optimized models", BENCH))
-    text = "generate text from a folder that tokcompile.llm.export wrote"
+    text = "generate text from a folder of ONNX files"
     generate.add_generate(command(made, "generate", generate.generate, text, generate.EXAMPLES))
     add_demo(command(made, "demo", commands.demo, "run everything on a trained model and a photograph", DEMO))
     return parser

@@ -39,6 +39,15 @@ class Visibility:
                     )
         return Visibility(self.windows, {w: numbers[torch.tensor(rows)] for w, numbers in self.groups.items()})
 
+    def widened(self, old: Sequence[int | None], spans: Sequence[Span]) -> Visibility:
+        """The same with padding in between. old: which token each one was, None for padding. spans: of the images now."""
+        new = {}
+        for window, numbers in self.groups.items():
+            wide = torch.tensor([-1 - i if p is None else int(numbers[p]) for i, p in enumerate(old)])
+            pad = torch.tensor([p is not None for p in old])[None]
+            new[window] = padded_too(wide, pad, spans)
+        return Visibility(self.windows, new)
+
 
 def visibility(seen: Observed, attention_mask: Tensor | None, spans: Sequence[Span]) -> Visibility:
     """Reads the masks of one run. spans: of the images. Raises: UnsupportedGraph where one is none that can be made again."""
