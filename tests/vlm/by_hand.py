@@ -21,7 +21,7 @@ class ByHand:
         self.deepstack = deepstack
         self.base = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
         self.lists = Lists(len(self.base.layers))
-        self.entering, self.there = {}, {}
+        self.leaving, self.there = {}, {}
 
     def gone(self, layer):
         return {p for i, some in self.dropped.items() if i <= layer for p in some}
@@ -42,7 +42,6 @@ class ByHand:
             if not self.hide:
                 stay = [j for j, p in enumerate(indices) if p not in self.gone(i)]
                 x, indices = x[:, stay], [indices[j] for j in stay]
-            self.entering.setdefault(i, x)
             self.there.setdefault(i, indices)
             stored = self.lists.positions[i]
             stored += indices
@@ -60,6 +59,7 @@ class ByHand:
                 for j, p in enumerate(indices):
                     if p in rows:
                         x[:, j] += features[rows[p]]
+            self.leaving.setdefault(i, x)
         return self.model.lm_head(self.base.norm(x[:, -1]))
 
     def mask(self, queries, keys, layer):

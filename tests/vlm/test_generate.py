@@ -7,9 +7,8 @@ from tests.conftest import error, run
 from tests.reference.dart import dart
 from tests.vlm.by_hand import by_hand
 from tests.vlm.models import FAMILIES, vlm
-from tokcompile import InputError, Tokens
+from tokcompile import Tokens
 from tokcompile.llm import Sampling
-from tokcompile.vlm import split
 
 COUNT, BEFORE, TEXT = 32, 5, 7
 ENTRANCE = (("method", "divprune"), ("budget", Tokens(9)), ("where", (0,)))
@@ -71,8 +70,11 @@ def compare(name, generator, language=(), vision=(), batch=1):
     return made, hand, gone
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("language", [ENTRANCE, LAYER, LAST], ids=["entrance", "layer", "last"])
+CASES = [(name, language) for language in (ENTRANCE, LAYER) for name in FAMILIES]
+CASES += [(name, LAST) for name in ("qwen3_vl", "paligemma", "gemma3", "smolvlm")]
+
+
+@pytest.mark.parametrize(("name", "language"), CASES, ids=lambda v: v if isinstance(v, str) else dict(v)["method"])
 def test_reduced_in_the_language_part(name, language, generator):
     made, _, gone = compare(name, generator, language)
     (r,) = made.text.prefill.plan.reductions
@@ -85,17 +87,20 @@ def test_reduced_in_the_language_part(name, language, generator):
 @pytest.mark.parametrize("name", REDUCED_IN_VISION)
 def test_reduced_in_the_vision_part(name, language, generator):
     """What is left keeps its positions: the prompt is shorter, and the next position is that of the whole one."""
-    if name == "qwen2_vl" or name == "qwen3_vl":
-        language = tuple((k, Tokens(4) if k == "budget" else v) for k, v in language)
-    made, hand, gone = compare(name, generator, language, SHORTER)
-    assert gone[0]
-    assert made.text.wiring.length == hand.positions.shape[1] - len(gone[0]) + (9 * 0)
+    language = tuple((k, Tokens(4) if k == "budget" else v) for k, v in language)
+    made, hand, _ = compare(name, generator, language, SHORTER)
+    left = made.parts.prompt.spans[0][1] - BEFORE
+    assert left < hand.positions.shape[1] - BEFORE - TEXT
+    assert made.text.wiring.length == BEFORE + left + TEXT
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
 def test_each_sample_keeps_its_own(name, generator):
-    _, _, gone = compare(name, generator, LAYER, SHORTER if name != "gemma3" else (), batch=2)
-    assert gone
+    few = tuple((k, Tokens(4) if k == "budget" else v) for k, v in LAYER)
+    made, _, _ = compare(name, generator, few, SHORTER if name != "gemma3" else (), batch=2)
+    inputs = vlm(name, 2)[1]
+    first, second = (what_is_left(made, inputs, row)[0] for row in range(2))
+    assert first != second
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -109,11 +114,13 @@ def test_without_a_reduction_it_is_the_models_own_generation(name, generator):
     assert made(inputs["pixel_values"], inputs["input_ids"], eos=()).tokens.tolist() == want[:, length:].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
 def test_dart_inside_of_a_model_with_positions_of_three_axes(name, generator):
     """The reference of the method on the keys, after their rotation, and states that the hand-run layers have."""
     _, hand, gone = compare(name, generator, LAYER)
-    n = sum(map(len, [hand.there[1]])) - BEFORE - TEXT
-    keys, normed = hand.lists.keys[1][0], hand.base.norm(full_states(hand, generator(name, LAYER)[1]))
-    kept = dart(keys[0].numpy(), normed[0].detach().numpy(), 9, 4, start=BEFORE, n=n, text_pivots=4)
+    n = len(hand.there[1]) - BEFORE - TEXT
+    kept = dart(
+        hand.lists.keys[1][0][0].numpy(), hand.base.norm(hand.leaving[1])[0].numpy(), 9, 4, start=BEFORE, n=n, text_pivots=4
+    )
     assert set(range(BEFORE, BEFORE + n)) - {BEFORE + int(i) for i in kept} == gone[2]

@@ -82,7 +82,11 @@ def test_what_is_left_keeps_its_place():
 
 
 def test_data_is_read_back():
-    for one in (prompt(positions=GRID), prompt().shortened(torch.tensor([[1, 3]])), prompt(positions=torch.arange(9, 0, -1)[None])):
+    for one in (
+        prompt(positions=GRID),
+        prompt().shortened(torch.tensor([[1, 3]])),
+        prompt(positions=torch.arange(9, 0, -1)[None]),
+    ):
         again = Prompt.from_data(one.data())
         assert again.data() == one.data()
         assert again.position_ids.tolist() == one.position_ids.tolist()

@@ -40,9 +40,7 @@ def generate(args: argparse.Namespace) -> Result:
     from tokcompile.vlm import folder as images
 
     sampling = Sampling(args.temperature, args.top_k, args.seed)
-    options: dict[str, Any] = dict(
-        max_new_tokens=args.max_new_tokens, eos=() if args.ignore_eos else None, sampling=sampling
-    )
+    options: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, eos=() if args.ignore_eos else None, sampling=sampling)
     if images.has_images(args.folder):
         seeing = images.load(args.folder, threads=args.threads)
         made = seeing(**with_images(seeing, args), **options)

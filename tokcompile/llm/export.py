@@ -81,9 +81,7 @@ def export(
     return report
 
 
-def write_graphs(
-    graphs: Mapping[str, OptimizedModel], folder: str, report: FolderReport, options: Mapping[str, Any]
-) -> None:
+def write_graphs(graphs: Mapping[str, OptimizedModel], folder: str, report: FolderReport, options: Mapping[str, Any]) -> None:
     """Writes each graph under its name, checked in onnxruntime. Raises: ExportError."""
     for name, graph in graphs.items():
         written = graph.export_onnx(os.path.join(folder, f"{name}.onnx"), **options)

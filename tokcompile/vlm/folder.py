@@ -123,6 +123,7 @@ class Folder:
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Generated:
         """Generates; see `Generator`. Raises: InputError."""
+        self.prompt.check_pivots(attention_mask, self.text.data["method"], self.text.data["plan"]["options"])
         begin = time.perf_counter()
         made = self.vision({"pixel_values": self.cast(pixel_values)})
         deep = [made[name] for name in sorted(made) if name.startswith("deepstack_")]

@@ -109,6 +109,10 @@ class Preprocess:
         """
         how = FILTERS[int(config.get("resample", 3))]
         mean, std = (tuple(float(v) for v in config.get(f"image_{name}", (0.5,) * 3)) for name in ("mean", "std"))
+        if not config.get("do_normalize", True):
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        if abs(float(config.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-3 or not config.get("do_rescale", True):
+            raise InputError("this preprocessing scales values otherwise than to 0 to 1: write it out as vlm.Preprocess")
         if "patch_size" in config and "merge_size" in config:
             if grid is None:
                 raise InputError("patches need image_grid_thw among the example inputs, which says how they lie")
@@ -116,7 +120,9 @@ class Preprocess:
             size = int(grid[1]) * patches.size, int(grid[2]) * patches.size
             return Preprocess(size, mean, std, "aspect", how, patches)
         if len(shape) < 3 or shape[-3] != 3:
-            raise InputError(f"pixel values of shape {tuple(shape)} are no image: write the preprocessing out as vlm.Preprocess")
+            raise InputError(
+                f"pixel values of shape {tuple(shape)} are no image: write the preprocessing out as vlm.Preprocess"
+            )
         fit = "crop" if config.get("do_center_crop") else "stretch"
         return Preprocess((int(shape[-2]), int(shape[-1])), mean, std, fit, how)
 

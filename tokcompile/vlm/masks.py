@@ -146,10 +146,16 @@ class PromptMasks(nn.Module):
         return seen[:, None]
 
 
-def masked(original: Attention | None, masks: Masks) -> Attention:
-    """An attention function that reads `masks` in place of the mask it is given."""
+def masked(original: Attention | None, masks: Masks, attention_mask: Tensor | None) -> Attention:
+    """An attention function that reads `masks` in place of the mask it is given.
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    The keys of padding are zeros: nobody attends to them, and a method that looks for the text with the largest keys finds
+    text.
+    """
+    real = None if attention_mask is None else attention_mask[:, None, :, None]
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **kwargs: Any) -> Any:
+        key = key if real is None else key * real.to(key.dtype)
         mask = masks(int(module.layer_idx), kwargs.get("sliding_window"))  # type: ignore[arg-type]
         if original is not None:
             return original(module, query, key, value, mask, **kwargs)

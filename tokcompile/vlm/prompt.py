@@ -87,7 +87,9 @@ class Prompt:
         """The same with more room for text, padded on the left of each text, and which old token each new one is (None:
         padding). Raises: InputError."""
         if self.rule is None:
-            raise InputError("the positions of the example follow no rule that is known: text of other lengths cannot be placed")
+            raise InputError(
+                "the positions of the example follow no rule that is known: text of other lengths cannot be placed"
+            )
         if len(room) != len(self.room) or any(new < old for new, old in zip(room, self.room)):
             raise InputError(
                 f"room={list(room)}, and the example has {self.room} tokens of text before, between and after its images: give "
@@ -108,6 +110,16 @@ class Prompt:
         positions, after = self.rule(mask, spans)
         made = Prompt(self.image_token, tuple(spans), tuple(spans), len(old), len(old), positions, after, mask, self.rule)
         return made, old
+
+    def check_pivots(self, mask: Tensor | None, method: str, options: Mapping[str, Any]) -> None:
+        """Methods that read some tokens of the text after an image must find that many, and not padding. Raises: InputError."""
+        wanted, at = int(options.get("text_pivots", 0) or 0), self.full[-1][1]
+        real = int((self.mask if mask is None else mask)[:, at:].sum(-1).min())
+        if real < min(wanted, self.full_length - at):
+            raise InputError(
+                f"{method} reads {wanted} tokens of the text after the image, and this prompt has {real}\n"
+                f"  what to do: a longer text; or optimize the language part with text_pivots={real}"
+            )
 
     def data(self) -> dict[str, Any]:
         """For JSON."""
@@ -217,9 +229,7 @@ class Prompt:
             made["attention_mask"] = self.chosen(attention_mask, kept)
         return made | ({"deepstack": list(seen["deepstack"])} if "deepstack" in seen else {})
 
-    def inputs(
-        self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool
-    ) -> dict[str, Any]:
+    def inputs(self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool) -> dict[str, Any]:
         """The inputs of a language part, which takes padding or not. Raises: InputError."""
         if attention_mask is not None and not padded and not bool(attention_mask.all()):
             raise InputError(
