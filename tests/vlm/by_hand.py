@@ -28,9 +28,9 @@ class ByHand:
 
     def rotary(self, x, indices, layer):
         length = self.positions.shape[1]
-        where = torch.stack([
-            self.positions[:, i] if i < length else torch.full_like(self.positions[:, 0], self.after + i - length) for i in indices
-        ], 1)  # fmt: skip
+        first = self.positions[:, 0]
+        later = [self.positions[:, i] if i < length else first * 0 + self.after + i - length for i in indices]
+        where = torch.stack(later, 1)
         several = len(where) > 1
         types = getattr(self.base.config, "layer_types", None)
         by_type = (types[layer],) if type(self.base).__name__.startswith("Gemma3") else ()

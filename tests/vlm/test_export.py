@@ -43,7 +43,7 @@ def reduced(name, room, **language):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(inputs, parts, generator, folder, report) of LLaVA, with a tokenizer and a template."""
-    model, inputs, parts, prefill = reduced("llava", [6, 10])
+    _, inputs, parts, prefill = reduced("llava", [6, 10])
     place = tmp_path_factory.mktemp("vlm")
     report = export(
         parts, prefill, place / "folder", max_new_tokens=8, template="user : {image} {prompt} answer :",
@@ -148,7 +148,7 @@ def test_a_language_model_takes_no_image(tmp_path, capsys):
 
 def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
     """Qwen3-VL: patches in, DeepStack features gathered, positions that go on after the image's grid."""
-    model, inputs, parts, prefill = reduced("qwen3_vl", [6, 9])
+    _, _, parts, prefill = reduced("qwen3_vl", [6, 9])
     how = Preprocess((64, 48), fit="aspect", patches=Patches(8, 2, 2))
     export(parts, prefill, tmp_path / "folder", max_new_tokens=6, preprocess=how)
     folder = load(tmp_path / "folder", threads=1)

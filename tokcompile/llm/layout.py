@@ -102,8 +102,8 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
     for module in prefill.graph_module.modules():
         if isinstance(module, ReductionModule) and module.recipe.proportional and module.site.options.get("proportional", True):
             raise InputError(
-                f"{module.recipe.name} lets a merged token weigh as much as the tokens in it, and a decode step does not know how "
-                "many they are\n  what to do: pass proportional=False, or choose a method that drops tokens"
+                f"{module.recipe.name} lets a merged token weigh as much as the tokens in it, and a decode step does not know "
+                "how many they are\n  what to do: pass proportional=False, or choose a method that drops tokens"
             )
     inputs = {n: v for n, v in zip(prefill.input_names, prefill.example_inputs) if isinstance(v, Tensor)}
     prompt = next((n for n in ("inputs_embeds", "input_ids") if n in inputs), None)
@@ -115,7 +115,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
     shape = inputs["position_ids"].shape if "position_ids" in inputs else inputs[prompt].shape[:2]
     if shape[-2:] != inputs[prompt].shape[:2] or len(shape) > 3:
         raise InputError(
-            f"position_ids have the shape {'x'.join(map(str, shape))}, and the prompt {'x'.join(map(str, inputs[prompt].shape))}\n"
+            f"position_ids have the shape {tuple(shape)}, and the prompt {tuple(inputs[prompt].shape)}\n"
             "  what to do: positions are (batch, length), or (axes, batch, length) where each has several numbers"
         )
     shapes = {n: v.shape for n, v in zip(names_of(prefill), values_of(prefill))}

@@ -65,8 +65,8 @@ def export(
             file.write(spec_json(made.text.wiring, prefill, files, **{KEY: images}) + "\n")
         if verify_tokens:
             count = min(verify_tokens, max_new_tokens)
-            both = (partial(side, pixels, ids, parts.prompt.mask) for side in (made, load(inside)))
-            verify(*both, count, limit_of(tolerance, options), report)
+            given = pixels, ids, parts.prompt.mask
+            verify(partial(made, *given), partial(load(inside), *given), count, limit_of(tolerance, options), report)
         finish(report, inside, made.text.wiring)
     return report
 

@@ -142,7 +142,8 @@ class Folder:
         """To the type that the file takes, checked. Raises: InputError."""
         if tuple(pixels.shape) != self.shape:
             raise InputError(
-                f"pixel_values are {'x'.join(map(str, pixels.shape))}, and the vision part takes {'x'.join(map(str, self.shape))}"
+                f"pixel_values are {'x'.join(map(str, pixels.shape))}, and the vision part takes "
+                f"{'x'.join(map(str, self.shape))}"
             )
         kinds = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
         return pixels.to(kinds.get(self.vision.session.get_inputs()[0].type, torch.float32))

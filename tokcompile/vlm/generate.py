@@ -48,7 +48,7 @@ class Generator:
         return made
 
 
-def flat(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def flat(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of the language part as its programs name them."""
     deep = {f"deepstack_{i}": value for i, value in enumerate(inputs.get("deepstack", ()))}
     return {name: value for name, value in inputs.items() if name != "deepstack"} | deep

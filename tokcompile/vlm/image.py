@@ -52,7 +52,8 @@ class Preprocess:
         """The pixel values of an image file, of this shape. Raises: InputError."""
         picture = self.fitted(opened(path), os.fspath(path))
         pixels = np.asarray(picture, dtype=np.float32) / 255
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = (np.array(numbers, dtype=np.float32) for numbers in (self.mean, self.std))
+        pixels = (pixels - mean) / std
         values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         if self.patches is not None:
             values = in_patches(values, self.patches)
@@ -97,8 +98,8 @@ class Preprocess:
         """Raises: KeyError, TypeError, InputError."""
         patches = None if data["patches"] is None else Patches(**data["patches"])
         return Preprocess(
-            (int(data["size"][0]), int(data["size"][1])), tuple(data["mean"]), tuple(data["std"]), data["fit"], data["resample"],
-            patches,
+            (int(data["size"][0]), int(data["size"][1])), tuple(data["mean"]), tuple(data["std"]), data["fit"],
+            data["resample"], patches,
         )  # fmt: skip
 
     @staticmethod

@@ -32,7 +32,7 @@ class Positions:
         rows, row = (example if example.ndim == 3 else example[None]).cpu(), mask[0].bool().cpu()
         pattern = rows[:, 0]
         where = row.nonzero()[:, 0].tolist()
-        starts = {start: stop for start, stop in spans}
+        starts = dict(spans)
         first = int(pattern[:, where[0]].min())
         now, at, offsets, steps = first, 0, [], []
         while at < len(where):

@@ -49,8 +49,8 @@ class Prompt:
         so that the images stay where they are. Raises: InputError."""
         if len(texts) != len(self.room):
             raise InputError(
-                f"the prompt has {len(texts) - 1} image(s), and this model was made for {len(self.full)}: write one placeholder "
-                f"(id {self.image_token}) for each"
+                f"the prompt has {len(texts) - 1} image(s), and this model was made for {len(self.full)}: write one "
+                f"placeholder (id {self.image_token}) for each"
             )
         ids, mask = [], []
         for i, (text, room) in enumerate(zip(texts, self.room)):
@@ -87,9 +87,7 @@ class Prompt:
         """The same with more room for text, padded on the left of each text, and which old token each new one is (None:
         padding). Raises: InputError."""
         if self.rule is None:
-            raise InputError(
-                "the positions of the example follow no rule that is known: text of other lengths cannot be placed"
-            )
+            raise InputError("the example's positions follow no rule that is known: text of other lengths cannot be placed")
         if len(room) != len(self.room) or any(new < old for new, old in zip(room, self.room)):
             raise InputError(
                 f"room={list(room)}, and the example has {self.room} tokens of text before, between and after its images: give "

@@ -140,9 +140,9 @@ def split(
     model: of transformers, or alike: with get_image_features, get_input_embeddings and a decoder, in eval mode. inputs: an
     example call, with pixel_values, input_ids and what the model takes beside; it fixes all shapes and the places of the
     images. image_token: id of the image placeholders, the configuration's by default. spans: a finer division of the image's
-    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. room: how many tokens of text there may
-    be before, between and after the images, which shorter texts are padded to, each on its left; as in the example by
-    default. all_logits: logits of all tokens and not of the last one alone.
+    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. room: how many
+    tokens of text there may be before, between and after the images, which shorter texts are padded to, each on its left; as
+    in the example by default. all_logits: logits of all tokens and not of the last one alone.
 
     Raises: InputError, UnsupportedGraph.
 
