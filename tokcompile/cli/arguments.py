@@ -8,7 +8,7 @@ from typing import Any
 
 import tokcompile
 from tokcompile.bench import RUNTIMES
-from tokcompile.cli import commands, generate, values
+from tokcompile.cli import commands, generate, values, vlm
 from tokcompile.models import FORMS
 
 DESCRIPTION = "Compiles static visual-token reduction into a vision transformer, and says what it did."
@@ -115,7 +115,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_check(command(made, "check", commands.check, "check that the pass understands a model", CHECK))
     command(made, "methods", commands.methods, "list the reduction methods", None)
     add_bench(command(made, "bench", commands.bench, "time the original against optimized models", BENCH))
-    text = "generate text from a folder that tokcompile.llm.export wrote"
+    text = "write a vision-language model as a folder of ONNX files"
+    vlm.add_vlm(command(made, "vlm", vlm.vlm, text, vlm.EXAMPLES))
+    text = "generate text from a folder of ONNX files"
     generate.add_generate(command(made, "generate", generate.generate, text, generate.EXAMPLES))
     add_demo(command(made, "demo", commands.demo, "run everything on a trained model and a photograph", DEMO))
     return parser

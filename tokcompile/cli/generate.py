@@ -1,4 +1,4 @@
-"""`tokcompile generate`: text from a folder that `tokcompile.llm.export` wrote."""
+"""`tokcompile generate`: text from a folder that `tokcompile.llm.export` or `tokcompile.vlm.export` wrote."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from tokcompile.errors import InputError
 
 EXAMPLES = """\
 examples:
+  tokcompile generate folder --image photograph.jpg --prompt "What is this?"
+  tokcompile generate folder --pixels pixels.npy --ids 1,15,32000,7,9      # one placeholder id for each image
   tokcompile generate folder --prompt-embeds prompt.npy --max-new-tokens 64
   tokcompile generate folder --ids 1,15,7,9 --temperature 0.7 --top-k 40 --seed 0 --json"""
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="what tokcompile.llm.export wrote")
+    parser.add_argument("folder", metavar="FOLDER", help="what tokcompile.llm.export or tokcompile.vlm.export wrote")
     prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text of the prompt, where the folder has a tokenizer.json")
     prompt.add_argument("--prompt-embeds", metavar="FILE.npy", help="embeddings of the prompt, of shape (batch, length, width)")
     prompt.add_argument("--ids", metavar="ID,ID,...", help="token ids of the prompt")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
+    parser.add_argument("--stretch", action="store_true", help="take an image of another shape than the model was made for")
+    parser.add_argument("--pixels", metavar="FILE.npy", help="pixel values as the vision part takes them, instead of --image")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to generate (default: as many as fit)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends a text")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -29,25 +35,50 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> Result:
-    """Runs prefill and decode steps in ONNX Runtime on the CPU."""
+    """Runs the graphs of a folder in ONNX Runtime on the CPU."""
     from tokcompile.llm import Sampling, load
+    from tokcompile.vlm import folder as images
 
+    sampling = Sampling(args.temperature, args.top_k, args.seed)
+    options: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, eos=() if args.ignore_eos else None, sampling=sampling)
+    if images.has_images(args.folder):
+        seeing = images.load(args.folder, threads=args.threads)
+        made = seeing(**with_images(seeing, args), **options)
+        text = [seeing.tokenizer.decode(row) for row in made.tokens.tolist()] if args.prompt is not None else None
+        return shown(args, seeing.text, made, text)
+    if args.image or args.pixels or args.prompt is not None:
+        raise InputError(f"{args.folder} is a language model that takes no images and no text: pass --ids or --prompt-embeds")
     folder = load(args.folder, threads=args.threads)
     inputs = embeddings(args.prompt_embeds, folder.wiring) if args.prompt_embeds else folder.prompt(ids(args.ids))
-    sampling = Sampling(args.temperature, args.top_k, args.seed)
-    made = folder(max_new_tokens=args.max_new_tokens, eos=() if args.ignore_eos else None, sampling=sampling, **inputs)
+    return shown(args, folder, folder(**inputs, **options), None)
+
+
+def with_images(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Pixel values, ids and attention mask. Raises: InputError."""
+    if args.prompt_embeds:
+        raise InputError(f"{args.folder} makes its own embeddings, with an image in them: pass --prompt or --ids")
+    if bool(args.image) == bool(args.pixels):
+        raise InputError(f"{args.folder} is a vision-language model: pass --image FILE or --pixels FILE.npy")
+    texts = folder.texts(args.prompt) if args.prompt is not None else folder.prompt.texts_of(ids(args.ids))
+    prompt, mask = folder.lay_out(texts)
+    pixels = folder.array(args.pixels) if args.pixels else folder.pixels(args.image, args.stretch)
+    return {"pixel_values": pixels, "input_ids": prompt, "attention_mask": mask}
+
+
+def shown(args: argparse.Namespace, folder: Any, made: Any, text: list[str] | None) -> Result:
     rows = made.tokens.tolist()
     speed = made.tokens_per_second
     data = {
         "folder": args.folder,
         "tokens": rows,
+        **({} if text is None else {"text": text}),
         "time_to_first_token_ms": made.first_token_ms,
         "tokens_per_second": speed,
         "method": folder.data["method"],
         "prompt_tokens": folder.wiring.length,
         "cached_tokens": {f"{s.first}-{s.last}": s.length for s in folder.wiring.stages},
     }
-    parts = [" ".join(map(str, row)) for row in rows]
+    parts = [" ".join(map(str, row)) for row in rows] if text is None else list(text)
     parts.append(
         f"time to first token {made.first_token_ms:.1f} ms"
         + (f", then {speed:.1f} tokens/s" if speed is not None else "")

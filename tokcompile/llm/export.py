@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tokcompile.errors import ExportError
 from tokcompile.exports.verify import TOLERANCES, relative_error
 from tokcompile.files import atomic_folder
 from tokcompile.llm.folder import FORMAT, SPEC, load
-from tokcompile.llm.generate import Generator, Wiring
+from tokcompile.llm.generate import Generated, Generator, Wiring
 
 CHUNK = 4096  # rows of the embedding table that are computed at a time
 
@@ -67,21 +68,38 @@ def export(
     made = Generator(prefill, model, max_new_tokens=max_new_tokens)
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
-        for name, graph in (("prefill", prefill), ("decode", made.decode)):
-            written = graph.export_onnx(os.path.join(inside, f"{name}.onnx"), **options)
-            # of two forms, the one that onnxruntime runs
-            report.files[name] = os.path.basename(written.files.get("plain", written.path))
-            report.errors[name] = written.error
-        report.files["embeddings"] = "embeddings.npy"
-        write_embeddings(model, os.path.join(inside, "embeddings.npy"))
+        write_graphs({"prefill": prefill, "decode": made.decode}, inside, report, options)
+        write_embeddings(model, os.path.join(inside, report.files["embeddings"]))
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.wiring, prefill, report.files) + "\n")
         if verify_tokens:
-            limit = TOLERANCES.get(torch.float32 if options.get("precision") is None else torch.float16, 1e-4)
-            verify(made, inside, min(verify_tokens, max_new_tokens), limit if tolerance is None else tolerance, report)
-        report.bytes = sum(os.path.getsize(os.path.join(inside, name)) for name in os.listdir(inside))
-    report.stages = [{"first": s.first, "last": s.last, "length": s.length, "capacity": s.capacity} for s in made.wiring.stages]
+            names = zip(prefill.input_names, prefill.example_inputs)
+            inputs: dict[str, Any] = {name: value for name, value in names if isinstance(value, Tensor)}
+            count = min(verify_tokens, max_new_tokens)
+            verify(partial(made, **inputs), partial(load(inside), **inputs), count, limit_of(tolerance, options), report)
+        finish(report, inside, made.wiring)
     return report
+
+
+def write_graphs(graphs: Mapping[str, OptimizedModel], folder: str, report: FolderReport, options: Mapping[str, Any]) -> None:
+    """Writes each graph under its name, checked in onnxruntime. Raises: ExportError."""
+    for name, graph in graphs.items():
+        written = graph.export_onnx(os.path.join(folder, f"{name}.onnx"), **options)
+        # of two forms, the one that onnxruntime runs
+        report.files[name] = os.path.basename(written.files.get("plain", written.path))
+        report.errors[name] = written.error
+    report.files["embeddings"] = "embeddings.npy"
+
+
+def finish(report: FolderReport, folder: str, wiring: Wiring) -> None:
+    report.bytes = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
+    report.stages = [{"first": s.first, "last": s.last, "length": s.length, "capacity": s.capacity} for s in wiring.stages]
+
+
+def limit_of(tolerance: float | None, options: Mapping[str, Any]) -> float:
+    """The relative error that logits may have."""
+    usual = TOLERANCES[torch.float32 if options.get("precision") is None else torch.float16]
+    return usual if tolerance is None else tolerance
 
 
 def write_embeddings(model: Any, path: str) -> None:
@@ -101,12 +119,12 @@ def write_embeddings(model: Any, path: str) -> None:
         table.flush()
 
 
-def verify(made: Generator, folder: str, count: int, tolerance: float, report: FolderReport) -> None:
+def verify(
+    torch_side: Callable[..., Generated], files: Callable[..., Generated], count: int, tolerance: float, report: FolderReport
+) -> None:
     """Generates from the files what PyTorch generates. Raises: ExportError."""
-    names = zip(made.prefill.input_names, made.prefill.example_inputs)
-    inputs: dict[str, Any] = {name: value for name, value in names if isinstance(value, Tensor)}
-    want = made(max_new_tokens=count, eos=(), keep_logits=True, **inputs)
-    got = load(folder)(max_new_tokens=count, eos=(), keep_logits=True, **inputs)
+    want = torch_side(max_new_tokens=count, eos=(), keep_logits=True)
+    got = files(max_new_tokens=count, eos=(), keep_logits=True)
     for step, (a, b) in enumerate(zip(got.logits, want.logits)):
         off = relative_error(a.float(), b.float().cpu())
         report.error = max(report.error, off)
@@ -121,7 +139,7 @@ def verify(made: Generator, folder: str, count: int, tolerance: float, report: F
     report.steps = count
 
 
-def spec_json(wiring: Wiring, prefill: OptimizedModel, files: Mapping[str, str]) -> str:
+def spec_json(wiring: Wiring, prefill: OptimizedModel, files: Mapping[str, str], **more: Any) -> str:
     """generate.json."""
     plan = json.loads(prefill.plan.json())
     spans = sorted({(cut.start, cut.start + cut.n * cut.unit) for stage in wiring.stages for cut in stage.cuts})
@@ -136,5 +154,6 @@ def spec_json(wiring: Wiring, prefill: OptimizedModel, files: Mapping[str, str])
         "method": plan["method"],
         "budget": plan["budget"],
         "plan": plan,
+        **more,
     }
     return json.dumps(data, indent=2)

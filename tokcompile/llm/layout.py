@@ -14,6 +14,7 @@ from torch import Tensor
 from tokcompile.errors import InputError
 from tokcompile.exports.names import output_names, unique
 from tokcompile.passes.plan import Reduction
+from tokcompile.passes.reduction import ReductionModule
 
 if TYPE_CHECKING:
     from tokcompile.api import OptimizedModel
@@ -98,6 +99,12 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
             "this prefill gives dropped tokens back to its caches, so that decoding would attend to them again\n"
             '  what to do: optimize it with outputs="reduced"'
         )
+    for module in prefill.graph_module.modules():
+        if isinstance(module, ReductionModule) and module.recipe.proportional and module.site.options.get("proportional", True):
+            raise InputError(
+                f"{module.recipe.name} lets a merged token weigh as much as the tokens in it, and a decode step does not know "
+                "how many they are\n  what to do: pass proportional=False, or choose a method that drops tokens"
+            )
     inputs = {n: v for n, v in zip(prefill.input_names, prefill.example_inputs) if isinstance(v, Tensor)}
     prompt = next((n for n in ("inputs_embeds", "input_ids") if n in inputs), None)
     if prompt is None:
@@ -108,7 +115,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
     shape = inputs["position_ids"].shape if "position_ids" in inputs else inputs[prompt].shape[:2]
     if shape[-2:] != inputs[prompt].shape[:2] or len(shape) > 3:
         raise InputError(
-            f"position_ids have the shape {'x'.join(map(str, shape))}, and the prompt {'x'.join(map(str, inputs[prompt].shape))}\n"
+            f"position_ids have the shape {tuple(shape)}, and the prompt {tuple(inputs[prompt].shape)}\n"
             "  what to do: positions are (batch, length), or (axes, batch, length) where each has several numbers"
         )
     shapes = {n: v.shape for n, v in zip(names_of(prefill), values_of(prefill))}

@@ -1,6 +1,9 @@
 """Whole vision-language models: in parts, each of which is optimized by itself, and as files that run."""
 
+from tokcompile.vlm.export import export
+from tokcompile.vlm.folder import load
 from tokcompile.vlm.generate import Generator
+from tokcompile.vlm.image import Patches, Preprocess
 from tokcompile.vlm.split import Part, Parts, split
 
-__all__ = ["Generator", "Part", "Parts", "split"]
+__all__ = ["Generator", "Part", "Parts", "Patches", "Preprocess", "export", "load", "split"]

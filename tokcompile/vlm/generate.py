@@ -37,6 +37,8 @@ class Generator:
     ) -> Generated:
         """Generates. input_ids: (B, L), with the images where those of the example are. attention_mask: (B, L), where the
         parts take padding. options: of `tokcompile.llm.Generator`. Raises: InputError."""
+        plan = self.text.prefill.plan
+        self.parts.prompt.check_pivots(attention_mask, plan.method, plan.options)
         begin = time.perf_counter()
         with torch.no_grad():
             inputs = self.parts.language_inputs(input_ids, self.parts.see(pixel_values), attention_mask)
@@ -46,7 +48,7 @@ class Generator:
         return made
 
 
-def flat(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def flat(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of the language part as its programs name them."""
     deep = {f"deepstack_{i}": value for i, value in enumerate(inputs.get("deepstack", ()))}
     return {name: value for name, value in inputs.items() if name != "deepstack"} | deep

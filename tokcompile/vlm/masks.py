@@ -39,6 +39,15 @@ class Visibility:
                     )
         return Visibility(self.windows, {w: numbers[torch.tensor(rows)] for w, numbers in self.groups.items()})
 
+    def widened(self, old: Sequence[int | None], spans: Sequence[Span]) -> Visibility:
+        """The same with padding in between. old: which token each one was, None for padding. spans: of the images now."""
+        new = {}
+        for window, numbers in self.groups.items():
+            wide = torch.tensor([-1 - i if p is None else int(numbers[p]) for i, p in enumerate(old)])
+            pad = torch.tensor([p is not None for p in old])[None]
+            new[window] = padded_too(wide, pad, spans)
+        return Visibility(self.windows, new)
+
 
 def visibility(seen: Observed, attention_mask: Tensor | None, spans: Sequence[Span]) -> Visibility:
     """Reads the masks of one run. spans: of the images. Raises: UnsupportedGraph where one is none that can be made again."""
@@ -137,10 +146,16 @@ class PromptMasks(nn.Module):
         return seen[:, None]
 
 
-def masked(original: Attention | None, masks: Masks) -> Attention:
-    """An attention function that reads `masks` in place of the mask it is given."""
+def masked(original: Attention | None, masks: Masks, attention_mask: Tensor | None) -> Attention:
+    """An attention function that reads `masks` in place of the mask it is given.
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    The keys of padding are zeros: nobody attends to them, and a method that looks for the text with the largest keys finds
+    text.
+    """
+    real = None if attention_mask is None else attention_mask[:, None, :, None]
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **kwargs: Any) -> Any:
+        key = key if real is None else key * real.to(key.dtype)
         mask = masks(int(module.layer_idx), kwargs.get("sliding_window"))  # type: ignore[arg-type]
         if original is not None:
             return original(module, query, key, value, mask, **kwargs)

@@ -108,7 +108,7 @@ class Language(nn.Module):
         masks = self.prompt_masks.masks(positions, attention_mask)
         with (
             Apart(),
-            replaced_attention(self.model, lambda original: masked(original, masks)),
+            replaced_attention(self.model, lambda original: masked(original, masks, attention_mask)),
             added(self.layers(), [self.spread(one) for one in deepstack or ()]),
         ):
             out = self.model(

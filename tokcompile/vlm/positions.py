@@ -32,7 +32,7 @@ class Positions:
         rows, row = (example if example.ndim == 3 else example[None]).cpu(), mask[0].bool().cpu()
         pattern = rows[:, 0]
         where = row.nonzero()[:, 0].tolist()
-        starts = {start: stop for start, stop in spans}
+        starts = dict(spans)
         first = int(pattern[:, where[0]].min())
         now, at, offsets, steps = first, 0, [], []
         while at < len(where):
@@ -56,7 +56,9 @@ class Positions:
         real = mask.long()
         for start, stop in spans:
             if not bool(real[:, start:stop].all()):
-                raise InputError(f"attention_mask hides some of the image's tokens, {start} to {stop}: only text can be padding")
+                raise InputError(
+                    f"attention_mask hides some of the image's tokens, {start} to {stop}: only text can be padding"
+                )
         step = real.clone()  # how far each token goes on
         for (start, stop), total in zip(spans, self.steps):
             step[:, start:stop] = 0

@@ -38,9 +38,111 @@ class Prompt:
         rule = Positions.read(positions, mask, spans, after)
         return Prompt(token, tuple(spans), tuple(spans), length, length, positions, after, mask, rule)
 
+    @property
+    def room(self) -> list[int]:
+        """How many tokens of text there are before, between and after the images."""
+        edges = [0, *(edge for span in self.full for edge in span), self.full_length]
+        return [stop - start for start, stop in zip(edges[::2], edges[1::2])]
+
+    def lay_out(self, texts: Sequence[Sequence[int]], padded: bool) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask (1, L) of a prompt. texts: before, between and after the images; each is padded on its left,
+        so that the images stay where they are. Raises: InputError."""
+        if len(texts) != len(self.room):
+            raise InputError(
+                f"the prompt has {len(texts) - 1} image(s), and this model was made for {len(self.full)}: write one "
+                f"placeholder (id {self.image_token}) for each"
+            )
+        ids, mask = [], []
+        for i, (text, room) in enumerate(zip(texts, self.room)):
+            where = "before the image" if i == 0 else f"after image {i}"
+            if len(text) > room:
+                raise InputError(
+                    f"the text {where} has {len(text)} tokens, and this model was made with room for {room}\n"
+                    "  what to do: a shorter text; or split and export again with more room"
+                )
+            if len(text) < room and not padded:
+                raise InputError(
+                    f"the text {where} has {len(text)} tokens, and this model takes exactly {room}, since it was made without "
+                    "padding\n  what to do: split and export again with room=[...]"
+                )
+            empty = room - len(text)
+            ids += [0] * empty + [int(token) for token in text]
+            mask += [0] * empty + [1] * len(text)
+            if i < len(self.images):
+                ids += [self.image_token] * self.images[i]
+                mask += [1] * self.images[i]
+        return torch.tensor([ids]), torch.tensor([mask])
+
+    def texts_of(self, ids: Sequence[int]) -> list[list[int]]:
+        """The texts before, between and after the runs of placeholders in a prompt; one stands for a whole image."""
+        texts: list[list[int]] = [[]]
+        for i, token in enumerate(ids):
+            if token != self.image_token:
+                texts[-1].append(token)
+            elif i == 0 or ids[i - 1] != self.image_token:
+                texts.append([])
+        return texts
+
+    def with_room(self, room: Sequence[int]) -> tuple[Prompt, list[int | None]]:
+        """The same with more room for text, padded on the left of each text, and which old token each new one is (None:
+        padding). Raises: InputError."""
+        if self.rule is None:
+            raise InputError("the example's positions follow no rule that is known: text of other lengths cannot be placed")
+        if len(room) != len(self.room) or any(new < old for new, old in zip(room, self.room)):
+            raise InputError(
+                f"room={list(room)}, and the example has {self.room} tokens of text before, between and after its images: give "
+                "as many numbers, none of them smaller"
+            )
+        old: list[int | None] = []
+        spans, at = [], 0
+        for i, (new, have) in enumerate(zip(room, self.room)):
+            old += [None] * (new - have) + list(range(at, at + have))
+            at += have
+            if i < len(self.images):
+                spans.append((len(old), len(old) + self.images[i]))
+                old += range(at, at + self.images[i])
+                at += self.images[i]
+        columns = torch.tensor([0 if p is None else p for p in old])
+        real = torch.tensor([p is not None for p in old]).long()
+        mask = self.mask[:, columns] * real.to(self.mask)
+        positions, after = self.rule(mask, spans)
+        made = Prompt(self.image_token, tuple(spans), tuple(spans), len(old), len(old), positions, after, mask, self.rule)
+        return made, old
+
+    def check_pivots(self, mask: Tensor | None, method: str, options: Mapping[str, Any]) -> None:
+        """Methods that read some tokens of the text after an image must find that many, and not padding. Raises: InputError."""
+        wanted, at = int(options.get("text_pivots", 0) or 0), self.full[-1][1]
+        real = int((self.mask if mask is None else mask)[:, at:].sum(-1).min())
+        if real < min(wanted, self.full_length - at):
+            raise InputError(
+                f"{method} reads {wanted} tokens of the text after the image, and this prompt has {real}\n"
+                f"  what to do: a longer text; or optimize the language part with text_pivots={real}"
+            )
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        rule = {"rule": self.rule.data()} if self.rule is not None else {"position_ids": self.position_ids.tolist()}
+        return {
+            "image_token": self.image_token, "placeholders": list(self.full), "spans": list(self.spans),
+            "length_of_ids": self.full_length, "length": self.length, "attention_mask": self.mask.tolist(), **rule,
+            "next_position": self.next_position.tolist(),
+        }  # fmt: skip
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Prompt:
+        """Raises: KeyError, TypeError, ValueError."""
+        full, spans = (tuple((int(a), int(b)) for a, b in data[name]) for name in ("placeholders", "spans"))
+        mask = torch.tensor(data["attention_mask"])
+        rule = Positions.from_data(data["rule"]) if "rule" in data else None
+        positions = rule(mask, full)[0] if rule is not None else torch.tensor(data["position_ids"])
+        return Prompt(
+            int(data["image_token"]), full, spans, int(data["length_of_ids"]), int(data["length"]), positions,
+            torch.tensor(data["next_position"]), mask, rule,
+        )  # fmt: skip
+
     def positions(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The positions of a prompt that is padded like this, and of the token after it, (B, 1). Raises: InputError."""
-        if mask is None or torch.equal(mask, self.mask):
+        if mask is None or torch.equal(mask.to(self.mask), self.mask):
             return self.position_ids, self.next_position
         if self.rule is None:
             raise InputError(
@@ -124,6 +226,16 @@ class Prompt:
         if attention_mask is not None:
             made["attention_mask"] = self.chosen(attention_mask, kept)
         return made | ({"deepstack": list(seen["deepstack"])} if "deepstack" in seen else {})
+
+    def inputs(self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool) -> dict[str, Any]:
+        """The inputs of a language part, which takes padding or not. Raises: InputError."""
+        if attention_mask is not None and not padded and not bool(attention_mask.all()):
+            raise InputError(
+                "this language part takes no padding, and attention_mask hides some tokens\n"
+                "  what to do: split with padded=True"
+            )
+        mask = self.mask if attention_mask is None else attention_mask
+        return self.assemble(embeds, seen, self.positions(mask)[0], mask if padded else None)
 
     def chosen(self, values: Tensor, kept: Tensor | None) -> Tensor:
         """(..., B, L) over the ids at the tokens that are left."""

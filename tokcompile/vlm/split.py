@@ -72,22 +72,22 @@ class Parts:
         return seen_by(self.prompt, made, indices, self.optimized.plan.reductions if self.optimized is not None else ())
 
     def language_inputs(
-        self,
-        input_ids: Tensor,
-        seen: Mapping[str, Any],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        self, input_ids: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None = None
     ) -> dict[str, Any]:
         """The inputs of the language part. seen: what `see` gave. Raises: InputError where they do not fit the prompt."""
         embeds = self.embeddings.module(self.prompt.check(input_ids))
-        given = self.prompt.positions(attention_mask)[0] if position_ids is None else position_ids
-        takes = self.language.kwargs.get("attention_mask") is not None
-        if attention_mask is not None and not takes and not bool(attention_mask.all()):
-            raise InputError(
-                "this language part takes no padding, and attention_mask hides some tokens\n"
-                "  what to do: split with padded=True"
-            )
-        return self.prompt.assemble(embeds, seen, given, attention_mask if takes else None)
+        return self.prompt.inputs(embeds, seen, attention_mask, self.padded)
+
+    @property
+    def grid(self) -> list[int] | None:
+        """(frames, rows, columns) of the first image's patches, where the model is told them."""
+        grids = [v for v in (*self.seen.args, *self.seen.kwargs.values()) if isinstance(v, Tensor) and v.shape[1:] == (3,)]
+        return [int(n) for n in grids[0][0]] if grids else None
+
+    @property
+    def padded(self) -> bool:
+        """Whether the language part takes an attention mask."""
+        return "attention_mask" in self.language.kwargs
 
     def __call__(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """The parts one after the other, in PyTorch: logits, keys and values of the prompt."""
@@ -107,7 +107,7 @@ class Parts:
         features = first.see(self.vision.args[0])
         prompt = self.prompt.shortened(features.get("kept"))
         short = replace(first, prompt=prompt, view=self.view.shortened(self.prompt.spans, prompt.rows(None)[0].tolist()))
-        return short.with_language(self.embeddings.kwargs["input_ids"], features, self.language.kwargs.get("attention_mask"))
+        return short.with_language(self.embeddings.kwargs["input_ids"], features, self.prompt.mask if self.padded else None)
 
     def with_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
         """With the language part over this prompt."""
@@ -132,6 +132,7 @@ def split(
     image_token: int | None = None,
     spans: Sequence[Span] | None = None,
     padded: bool | None = None,
+    room: Sequence[int] | None = None,
     all_logits: bool = False,
 ) -> Parts:
     """Takes a vision-language model apart.
@@ -139,8 +140,9 @@ def split(
     model: of transformers, or alike: with get_image_features, get_input_embeddings and a decoder, in eval mode. inputs: an
     example call, with pixel_values, input_ids and what the model takes beside; it fixes all shapes and the places of the
     images. image_token: id of the image placeholders, the configuration's by default. spans: a finer division of the image's
-    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. all_logits: logits of
-    all tokens and not of the last one alone.
+    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. room: how many
+    tokens of text there may be before, between and after the images, which shorter texts are padded to, each on its left; as
+    in the example by default. all_logits: logits of all tokens and not of the last one alone.
 
     Raises: InputError, UnsupportedGraph.
 
@@ -161,14 +163,18 @@ def split(
     prompt = Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask)
     made = Part(Vision(used_only(model, lambda m: Vision(m, seen, pixels)(pixels)), seen, pixels).eval(), (pixels,), {})
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
-    needed = bool((mask == 0).any()) if mask is not None else False
-    if needed and padded is False:
-        raise InputError("padded=False, and the attention_mask of the example hides tokens: leave one of the two out")
+    if padded is False and (room is not None or bool((prompt.mask == 0).any())):
+        raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
     parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits)
     features = parts.see(pixels)
     check_features(seen, features, prompt, table.module(ids))
-    attend = (torch.ones_like(ids) if mask is None else mask) if needed or padded else None
-    return parts.with_language(ids, features, attend)
+    if room is not None:
+        prompt, old = prompt.with_room(room)
+        parts = replace(parts, prompt=prompt, view=view.widened(old, prompt.full))
+        ids = torch.stack([torch.tensor([0 if p is None else int(row[p]) for p in old]) for row in ids]).to(ids)
+        parts = replace(parts, embeddings=Part(table.module, (), {"input_ids": ids}))
+    takes = padded or room is not None or bool((prompt.mask == 0).any())
+    return parts.with_language(ids, features, prompt.mask if takes else None)
 
 
 def axes(positions: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""The folder of files: what generates from it in ONNX Runtime, what is in it, and what is refused."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import tokcompile
+from tests.conftest import error
+from tests.exports.models import DYNAMIC, all_nodes
+from tests.vlm.models import vlm
+from tokcompile import ExportError, InputError, Tokens
+from tokcompile.cli import main
+from tokcompile.exports import tensorrt_rtx
+from tokcompile.vlm import Generator, Patches, Preprocess, export, load, split
+
+WORDS = ["<pad>", "what", "is", "this", "?", "a", "cat", "user", ":", "answer"]
+
+
+def tokenizer(path):
+    """Words by white space; those that a model draws beyond them are w10 to w63."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {w: i for i, w in enumerate([*WORDS, *(f"w{i}" for i in range(len(WORDS), 64))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(path))
+    return path
+
+
+def reduced(name, room, **language):
+    """(model, inputs, parts, prefill): half the features leave the vision part, and 6 tokens of them reach layer 2."""
+    model, inputs = vlm(name)
+    parts = split(model, inputs, room=room)
+    parts = parts.after(tokcompile.optimize(*parts.vision, method="divprune", budget=0.5, where=[2], outputs="reduced"))
+    options = dict(method="dart", budget=Tokens(4), text_pivots=2) | language
+    return model, inputs, parts, tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **options)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(inputs, parts, generator, folder, report) of LLaVA, with a tokenizer and a template."""
+    _, inputs, parts, prefill = reduced("llava", [6, 10])
+    place = tmp_path_factory.mktemp("vlm")
+    report = export(
+        parts, prefill, place / "folder", max_new_tokens=8, template="user : {image} {prompt} answer :",
+        preprocess=Preprocess((56, 56), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "crop"), tokenizer=tokenizer(place / "t.json"),
+    )  # fmt: skip
+    return inputs, parts, Generator(parts, prefill, max_new_tokens=8), place / "folder", report
+
+
+@pytest.fixture
+def picture(tmp_path):
+    y, x = np.mgrid[:60, :80]
+    Image.fromarray(np.stack([x * 3, y * 4, x + y], -1).astype(np.uint8)).save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def test_files_and_what_is_in_them(written):
+    _, parts, _, folder, report = written
+    names = ["decode.onnx", "embeddings.npy", "generate.json", "prefill.onnx", "tokenizer.json", "vision.onnx"]
+    assert sorted(os.listdir(folder)) == names
+    assert report.bytes == sum(os.path.getsize(folder / name) for name in names)
+    assert report.steps == 4
+    assert max(report.errors.values()) < 1e-4
+    data = json.loads((folder / "generate.json").read_text())
+    assert data["images"]["prompt"]["placeholders"] == [[6, 55]]
+    assert data["images"]["features"] == {"from": "features", "into": "inputs_embeds", "at": [[6, 31]]}
+    assert data["images"]["plan"]["reductions"][0]["k"] == parts.prompt.length - 16 == 25
+    assert [s["length"] for s in data["stages"]] == [41, 20]
+    for name in ("vision", "prefill", "decode"):
+        graph = onnx.load(folder / f"{name}.onnx")
+        assert not {node.op_type for node in all_nodes(graph)} & DYNAMIC
+    weights = {name: os.path.getsize(folder / f"{name}.onnx") for name in ("vision", "prefill", "decode")}
+    assert max(weights.values()) < 2 * min(weights.values())  # none holds the weights of another
+
+
+@pytest.mark.parametrize("words", ["what is this ?", "a"])
+def test_generates_what_torch_generates(words, written, picture, capsys):
+    """A text of its own length, through the command line, against the parts in PyTorch on the same ids and pixels."""
+    _, parts, made, folder, _ = written
+    given = ["generate", str(folder), "--image", picture, "--prompt", words, "--ignore-eos", "--json", "--threads", "1"]
+    assert main(given) == 0
+    data = json.loads(capsys.readouterr().out)
+    text = [[7, 8], [*[WORDS.index(w) for w in words.split()], 9, 8]]
+    ids, mask = parts.prompt.lay_out(text, padded=True)
+    pixels = Preprocess((56, 56), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "crop")(picture, (1, 3, 56, 56))
+    assert data["tokens"] == made(pixels, ids, mask, eos=()).tokens.tolist()
+    assert data["text"] == [" ".join((WORDS + [f"w{i}" for i in range(10, 64)])[i] for i in data["tokens"][0])]
+    assert data["time_to_first_token_ms"] > 0
+    assert data["tokens_per_second"] > 0
+    assert data["cached_tokens"] == {"0-1": 41, "2-3": 20}
+
+
+def test_ids_and_ready_pixels(written, tmp_path, capsys):
+    inputs, parts, made, folder, _ = written
+    np.save(tmp_path / "pixels.npy", inputs["pixel_values"].numpy())
+    given = [
+        "generate",
+        str(folder),
+        "--pixels",
+        str(tmp_path / "pixels.npy"),
+        "--ids",
+        "3,4,60,5,6,7",
+        "--max-new-tokens",
+        "5",
+    ]
+    assert main([*given, "--ignore-eos"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    want = made(inputs["pixel_values"], *parts.prompt.lay_out([[3, 4], [5, 6, 7]], True), eos=(), max_new_tokens=5)
+    assert out[0] == " ".join(map(str, want.tokens[0].tolist()))
+    assert out[1].startswith("time to first token ")
+    assert "tokens/s (dart; 41 prompt tokens" in out[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a"], "pass --image FILE or --pixels FILE.npy"),
+        (["--prompt", "a", "--image", "missing.png"], "cannot read the image 'missing.png'"),
+        (["--prompt", "a", "--image", "PICTURE", "--image", "PICTURE"], "made for 1 image(s), and 2 are given"),
+        (
+            ["--prompt", " ".join("a" * 9), "--image", "PICTURE"],
+            "the text after image 1 has 11 tokens, and this model was made",
+        ),
+        (["--ids", "1,2,3", "--image", "PICTURE"], "the prompt has 0 image(s), and this model was made for 1"),
+        (["--ids", "1,60,2", "--image", "PICTURE"], "dart reads 2 tokens of the text after the image, and this prompt has 1"),
+        (["--ids", "1,60,2,99", "--image", "PICTURE"], "the id 99 is not among the 64"),
+        (["--prompt", "a", "--pixels", "missing.npy"], "cannot read the pixel values"),
+        (["--prompt-embeds", "x.npy", "--image", "PICTURE"], "makes its own embeddings"),
+        (["--prompt", "a", "--image", "PICTURE", "--max-new-tokens", "9"], "take 1 to 8 tokens"),
+    ],
+)
+def test_command_line_refuses(arguments, message, written, picture, capsys):
+    given = [picture if a == "PICTURE" else a for a in arguments]
+    assert main(["generate", str(written[3]), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_language_model_takes_no_image(tmp_path, capsys):
+    (tmp_path / "generate.json").write_text("{}")
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "takes no images and no text" in capsys.readouterr().err
+
+
+def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
+    """Qwen3-VL: patches in, DeepStack features gathered, positions that go on after the image's grid."""
+    _, _, parts, prefill = reduced("qwen3_vl", [6, 9])
+    how = Preprocess((64, 48), fit="aspect", patches=Patches(8, 2, 2))
+    export(parts, prefill, tmp_path / "folder", max_new_tokens=6, preprocess=how)
+    folder = load(tmp_path / "folder", threads=1)
+    with pytest.raises(InputError, match="images shaped like 48 x 64"):
+        folder.pixels([picture])
+    pixels = folder.pixels([picture], stretch=True)
+    ids, mask = folder.lay_out([[1, 2, 3], [4, 5, 6, 7]])
+    got = folder(pixels, ids, mask, eos=(), keep_logits=True)
+    want = Generator(parts, prefill, max_new_tokens=6)(pixels, ids, mask, eos=(), keep_logits=True)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert error(got.logits, want.logits) < 1e-4
+    assert parts.prompt.positions(mask)[1].tolist() == [[3 + 4 + 4]]
+
+
+def test_nothing_is_left_behind_where_it_fails(tmp_path):
+    model, inputs = vlm("llava")
+    parts = split(model, inputs)
+    prefill = tokcompile.optimize(*parts.language, method="random", budget=0.5, spans=parts.spans, outputs="reduced")
+    for kind, match, options in (
+        (ExportError, "verification failed", dict(tolerance=0.0)),
+        (ExportError, "there is no file", dict(tokenizer=tmp_path / "none.json")),
+        (InputError, "has to hold {prompt} once, and {image} 1 time", dict(template="{prompt}")),
+    ):
+        with pytest.raises(kind, match=match):
+            export(parts, prefill, tmp_path / "folder", max_new_tokens=2, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_broken_folders(written, tmp_path):
+    shutil.copytree(written[3], tmp_path / "folder")
+    spec = tmp_path / "folder" / "generate.json"
+    data = json.loads(spec.read_text())
+    (tmp_path / "folder" / "vision.onnx").unlink()
+    with pytest.raises(ExportError, match=r"vision\.onnx is missing"):
+        load(tmp_path / "folder")
+    del data["images"]["prompt"]["spans"]
+    spec.write_text(json.dumps(data))
+    with pytest.raises(ExportError, match="damaged, or of a language model alone: 'spans' is missing"):
+        load(tmp_path / "folder")
+
+
+@pytest.mark.skipif(tensorrt_rtx.version() is None, reason=f"TensorRT-RTX is not here: {tensorrt_rtx.INSTALL}")
+def test_engines_of_all_three(tmp_path):
+    """Vision part, prefill and decode step build for TensorRT-RTX, each with its planned counts."""
+    _, _, parts, prefill = reduced("qwen3_vl", [6, 9])
+    made = Generator(parts, prefill, max_new_tokens=4)
+    for name, graph in (("vision", parts.optimized), ("prefill", prefill), ("decode", made.text.decode)):
+        path = tmp_path / f"{name}.engine"
+        report = graph.build_engine(path, backend="tensorrt_rtx", plugins=False)
+        assert report.bytes == os.path.getsize(path) > 0
+        assert [(t["n"], t["k"]) for t in report.tokens] == [(r.n, r.k) for r in graph.plan.reductions]
+        names = {v["name"] for v in report.outputs}
+        assert {"vision": {"features", "s0_index"}, "prefill": {"logits"}, "decode": {"logits"}}[name] <= names

@@ -1,0 +1,102 @@
+"""`tokcompile vlm`: a vision-language model as a folder of ONNX files, reduced in its vision or language part, or both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import tokcompile
+from tokcompile.cli import values
+from tokcompile.cli.show import Result, Table
+from tokcompile.errors import InputError
+from tokcompile.models import load_model
+from tokcompile.recipe import get_method
+
+EXAMPLES = """\
+examples:
+  tokcompile vlm mypackage.models:build --method dart --budget tokens:64 --out folder
+  tokcompile vlm mypackage.models:build --vision-method divprune --vision-budget 0.5 --out folder \\
+      --room 16,64 --tokenizer tokenizer.json --template "USER: {image} {prompt} ASSISTANT:" \\
+      --preprocessor preprocessor_config.json
+
+The function returns (model, (), inputs): a model of transformers, and an example call with pixel_values, input_ids and what
+belongs to them, as the model's processor gives it. Then: tokcompile generate folder --image FILE --prompt TEXT."""
+
+
+def add_vlm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="package.module:function")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of that name")
+    group = parser.add_argument_group("reduction in the language part", f"a budget is one of\n{values.BUDGETS}")
+    group.add_argument("--method", metavar="NAME", help="see `tokcompile methods` (default: none)")
+    group.add_argument("--budget", metavar="BUDGET", help="how many of the image's tokens are left (default 0.5)")
+    group.add_argument("--where", metavar="B,B,...", help="layers; 0 is between the projector and the first one")
+    group.add_argument("-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+    vision = parser.add_argument_group("reduction in the vision part")
+    vision.add_argument("--vision-method", metavar="NAME", help="(default: none)")
+    vision.add_argument("--vision-budget", metavar="BUDGET", help="(default 0.5)")
+    vision.add_argument("--vision-where", metavar="B,B,...", help="blocks, the method's own by default")
+    vision.add_argument("--vision-option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--room", metavar="N,N,...", help="most tokens of text before, between and after the images")
+    prompt.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json")
+    prompt.add_argument("--template", metavar="TEXT", help="the whole text of a prompt, with {image} and {prompt} in it")
+    prompt.add_argument("--preprocessor", metavar="FILE", help="the model's preprocessor_config.json")
+    prompt.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens there is room for (default 128)")
+    prompt.add_argument("--target", metavar="NAME", help="runtime that the files are for, such as onnxruntime")
+
+
+def vlm(args: argparse.Namespace) -> Result:
+    """Splits, reduces, exports, and shows what was done."""
+    values.check_folder(args.out, args.overwrite)
+    made = load_model(args.model)
+    if made.args or not made.kwargs:
+        raise InputError(f"{args.model} has to return (model, (), inputs), with pixel_values and input_ids among the inputs")
+    room = None if args.room is None else numbers(args.room)
+    parts = tokcompile.vlm.split(made.model, made.kwargs, room=room)
+    plans = {}
+    if args.vision_method:
+        asked = reduction(args.vision_method, args.vision_budget, args.vision_where, args.vision_option)
+        vision = tokcompile.optimize(*parts.vision, outputs="reduced", **asked)
+        parts, plans["vision"] = parts.after(vision), vision.plan
+    asked = reduction(args.method, args.budget, args.where, args.option) if args.method else {"method": "random", "budget": 1.0}
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **asked)
+    plans["language"] = prefill.plan
+    options: dict[str, Any] = {"target": args.target} if args.target else {}
+    report = tokcompile.vlm.export(
+        parts, prefill, args.out, max_new_tokens=args.max_new_tokens, tokenizer=args.tokenizer, template=args.template,
+        preprocess=json_file(args.preprocessor) if args.preprocessor else None, overwrite=args.overwrite, **options,
+    )  # fmt: skip
+    data = {"model": args.model, "plans": {k: json.loads(p.json()) for k, p in plans.items()}, **json.loads(report.json())}
+    prompt = parts.prompt
+    found = [("images", str(list(prompt.full))), ("room for text", str(prompt.room)), ("prefill", str(prompt.length))]
+    shown = [f"{name}: {plan}" for name, plan in plans.items() if plan.reductions]
+    return Result(data, [Table(("prompt", "tokens"), found), *shown, report])
+
+
+def reduction(method: str, budget: str | None, where: str | None, option: list[str]) -> dict[str, Any]:
+    """The arguments of `tokcompile.optimize`. Raises: MethodError, BudgetError, InputError."""
+    recipe, options = get_method(method), values.options(option)
+    values.check_types(recipe, options)
+    made = {"method": recipe, "budget": values.budget(budget or "0.5"), **options}
+    return made | ({"where": values.blocks(where)} if where else {})
+
+
+def numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() for p in parts):
+        raise InputError(f"--room {text!r} is not a list of numbers of tokens such as 16,64")
+    return [int(p) for p in parts]
+
+
+def json_file(path: str) -> dict[str, Any]:
+    """Raises: InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path!r} holds no preprocessing")
+    return data

@@ -1,0 +1,180 @@
+"""The files of a vision-language model, run in ONNX Runtime: image and text in, tokens out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokcompile.errors import ExportError, InputError, PlanError
+from tokcompile.llm.folder import SPEC, Session
+from tokcompile.llm.folder import Folder as TextFolder
+from tokcompile.llm.generate import Generated
+from tokcompile.passes.plan import Plan
+from tokcompile.vlm.generate import flat
+from tokcompile.vlm.image import Preprocess
+from tokcompile.vlm.kept import seen_by
+from tokcompile.vlm.prompt import Prompt
+
+KEY = "images"
+TOKENIZER = "tokenizer.json"
+
+
+def has_images(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of these, and not of a language model alone."""
+    try:
+        with open(os.path.join(folder, SPEC), encoding="utf-8") as file:
+            return KEY in json.load(file)
+    except (OSError, ValueError):
+        return False
+
+
+class Folder:
+    """What `tokcompile.vlm.export` wrote, ready to generate in ONNX Runtime on the CPU. Called as a Generator is."""
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int | None = None):
+        self.text = TextFolder(folder, threads)
+        self.path = self.text.path
+        spec = os.path.join(self.path, SPEC)
+        try:
+            data = self.text.data[KEY]
+            self.prompt = Prompt.from_data(data["prompt"])
+            self.plan = Plan.from_json(json.dumps(data["plan"]))
+            self.shape = tuple(data["shape"])
+            self.preprocess = None if data["preprocess"] is None else Preprocess.from_data(data["preprocess"])
+            self.template, self.before = data["template"], [int(i) for i in data["before"]]
+            vision = os.path.join(self.path, data["vision"])
+        except KeyError as error:
+            raise ExportError(f"{spec} is damaged, or of a language model alone: {error} is missing") from error
+        except (TypeError, ValueError, PlanError) as error:
+            raise ExportError(f"{spec} is damaged: {type(error).__name__}: {error}") from error
+        if not os.path.isfile(vision):
+            raise ExportError(f"{vision} is missing: export the model again")
+        self.vision = Session(vision, threads)
+
+    @property
+    def padded(self) -> bool:
+        """Whether texts may be shorter than there is room for."""
+        return "attention_mask" in self.text.wiring.inputs
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of tokenizer.json. Raises: InputError."""
+        path = os.path.join(self.path, TOKENIZER)
+        if not os.path.isfile(path):
+            raise InputError(f"{self.path} has no {TOKENIZER}: pass token ids (--ids), or copy the model's {TOKENIZER} there")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise InputError(f"text needs the package tokenizers: pip install tokenizers ({error})") from error
+        try:
+            return Tokenizer.from_file(path)
+        except Exception as error:
+            raise InputError(f"{path} is no tokenizer: {error}") from error
+
+    def texts(self, prompt: str) -> list[list[int]]:
+        """The token ids before, between and after the images for a text. Raises: InputError."""
+        if self.template is None:
+            pieces = prompt.split("{image}")
+            if len(pieces) == 1:  # the example's own text stands before the image
+                return [self.before, self.encode(prompt)]
+        else:
+            pieces = self.template.replace("{prompt}", prompt).split("{image}")
+        return [self.encode(piece) for piece in pieces]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def pixels(self, images: Sequence[str], stretch: bool = False) -> Tensor:
+        """Pixel values from image files. stretch: whatever the shape of an image. Raises: InputError."""
+        count = len(self.prompt.full) * self.text.wiring.batch
+        if len(images) != count:
+            raise InputError(f"this model was made for {count} image(s), and {len(images)} are given: pass --image for each")
+        if self.preprocess is None:
+            raise InputError(
+                f"{self.path} does not say how images are preprocessed: pass pixel values as a .npy file (--pixels), or export "
+                "again with preprocess="
+            )
+        how = replace(self.preprocess, fit="stretch") if stretch else self.preprocess
+        each = (self.shape[0] // count, *self.shape[1:])
+        return torch.cat([how(image, each) for image in images])
+
+    def array(self, path: str) -> Tensor:
+        """Pixel values that are ready, from a .npy file. Raises: InputError."""
+        try:
+            return torch.from_numpy(np.ascontiguousarray(np.load(path, allow_pickle=False), dtype=np.float32))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the pixel values {path!r}: {error}") from error
+
+    def lay_out(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask of a prompt, the same in each row of the batch. Raises: InputError."""
+        ids, mask = self.prompt.lay_out(texts, self.padded)
+        return ids.repeat(self.text.wiring.batch, 1), mask.repeat(self.text.wiring.batch, 1)
+
+    def __call__(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Generated:
+        """Generates; see `Generator`. Raises: InputError."""
+        self.prompt.check_pivots(attention_mask, self.text.data["method"], self.text.data["plan"]["options"])
+        begin = time.perf_counter()
+        made = self.vision({"pixel_values": self.cast(pixel_values)})
+        deep = [made[name] for name in sorted(made) if name.startswith("deepstack_")]
+        outputs: dict[str, Any] = {"features": made["features"]} | ({"deepstack": deep} if deep else {})
+        indices = {name: value for name, value in made.items() if name.endswith("_index")}
+        seen = seen_by(self.prompt, outputs, indices, self.plan.reductions)
+        inputs = flat(self.prompt.inputs(self.embed(input_ids), seen, attention_mask, self.padded))
+        dtypes = {name: getattr(torch, dtype) for name, (_, dtype) in self.text.wiring.inputs.items()}
+        inputs = {name: value.to(dtypes[name]) for name, value in inputs.items()}
+        before = time.perf_counter() - begin
+        result = self.text(next_position=self.prompt.positions(attention_mask)[1], **inputs, **options)
+        result.seconds[0] += before
+        return result
+
+    def cast(self, pixels: Tensor) -> Tensor:
+        """To the type that the file takes, checked. Raises: InputError."""
+        if tuple(pixels.shape) != self.shape:
+            raise InputError(
+                f"pixel_values are {'x'.join(map(str, pixels.shape))}, and the vision part takes "
+                f"{'x'.join(map(str, self.shape))}"
+            )
+        kinds = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+        return pixels.to(kinds.get(self.vision.session.get_inputs()[0].type, torch.float32))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, L, D); a placeholder's row is replaced later. Raises: InputError."""
+        ids = self.prompt.check(input_ids)
+        ids = ids.masked_fill(ids == self.prompt.image_token, 0)
+        wrong = ids[(ids < 0) | (ids >= len(self.text.embeddings))]
+        if len(wrong):
+            raise InputError(f"the id {int(wrong[0])} is not among the {len(self.text.embeddings)} of the vocabulary")
+        return torch.from_numpy(self.text.embeddings[ids.numpy()])
+
+
+def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folder:
+    """Loads what `tokcompile.vlm.export` wrote. Raises: ExportError."""
+    return Folder(folder, threads)
+
+
+def spec(
+    prompt: Prompt, plan: Plan, files: Mapping[str, str], shape: Sequence[int], preprocess: Preprocess | None,
+    template: str | None, before: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """The part of generate.json that is about images."""
+    return {
+        "vision": files["vision"],
+        "shape": list(shape),
+        "preprocess": None if preprocess is None else preprocess.data(),
+        "features": {"from": "features", "into": "inputs_embeds", "at": list(prompt.spans)},
+        "prompt": prompt.data(),
+        "template": template,
+        "before": list(before),
+        "plan": json.loads(plan.json()),
+    }
