@@ -255,3 +255,44 @@ def test_text_decides_in_sparsevlm_but_not_in_evs(family, program):
         )
         kept_here, kept_there = (run(optimized, *args, **given).kept["s0_index"] for given in (kwargs, other))
         assert torch.equal(kept_here, kept_there) == (method == "evs")
+
+
+def three_axes():
+    """A text model of Qwen2.5-VL whose image tokens stand on three axes, and its inputs."""
+    from transformers import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    tokens = dict(vocab_size=64, bos_token_id=0, eos_token_id=63)
+    config = Qwen2_5_VLTextConfig(**sizes, **tokens, rope_scaling={**rope, "type": "mrope"}, rope_parameters=rope)
+    model = Qwen2_5_VLTextModel(config).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    places = torch.arange(40).repeat(3, 1, 1)
+    places[:, :, 5:30] = torch.stack([torch.full((25,), 5), 5 + torch.arange(25) // 5, 5 + torch.arange(25) % 5])[:, None]
+    return model, {"inputs_embeds": torch.randn(1, 40, 64), "position_ids": places}
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 8])
+def test_several_positions_on_three_axes(positions):
+    model, inputs = three_axes()
+    options = dict(budget=0.45, positions=positions, sections=(2, 3, 3))
+    given = dict(kwargs={**inputs, "use_cache": False}, method="ppe", spans=[SPAN], outputs="reduced", **options)
+    got = run(tokcompile.optimize(model, **given), **given["kwargs"]).output["last_hidden_state"][0]
+    x = inputs["inputs_embeds"][0]
+    rows, many = ppe.ppe(x[slice(*SPAN)].numpy(), 11, positions)
+    text = [[i] * positions for i in range(40)]
+    places = [*text[: SPAN[0]], *([SPAN[0] + i for i in group] for group in many), *text[SPAN[1] :]]
+    share = [i * positions // band for band in (2, 3, 3) for i in range(band)] * 2
+    tables = []
+    for table in model.rotary_emb(inputs["inputs_embeds"], inputs["position_ids"]):  # (1, 40, 16), the axes in their sections
+        tables.append(torch.tensor([[[table[0, p[g], c] for c, g in enumerate(share)] for p in places]]))
+    x = torch.cat([x[: SPAN[0]], torch.from_numpy(rows).float(), x[SPAN[1] :]])[None]
+    order = torch.tensor([p[0] for p in places])
+    for layer in model.layers:
+        mask = (order[:, None] >= order)[None, None]
+        x = run(layer, x, attention_mask=mask, position_embeddings=tuple(tables))
+        x = x[0] if isinstance(x, tuple) else x
+    assert error(got, run(model.norm, x)[0]) < 1e-5
