@@ -10,7 +10,7 @@ import torch
 
 import tokcompile
 from tests.conftest import error, run
-from tests.reference import aim, dart_embeds, evs, grid, m3, ppe, sparsevlm
+from tests.reference import aim, dart_embeds, evs, grid, m3, ppe, sparsevlm, vatp
 from tests.reference.topk import topk
 from tests.test_language import recorded
 from tokcompile import Keep, Recipe, Tokens
@@ -47,6 +47,8 @@ class ByHand:
         """What a layer gives for the tokens that are left; its attention is recorded."""
         first = torch.tensor([p[0] for p in self.places])
         mask = first[:, None] >= first
+        own = self.base.layers[number]
+        self.values = own.self_attn.v_proj(own.input_layernorm(self.x)).unflatten(-1, (2, -1)).transpose(0, 1)
         x = self.base.layers[number](
             self.x[None], attention_mask=mask[None, None], position_ids=first[None], position_embeddings=self.rotary()
         )
@@ -78,6 +80,11 @@ def pyramiddrop_by_hand(state, block, k, step):
     state.layer(block)
     last = state.scores(state.calls[-1]).softmax(-1)[:, -1, state.image]
     state.keep(sorted(topk(last.numpy(), k)))
+
+
+def vatp_by_hand(state, block, k, step):
+    last = state.scores(state.calls[-1]).softmax(-1)[:, -1, state.image]
+    state.keep(vatp.vatp(last.numpy(), state.values[:, state.image].numpy(), k))
 
 
 def sparsevlm_by_hand(state, block, k, step, recycle=0.3, per_cluster=10):
@@ -130,6 +137,7 @@ def m3_by_hand(state, block, k, step):
 
 CASES = {
     "pyramiddrop": (pyramiddrop_by_hand, dict(budget=Tokens(5)), [(1, 15), (2, 9), (3, 5)]),
+    "vatp": (vatp_by_hand, dict(budget=Tokens(11)), [(2, 11)]),
     "sparsevlm": (sparsevlm_by_hand, dict(budget={1: 18, 3: 9}), [(1, 18), (3, 9)]),
     "aim": (aim_by_hand, dict(budget=Tokens(2)), [(0, 7), (2, 4), (3, 2)]),
     "ppe": (ppe_by_hand, dict(budget=0.45), [(0, 11)]),

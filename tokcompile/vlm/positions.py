@@ -56,7 +56,9 @@ class Positions:
         real = mask.long()
         for start, stop in spans:
             if not bool(real[:, start:stop].all()):
-                raise InputError(f"attention_mask hides some of the image's tokens, {start} to {stop}: only text can be padding")
+                raise InputError(
+                    f"attention_mask hides some of the image's tokens, {start} to {stop}: only text can be padding"
+                )
         step = real.clone()  # how far each token goes on
         for (start, stop), total in zip(spans, self.steps):
             step[:, start:stop] = 0
