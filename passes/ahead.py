@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ def look_ahead(rw: Rewriter, s: Splice) -> Iterator[None]:
     """While open, the nodes from the place of the reduction to the block's attention have their values without it.
 
     The walk writes them anew for the tokens that are left. What of these nodes no tap reads (values, the fused attention
-    itself) is dead code, and its FLOPs are not counted.
+    itself) is taken out, and its FLOPs are not counted.
     """
     targets = [a.node for a in s.block.attentions]
     order = rw.structure.order
@@ -29,16 +31,18 @@ def look_ahead(rw: Rewriter, s: Splice) -> Iterator[None]:
     put(rw, s.at, *rw.before[s.at])
     for node in needed:
         rw.builder.origin = node
-        with FlopCounterMode(display=False) as counter:
-            rw.step(node)
+        rw.step(node)
         if node in read and node in inside:
-            rw.overhead_flops += counter.get_total_flops()
+            rw.overhead_flops += flops(rw, node)
     try:
         yield
     finally:
-        for node in inside:
-            rw.env.pop(node, None)
-            rw.labels.pop(node, None)
+        for node in reversed(needed):
+            if node in inside:
+                new = rw.env.pop(node, None)
+                rw.labels.pop(node, None)
+                if isinstance(new, Node) and not new.users:  # a fused attention counts as random, and never as dead code
+                    rw.builder.graph.erase_node(new)
         put(rw, s.at, *kept[:2])
         rw.full, rw.builder.origin = kept[2:]
 
@@ -48,6 +52,17 @@ def put(rw: Rewriter, node: Node, value: Node, label: object) -> None:
     rw.labels.pop(node, None)
     if label is not None:
         rw.labels[node] = label
+
+
+def flops(rw: Rewriter, node: Node) -> int:
+    """Those of the new node that stands for an old one."""
+    new = rw.env[node]
+    if not isinstance(new, Node) or new.op != "call_function":
+        return 0
+    args, kwargs = map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
+    with rw.builder.mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        new.target(*args, **kwargs)  # type: ignore[operator]
+    return counter.get_total_flops()
 
 
 def ancestors(targets: list[Node], rw: Rewriter, stop: Node) -> set[Node]:

@@ -63,9 +63,11 @@ class Gatherer:
             return space.index
         return self.b.emit(aten.gather.default, self.within(ancestor, space.parent), 1, space.index)
 
-    def by_channel(self, x: Node, want: Seq, pairs: bool, origin: Node | None) -> Node:
-        """A rotary table x: (1 or B, 1, .., L, d), as wide as a head or half of it, for tokens that have several positions:
-        each channel is taken at the position that its frequency's share of them names. pairs: see `channel_shares`."""
+    def by_channel(self, x: Node, want: Seq, pairs: bool, rank: int, origin: Node | None) -> Node:
+        """A rotary table x: (.., L, d), as wide as a head or half of it, for tokens that have several positions: each channel
+        is taken at the position that its frequency's share of them names: (B, 1, .., L', d), of that rank. pairs: see
+        `channel_shares`."""
+        x = self.reshape(x, [1] * (rank - len(shape(x))) + list(shape(x)))
         sizes, width, batch = shape(x), shape(x)[-1], samples(want)
         key = want, width, pairs
         if key not in self._by_channel:
@@ -78,7 +80,7 @@ class Gatherer:
                     pieces.append(self.b.emit(aten.expand.default, column, [batch, part, width]))
                 start += part if isinstance(part, int) else part.root_n
             self._by_channel[key] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
-        middle = [1] * (len(sizes) - 3)
+        middle = [1] * (rank - 3)
         wide = self.b.emit(aten.expand.default, x, [batch, *middle, *sizes[-2:]])
         index = self.reshape(self._by_channel[key], [batch, *middle, want.new, width])
         return self.b.emit(aten.gather.default, wide, -2, index)

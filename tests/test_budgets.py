@@ -125,7 +125,8 @@ def counted(model, *args, **kwargs) -> int:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "method"), [
-    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("torchvision/swin", None), ("timm/dinov3", "topk"),
+    ("timm/vit", "tome"), ("timm/vit", "divprune"), ("timm/vit", "pyramiddrop"), ("timm/vit", "sparsevlm"),
+    ("hf/llama", "pyramiddrop"), ("timm/vit", "ppe"), ("torchvision/swin", None), ("timm/dinov3", "topk"),
     ("timm/beit", "pitome"),
     ("hf/dinov2_with_registers", "dart"), ("hf/depth_anything", "random"), ("hf/llama", None), ("torch/einsum_vit", "tome"),
     ("torch/encoder_sequence_first", "evit"), ("torchvision/vit", "random"), ("timm/vit_parallel_scaling", "random"),

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, get_attr, packet, shape
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
@@ -43,10 +43,13 @@ def rotary(call: Call, name: str, label: Label) -> Node | None:
         return None
     node = call.old_args[name]
     sizes = shape(node)
-    if call.labelled(name) or len(sizes) < 3 or sizes[-2] != seq.old or not is_rotary_table(node):
+    lead = [size for size in sizes[:-2] if size != 1]  # a batch of its own at most, where the label has it too
+    if call.labelled(name) or len(sizes) < 2 or sizes[-2] != seq.old or not is_rotary_table(node):
+        return None
+    if lead not in ([], [old(label[0])][: len(sizes) == len(label)]) or (has_batch(label[0]) and len(label[0]) > 1):
         return None
     call.rewriter.positioned.update(s for space in seq.spaces for s in space.lineage())
-    return call.gather.by_channel(call[name], seq, holds_pairs(call, node), call.node)
+    return call.gather.by_channel(call[name], seq, holds_pairs(call, node), len(label), call.node)
 
 
 def holds_pairs(call: Call, node: Node) -> bool:
@@ -55,15 +58,15 @@ def holds_pairs(call: Call, node: Node) -> bool:
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     value = get_attr(call.rewriter.old, node.target) if node.op == "get_attr" else None
-    if value is None or value.is_meta or width % 2 or value.shape[-1] != width:
+    if value is None or value.is_meta or width % 2 or value.shape[-1] % width:  # sine and cosine may be one constant
         return False
-    halves = torch.equal(value[..., : width // 2], value[..., width // 2 :])
+    halves = torch.equal(value[..., : width // 2], value[..., width // 2 : width])
     return not halves and torch.equal(value[..., 0::2], value[..., 1::2])
 
 
 def is_rotary_table(node: Node) -> bool:
     """Whether a tensor is a cosine or a sine that has an entry for each channel, and comes from positions alone."""
-    if shape(node)[-1] < 2 or any(size != 1 for size in shape(node)[1:-2]):
+    if shape(node)[-1] < 2:
         return False
     todo, seen = [node], {node}
     while todo:

@@ -4,7 +4,9 @@ import pytest
 
 from tests.methods.inputs import run, sequence, site
 from tests.reference.grid import grid
+from tokcompile.errors import MethodError
 from tokcompile.methods.grid import GRID
+from tokcompile.methods.m3 import M3
 from tokcompile.methods.random import RANDOM
 
 
@@ -30,6 +32,19 @@ def test_a_prime_count_is_spread_over_the_raster():
 def test_a_grid_of_another_size_is_not_believed():
     plan, _, _ = run(GRID, sequence(1, 16), site(GRID, 16, 4, grid=(5, 5)))
     assert plan.index.tolist() == [[2, 6, 10, 14]]
+
+
+def test_the_shape_of_an_image_inside_a_language_model():
+    for shape in ((4, 4), [2, 8]):
+        where = site(GRID, 16, 4, 5, grid=None, options={"shape": shape})
+        assert run(GRID, sequence(1, 25), where)[0].index.tolist() == [grid(16, 4, tuple(shape))]
+    for recipe in (GRID, M3):
+        for wrong in ((5, 5), (16,)):
+            with pytest.raises(MethodError, match="does not hold these 16 tokens"):
+                run(recipe, sequence(1, 16), site(recipe, 16, 4, options={"shape": wrong}))
+        assert list(recipe.steps.at(32, language=True)) == [0]
+        assert recipe.place_in(language=True) == "block"
+    assert GRID.place_in(language=False) == "attention"
 
 
 def test_random_depends_on_seed_step_and_sample_only():

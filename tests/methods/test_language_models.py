@@ -10,7 +10,7 @@ import torch
 
 import tokcompile
 from tests.conftest import error, run
-from tests.reference import aim, dart_embeds, evs, grid, m3, ppe, sparsevlm
+from tests.reference import aim, dart_embeds, evs, grid, m3, ppe, sparsevlm, vatp
 from tests.reference.topk import topk
 from tests.test_language import recorded
 from tokcompile import Keep, Recipe, Tokens
@@ -47,6 +47,8 @@ class ByHand:
         """What a layer gives for the tokens that are left; its attention is recorded."""
         first = torch.tensor([p[0] for p in self.places])
         mask = first[:, None] >= first
+        own = self.base.layers[number]
+        self.values = own.self_attn.v_proj(own.input_layernorm(self.x)).unflatten(-1, (2, -1)).transpose(0, 1)
         x = self.base.layers[number](
             self.x[None], attention_mask=mask[None, None], position_ids=first[None], position_embeddings=self.rotary()
         )
@@ -78,6 +80,11 @@ def pyramiddrop_by_hand(state, block, k, step):
     state.layer(block)
     last = state.scores(state.calls[-1]).softmax(-1)[:, -1, state.image]
     state.keep(sorted(topk(last.numpy(), k)))
+
+
+def vatp_by_hand(state, block, k, step):
+    last = state.scores(state.calls[-1]).softmax(-1)[:, -1, state.image]
+    state.keep(vatp.vatp(last.numpy(), state.values[:, state.image].numpy(), k))
 
 
 def sparsevlm_by_hand(state, block, k, step, recycle=0.3, per_cluster=10):
@@ -130,6 +137,7 @@ def m3_by_hand(state, block, k, step):
 
 CASES = {
     "pyramiddrop": (pyramiddrop_by_hand, dict(budget=Tokens(5)), [(1, 15), (2, 9), (3, 5)]),
+    "vatp": (vatp_by_hand, dict(budget=Tokens(11)), [(2, 11)]),
     "sparsevlm": (sparsevlm_by_hand, dict(budget={1: 18, 3: 9}), [(1, 18), (3, 9)]),
     "aim": (aim_by_hand, dict(budget=Tokens(2)), [(0, 7), (2, 4), (3, 2)]),
     "ppe": (ppe_by_hand, dict(budget=0.45), [(0, 11)]),
@@ -255,3 +263,44 @@ def test_text_decides_in_sparsevlm_but_not_in_evs(family, program):
         )
         kept_here, kept_there = (run(optimized, *args, **given).kept["s0_index"] for given in (kwargs, other))
         assert torch.equal(kept_here, kept_there) == (method == "evs")
+
+
+def three_axes():
+    """A text model of Qwen2.5-VL whose image tokens stand on three axes, and its inputs."""
+    from transformers import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    tokens = dict(vocab_size=64, bos_token_id=0, eos_token_id=63)
+    config = Qwen2_5_VLTextConfig(**sizes, **tokens, rope_scaling={**rope, "type": "mrope"}, rope_parameters=rope)
+    model = Qwen2_5_VLTextModel(config).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    places = torch.arange(40).repeat(3, 1, 1)
+    places[:, :, 5:30] = torch.stack([torch.full((25,), 5), 5 + torch.arange(25) // 5, 5 + torch.arange(25) % 5])[:, None]
+    return model, {"inputs_embeds": torch.randn(1, 40, 64), "position_ids": places}
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 8])
+def test_several_positions_on_three_axes(positions):
+    model, inputs = three_axes()
+    options = dict(budget=0.45, positions=positions, sections=(2, 3, 3))
+    given = dict(kwargs={**inputs, "use_cache": False}, method="ppe", spans=[SPAN], outputs="reduced", **options)
+    got = run(tokcompile.optimize(model, **given), **given["kwargs"]).output["last_hidden_state"][0]
+    x = inputs["inputs_embeds"][0]
+    rows, many = ppe.ppe(x[slice(*SPAN)].numpy(), 11, positions)
+    text = [[i] * positions for i in range(40)]
+    places = [*text[: SPAN[0]], *([SPAN[0] + i for i in group] for group in many), *text[SPAN[1] :]]
+    share = [i * positions // band for band in (2, 3, 3) for i in range(band)] * 2
+    tables = []
+    for table in model.rotary_emb(inputs["inputs_embeds"], inputs["position_ids"]):  # (1, 40, 16), the axes in their sections
+        tables.append(torch.tensor([[[table[0, p[g], c] for c, g in enumerate(share)] for p in places]]))
+    x = torch.cat([x[: SPAN[0]], torch.from_numpy(rows).float(), x[SPAN[1] :]])[None]
+    order = torch.tensor([p[0] for p in places])
+    for layer in model.layers:
+        mask = (order[:, None] >= order)[None, None]
+        x = run(layer, x, attention_mask=mask, position_embeddings=tuple(tables))
+        x = x[0] if isinstance(x, tuple) else x
+    assert error(got, run(model.norm, x)[0]) < 1e-5

@@ -23,5 +23,6 @@ from tokcompile.methods import (  # noqa: F401
     todre,
     tome,
     topk,
+    vatp,
     visionzip,
 )
