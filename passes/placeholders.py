@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.canonicalise import ancestors_of
 from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
+from tokcompile.passes.guards import Guards, equal_guards
 
 Run = tuple[int, int]
 WRITES = ("aten.masked_scatter", "aten.index_put")
@@ -50,10 +51,11 @@ class Placeholders:
                 )
         return list(first)
 
-    @property
-    def guard(self) -> str:
-        """What was fixed, for the report."""
-        return f"{self.node.name}: image tokens at {text(self.rows[0]) if len(set(self.rows)) == 1 else self.rows}"
+
+def describe(rows: Sequence[Iterable[Run]]) -> str:
+    """`5-20, 30-45`, or one such list a sample."""
+    different = [text(row) for row in rows]
+    return different[0] if len(set(different)) == 1 else "; ".join(f"{t} in sample {i}" for i, t in enumerate(different))
 
 
 def text(runs: Iterable[Run]) -> str:
@@ -74,6 +76,20 @@ def find_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Placeholde
             if mask is not None:
                 found.append(Placeholders(node, mask, tuple(runs(row) for row in mask)))
     return found
+
+
+def guard_positions(gm: GraphModule, found: Iterable[Placeholders], inputs: Sequence[Any]) -> Guards | None:
+    """Conditions that later inputs have their image tokens where the example inputs have them; None where that is fixed.
+
+    `gm` and `inputs` are those that were searched. Append the result to `Traced.checks` and its `lines` to `Traced.guards`.
+    """
+    fixed = []
+    for one in found:
+        at = one.node.args[1]
+        nodes = [n for n in (at if isinstance(at, (list, tuple)) else [at]) if isinstance(n, Node)]
+        text = f"image tokens are at {describe(one.rows)}"
+        fixed += [(node, value, text) for node, value in zip(nodes, evaluate(gm, nodes, inputs))]
+    return equal_guards(gm, fixed)
 
 
 def source(node: Node) -> Node | None:

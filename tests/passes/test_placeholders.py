@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.passes.graphs import Function
+from tokcompile.errors import InputError
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.placeholders import UnequalRows, find_placeholders
-from tokcompile.passes.trace import trace
+from tokcompile.passes.placeholders import UnequalRows, find_placeholders, guard_positions
+from tokcompile.passes.trace import flat_caller, trace
 
 TABLE = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 IMAGE = 9
@@ -52,7 +53,6 @@ def test_runs_of_image_tokens(fn, rows, spans):
     assert one.rows == (tuple(spans),) * len(rows)
     assert torch.equal(one.mask, ids == IMAGE)
     assert "scatter" in one.node.name or "index_put" in one.node.name
-    assert f"image tokens at {spans[0][0]}-{spans[0][1] - 1}" in one.guard
 
 
 @pytest.mark.parametrize("fn", [scattered, indexed], ids=lambda f: f.__name__)
@@ -67,7 +67,6 @@ def test_unequal_rows_are_an_error(fn):
 def test_a_prompt_without_image_tokens_has_no_runs():
     (one,) = found(lambda ids, image: scattered(ids, image), prompt("tttt"), features(2))
     assert one.spans == []
-    assert one.guard.endswith("no position")
 
 
 def test_writes_of_something_else_are_not_placeholders():
@@ -91,3 +90,25 @@ def test_positions_come_from_this_program_not_from_another():
 
     (one,) = found(fn, prompt("tiiiti"), features(2))
     assert one.spans == [(1, 3)]
+
+
+@pytest.mark.parametrize("fn", [scattered, indexed], ids=lambda f: f.__name__)
+def test_other_positions_are_refused_once_they_are_fixed(fn):
+    ids, image = prompt("tiitit", "tiitit"), features(6)
+    traced = trace(Function(fn).eval(), (ids, image))
+    graph = canonicalise(traced.gm, traced.inputs)
+    guards = guard_positions(graph, find_placeholders(graph, traced.inputs), traced.inputs)
+    assert guards.lines == ["image tokens are at 1-2, 4-4 from inputs_0"]
+    flat_caller(traced)(prompt("titiit", "tiitit"), image)  # the traced program itself still takes them
+    traced.checks.append(guards)
+    call = flat_caller(traced)
+    assert torch.equal(call(ids * 1, image + 1)[1], image + 1)
+    with pytest.raises(InputError, match="these inputs differ from the example inputs in what was fixed while tracing"):
+        call(prompt("titiit", "tiitit"), image)
+
+
+def test_positions_that_differ_between_samples_are_described():
+    ids, image = prompt("tiit", "tiii"), features(5)
+    traced = trace(Function(scattered).eval(), (ids, image))
+    guards = guard_positions(traced.gm, find_placeholders(traced.gm, traced.inputs), traced.inputs)
+    assert guards.lines == ["image tokens are at 1-2 in sample 0; 1-3 in sample 1 from inputs_0"]
