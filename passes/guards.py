@@ -94,7 +94,7 @@ def collect(gm: GraphModule) -> Guards | None:
     gm = copy_graph(gm)
     inline_regions(gm)
     flatten_vmap(gm)
-    return conditions(gm, [(n.args[0], n.args[1][len(MARK) :]) for n in marked(gm)])  # type: ignore[index, misc]
+    return conditions(gm, [(n.args[0], n.args[1][len(MARK) :]) for n in marked(gm)])
 
 
 def equal_guards(gm: GraphModule, fixed: Iterable[tuple[Node, torch.Tensor, str]]) -> Guards | None:
@@ -152,7 +152,7 @@ def settle(gm: GraphModule) -> None:
         condition = node.args[0]
         gm.graph.erase_node(node)
         if condition in dependent:
-            fix(gm, condition, dependent, written)  # type: ignore[arg-type]
+            fix(gm, condition, dependent, written)
         erase_unused(gm, condition)
     for module in gm.modules():
         if isinstance(module, GraphModule) and module is not gm:
@@ -196,7 +196,7 @@ def constant_value(gm: GraphModule, constant: Any) -> torch.Tensor:
     for node in gm.graph.nodes:
         if node in needed:
             values[node] = evaluate(gm, node, values)
-    return values[constant]  # type: ignore[no-any-return]
+    return values[constant]
 
 
 def erase_unused(gm: GraphModule, node: Any) -> None:

@@ -107,7 +107,7 @@ def written(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> torch.Tensor 
     if packet(node) == "aten.masked_scatter":
         mask = evaluate(gm, [node.args[1]], inputs)[0].expand(size)
     else:
-        at = [evaluate(gm, [i], inputs)[0] if isinstance(i, Node) else None for i in node.args[1]]  # type: ignore[union-attr]
+        at = [evaluate(gm, [i], inputs)[0] if isinstance(i, Node) else None for i in node.args[1]]
         index = tuple(slice(None) if i is None else i for i in at)
         mask = torch.zeros(size, dtype=torch.bool)
         mask[index] = True

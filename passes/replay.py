@@ -208,7 +208,7 @@ class _Reads(TorchFunctionMode):
 
     def positions(self, name: str, mask: torch.Tensor) -> list[torch.Tensor]:
         read = self.read(f"{name}(mask)", lambda: list(mask.nonzero(as_tuple=True)), lambda at: true_at(mask, at))
-        return _copies(read)  # type: ignore[no-any-return]
+        return _copies(read)
 
     def index(self, name: str, index: Any) -> tuple[Any, ...]:
         """An index with boolean masks as positions and with tensors that bound slices as numbers."""
@@ -261,7 +261,7 @@ class _Replay(_Reads):
         self.outermost = sys._getframe(1)
         self.fake_tolist = vars(FakeTensor).get("tolist")
         if self.fake_tolist is not None:  # it would ask for one element after the other
-            FakeTensor.tolist = lambda tensor: self.items(tensor)  # type: ignore[method-assign]
+            FakeTensor.tolist = lambda tensor: self.items(tensor)  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *exception: Any) -> None:
