@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
 from tokcompile.passes.graph import copy_graph
+from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
 
 
@@ -29,7 +30,8 @@ class Traced:
 
     gm: flat tensors (and constants) in, a flat list out; `meta['val']` holds fake values.
     program: the untouched exported program, whose weights `gm` shares.
-    guards: what was fixed from the example inputs while tracing (values read back into Python).
+    guards: what was fixed from the example inputs while tracing (values read back into Python). checks: the same as
+    conditions on later inputs.
     """
 
     gm: GraphModule
@@ -40,6 +42,7 @@ class Traced:
     arg_names: list[str] | None = None
     output_names: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
+    checks: list[Guards] = field(default_factory=list)
 
 
 def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
@@ -81,8 +84,12 @@ def from_program(
         )
     # a fresh graph: flat in, flat out (the caller's structure is restored outside), without the module's input hooks
     gm = copy_graph(unlift(program))
+    fixed = collect(gm)
+    settle(gm)
+    checks = [fixed] if fixed else []
+    guards = list(dict.fromkeys([*guards, *(line for one in checks for line in one.lines)]))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
-    return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards)
+    return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks)
 
 
 def unlift(program: ExportedProgram) -> GraphModule:
@@ -135,7 +142,8 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             with replay(recording), quiet():
                 program = plain_export(model, args, kwargs)
             if not data_dependent(program):
-                return program, recording.guards()
+                guards = collect(unlift(program))
+                return program, guards.lines if guards else []
         except Exception as error:
             failures.append(error)
     reason = next(iter(failures), plain) or RuntimeError("shapes in the traced graph depend on the values of tensors")
@@ -238,7 +246,7 @@ def load_program(path: str, extra_files: dict[str, Any] | None = None) -> Export
 
 
 def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
-    """A function (*args, **kwargs) -> flat inputs that refuses any other structure, shape or dtype."""
+    """A function (*args, **kwargs) -> flat inputs that refuses any other structure, shape, dtype or fixed value."""
     expected = [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for v in traced.inputs]
     spec, names = traced.in_spec, traced.arg_names
     positional, keywords = spec.child(0).num_children, list(spec.child(1).context or ())
@@ -258,6 +266,9 @@ def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
                     )
             elif value != want:
                 raise InputError(f"input {i} is {value!r}, but the model was compiled for {want!r}")
+        if not torch.compiler.is_compiling():
+            for check in traced.checks:
+                check(flat)
         return flat
 
     return flatten

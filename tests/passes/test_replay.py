@@ -138,9 +138,9 @@ def test_what_is_read_back_is_fixed(fn):
 
 @pytest.mark.parametrize(("fn", "guard"), [
     (scalar, "item gave 2"),
-    (as_list, "item gave 3"),
+    (as_list, "tolist gave [2, 3] (test_replay.py:"),
     (branch, "__bool__ gave True"),
-    (boolean_mask, "__getitem__(mask) gave "),
+    (boolean_mask, "__getitem__(mask) gave 5 positions"),
     (write_at_a_mask, "__setitem__(mask) gave "),
     (repeats, "repeat_interleave gave 5"),
     (positions, "nonzero gave a tensor of shape (1, 1)"),
@@ -148,8 +148,9 @@ def test_what_is_read_back_is_fixed(fn):
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_guards_say_what_was_read(fn, guard):
     recording = record(lambda: fn(X, N))
-    assert any(text.startswith(guard) for text in recording.guards()), recording.guards()
-    assert all(len(text) < 120 for text in recording.guards())
+    texts = [str(read) for read in recording.reads]
+    assert any(text.startswith(guard) for text in texts), texts
+    assert all(len(text) < 120 for text in texts)
 
 
 def test_nothing_is_recorded_where_nothing_is_read():
@@ -169,6 +170,7 @@ def test_values_are_copied():
     before = rows.clone()
     mask.zero_()
     assert torch.equal(rows, before)
+    mask |= X > 0
     with replay(recording):
         first = select()
     with replay(recording):
@@ -224,9 +226,11 @@ def test_a_replay_has_the_structure_of_the_list():
         return values.tolist()
 
     recording = record(nested)
-    values.zero_()
     with replay(recording):
         assert nested() == [[1, 2], [3, 4]]
+    values.zero_()
+    with replay(recording), pytest.raises(RuntimeError, match=r"fixed from the example inputs: tolist gave \[\[1, 2"):
+        nested()
 
 
 class Fickle(nn.Module):
