@@ -39,10 +39,16 @@ def axis_size(axis: Axis, counts: Mapping[Space, int]) -> int:
     out = 1
     for atom in axis:
         if isinstance(atom, Seq):
-            out *= sum(p if isinstance(p, int) else counts.get(p.sample[0] if p.sample else p, p.k) for p in atom.parts)
+            out *= sum(part_size(p, counts) for p in atom.parts)
         else:
             out *= atom.size if isinstance(atom, Batch) else atom
     return out
+
+
+def part_size(part: int | Space, counts: Mapping[Space, int]) -> int:
+    if isinstance(part, int):
+        return part
+    return sum(part_size(p, counts) for p in part.sources) if part.sources else counts.get(part, part.k)
 
 
 def terms(graph: Graph, labels: Mapping[Node, Any], recovered: Iterable[Node] = ()) -> list[Term]:

@@ -27,6 +27,7 @@ BETWEEN = {
 }  # fmt: skip
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
           "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
+INDEX = {"aten.index", "aten.index_select", "aten.gather"}
 VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
 
 
@@ -378,7 +379,9 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             if before is None:
                 break
             if len(before) > 1:
-                return max(prefix, 0), max(suffix, 0), tuple(shape(source)[i] for i in before), source
+                # what an index laid out is no raster: groups of neighbours in the order of windows
+                grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in before)
+                return max(prefix, 0), max(suffix, 0), grid, source
             axis, node = before[0], source
         else:
             length = shape(node)[axis] if rank else None

@@ -23,7 +23,8 @@ class Space:
     assign: (B, n) the new token that each token of the parent space went to; a thunk, since few graphs need it.
     size:   (B, k) how many original tokens each one holds, or None where nothing was merged.
     ordered: whether `index` ascends, so that causal masks and the like stay what they were.
-    sample: (space, i) where this is what sample i of another space chose, its batch taken apart.
+    sources: the spaces (and numbers of plain tokens) whose tokens these are, where another reduction's are only laid out
+            anew: a sample of a batch, or an order of its own. derive(chosen): (B, k) the same from what the sources chose.
     positions: (B, k, P) tokens of the parent space that lend each new one P positions in rotary tables, in place of
             `index`; bands: how many frequencies each axis of such a table has, () for one axis.
     """
@@ -37,7 +38,8 @@ class Space:
     size: Node | None = None
     proportional: bool = False
     ordered: bool = True
-    sample: tuple[Space, int] | None = None
+    sources: tuple[int | Space, ...] = ()
+    derive: Any = None
     positions: Node | None = None
     bands: tuple[int, ...] = ()
 

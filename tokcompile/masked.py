@@ -139,8 +139,8 @@ class MaskedRun(Interpreter):
 
 
 def chosen(space: Space, kept: dict[Space, Tensor]) -> Tensor:
-    """(B, k) what a space kept, or one sample of it."""
-    return kept[space] if space.sample is None else chosen(space.sample[0], kept)[space.sample[1]][None]
+    """(B, k) what a space kept, of its own or from its sources."""
+    return kept[space] if space.derive is None else space.derive(lambda source: chosen(source, kept))
 
 
 def rows_in(seq: Seq, kept: dict[Space, Tensor]) -> int:

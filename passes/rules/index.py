@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from tokcompile.passes.graph import shape
-from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, plain, rule
+from tokcompile.passes.graph import get_attr, shape
+from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, old, plain, rule, tokens_of
 
 
 @rule("aten.embedding")
@@ -22,10 +22,28 @@ def embedding(call: Call) -> Any:
 def index_select(call: Call) -> Any:
     label = list(call.label("self"))
     dim = call["dim"] % len(label)
-    if has_tokens(label[dim]) or call.labelled("index"):
+    if has_tokens(label[dim]):
+        return in_order(call, dim, call.old_args["index"])
+    if call.labelled("index"):
         raise NeedsFull("it reorders tokens by position")
     label[dim] = plain(call.old_shape[dim : dim + 1])[0]
     return call.emit(tuple(label))
+
+
+def in_order(call: Call, dim: int, index: Node) -> Any:
+    """Tokens put in another order by a constant: windows undone, rows of a mosaic."""
+    label = call.label("self")
+    order = get_attr(call.rewriter.old, index.target) if index.op == "get_attr" else None
+    if order is None or order.is_meta or order.shape != (old(label[dim]),) or tokens_of(label[dim]) is None:
+        raise NeedsFull("it picks tokens by position")
+    if any(len(axis) > 1 for axis in label):
+        raise NeedsFull("it picks tokens by position, and other axes are folded into each other")
+    atoms = [axis[0] if axis else 1 for axis in label]
+    found = call.gather.permuted(call["self"], atoms, dim, order.long().cpu(), call.node)
+    if found is None:
+        raise NeedsFull("it picks some tokens by position")
+    value, seq = found
+    return call.typed(value, (*label[:dim], (seq,), *label[dim + 1 :]))
 
 
 @rule("aten.index")
@@ -33,6 +51,8 @@ def advanced_index(call: Call) -> Any:
     """Plain index tensors on axes without tokens; a single labelled index into a plain table."""
     label, indices = call.label("self"), call.old_args["indices"]
     given = [(d, i) for d, i in enumerate(indices) if isinstance(i, Node)]
+    if len(given) == 1 and has_tokens(label[given[0][0]]):
+        return in_order(call, *given[0])
     if any(has_tokens(label[d]) or any(not isinstance(a, int) for a in label[d]) for d, _ in given):
         raise NeedsFull("it picks tokens by position")
     dims = [d for d, _ in given]
