@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -172,65 +171,6 @@ class Gatherer:
         """The token axis of one sample."""
         return Seq(tuple(self.sample(p, i) if isinstance(p, Space) else p for p in seq.parts))
 
-    def permuted(
-        self, x: Node, atoms: list[Atom], at: int, order: torch.Tensor, origin: Node | None
-    ) -> tuple[Node, Seq] | None:
-        """x with the tokens of atom `at` in another order, `order`: (old,) old positions; None where it is no permutation.
-
-        Runs of parts that only change places among themselves become one space, its tokens in ascending order.
-        """
-        seq = atoms[at]
-        assert isinstance(seq, Seq)
-        pieces, parts = [], []
-        begin = start = 0
-        for group, start, stop in closed_runs(seq, order):
-            count = Seq(group).new
-            piece = self.b.emit(aten.slice.Tensor, x, at, begin, begin + count)
-            begin += count
-            if len(group) == 1 and torch.equal(order[start:stop], torch.arange(start, stop)):
-                parts.append(group[0])
-            else:
-                space, rank = self.laid_out(group, order[start:stop] - start)
-                mine = [*atoms[:at], Seq(group), *atoms[at + 1 :]]
-                piece, _ = self.pick(piece, mine, at, rank, count, origin)
-                parts.append(space)
-            pieces.append(piece)
-        if begin != seq.new:
-            return None
-        return (self.b.emit(aten.cat.default, pieces, at) if len(pieces) > 1 else pieces[0]), Seq(tuple(parts))
-
-    def laid_out(self, group: tuple[int | Space, ...], order: torch.Tensor) -> tuple[Space, Node]:
-        """Parts as one space after their root tokens were put in `order`, and (B, k) the rank of its tokens before that."""
-        seq = Seq(group)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))  # where each root token stands now
-        table, moved = self.b.constant(place, "places"), self.b.constant(order, "order")
-        whole = self.index(seq.old, seq)
-        flat = self.b.emit(aten.index_select.default, table, 0, self.b.emit(aten.reshape.default, whole, [-1]))
-        sorted_ = self.b.emit(aten.sort.default, self.reshape(flat, list(shape(whole))), 1)
-        index, rank = self.b.unpack(sorted_)
-
-        def assign() -> Node:
-            """The slot of each root token, in the new order of both."""
-            slot = self.b.unpack(self.b.emit(aten.sort.default, rank, 1))[1]
-            before = self.b.emit(aten.index_select.default, self.assign(seq), 1, moved)
-            return self.b.emit(aten.gather.default, slot, 1, before)
-
-        def derive(chosen: Callable[[Space], torch.Tensor]) -> torch.Tensor:
-            edges = [0, *accumulate(p if isinstance(p, int) else p.root_n for p in group)]
-            own = [torch.arange(p)[None] if isinstance(p, int) else chosen(p) for p in group]
-            batch = max(one.shape[0] for one in own)
-            return place[torch.cat([(one + e).expand(batch, -1) for one, e in zip(own, edges)], 1)].sort(1).values
-
-        tracked = any(s.size is not None for s in seq.spaces)
-        size = self.b.emit(aten.gather.default, self.sizes(seq), 1, rank) if tracked else None
-        name = "_".join(s.name for s in seq.spaces) or "order"
-        proportional = any(s.proportional for s in seq.spaces)
-        space = Space(
-            f"{name}_p", seq.old, seq.new, None, index, once(assign), size, proportional, sources=group, derive=derive
-        )
-        return space, rank
-
     # -- gathers -------------------------------------------------------------------------------------------------------
 
     def coerce(self, x: Node, have: Label, want: Label, origin: Node | None) -> Node:
@@ -317,20 +257,6 @@ def channel_shares(width: int, count: int, bands: tuple[int, ...], pairs: bool, 
 
 class BatchSlot(int):
     """A broadcast batch factor of size 1, remembered as the place where the batch goes."""
-
-
-def closed_runs(seq: Seq, order: torch.Tensor) -> list[tuple[tuple[int | Space, ...], int, int]]:
-    """The shortest runs of parts, with their old (start, stop), within which a permutation stays; fewer where it leaves."""
-    runs: list[tuple[tuple[int | Space, ...], int, int]] = []
-    group: list[int | Space] = []
-    start = stop = 0
-    for part in seq.parts:
-        group.append(part)
-        stop += part if isinstance(part, int) else part.root_n
-        if torch.equal(order[start:stop].sort().values, torch.arange(start, stop)):
-            runs.append((tuple(group), start, stop))
-            group, start = [], stop
-    return runs
 
 
 def once(make: Callable[[], Any]) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from tokcompile.passes.graph import get_attr, shape
+from tokcompile.passes.order import permuted
 from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, old, plain, rule, tokens_of
 
 
@@ -39,7 +40,7 @@ def in_order(call: Call, dim: int, index: Node) -> Any:
     if any(len(axis) > 1 for axis in label):
         raise NeedsFull("it picks tokens by position, and other axes are folded into each other")
     atoms = [axis[0] if axis else 1 for axis in label]
-    found = call.gather.permuted(call["self"], atoms, dim, order.long().cpu(), call.node)
+    found = permuted(call.gather, call["self"], atoms, dim, order.long().cpu(), call.node)
     if found is None:
         raise NeedsFull("it picks some tokens by position")
     value, seq = found
