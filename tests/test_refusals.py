@@ -130,8 +130,31 @@ def test_samples_joined_after_the_last_block_get_their_tokens_back():
     assert check.ok, str(check)
     recoveries = optimize((model, args), where=0).report.recoveries
     assert [(r["op"], r["inside"]) for r in recoveries] == [("aten.cat", False)]
-    with pytest.raises(UnsupportedGraph, match=r"it joins or parts the samples of the batch[\s\S]*where=\[later blocks\]"):
+    with pytest.raises(UnsupportedGraph, match=r"it puts samples together[\s\S]*where=\[later blocks\]"):
         optimize((tiny(lambda x: torch.cat([x, x])[: len(x)])[0], args), where=0)
+
+
+def across_time(x):
+    """Attention of each token to the tokens at its place in the other samples, as video models write it."""
+    y = x.transpose(0, 1)
+    return nn.functional.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None])[:, 0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("between", [
+    lambda x: x + across_time(x),
+    lambda x: x + ((x.transpose(0, 1) @ x.permute(1, 2, 0)).softmax(-1) @ x.transpose(0, 1)).transpose(0, 1),
+    lambda x: x - torch.einsum("bnd,cnd->cnd", x, x),
+    lambda x: x - x.mean(0, keepdim=True),
+    lambda x: x - x.amax(0),
+], ids=["attention", "matmul", "einsum", "mean", "amax"])  # fmt: skip
+def test_samples_that_keep_other_tokens_are_not_mixed(between):
+    """Token by token, along the batch: VideoPrism and ViViT attend to the same patch of other frames."""
+    model, args = tiny(between)[0], (torch.randn(3, LENGTH, WIDTH),)
+    with pytest.raises(UnsupportedGraph, match="it mixes samples that keep other tokens"):
+        optimize((model, args), where=0)
+    check = tokcompile.check(model, args, blocks=[0])
+    assert check.ok, str(check)
+    assert "only with recover='anywhere'" in check.results[0].note
 
 
 @pytest.mark.parametrize("between", [lambda x: x + torch.rand_like(x), lambda x: nn.functional.dropout(x, 0.5, True),

@@ -8,13 +8,15 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
 from tokcompile.passes.tokens import Seq, new
 
 
 @rule("aten.scaled_dot_product_attention")
 def sdpa(call: Call) -> Any:
     q, k, v = (call.label(name) for name in ("query", "key", "value"))
+    for one in (q, k, v):
+        one_sample(one, [-2])
     batch = call.join([q[:-2], ungrouped(call, k, q)[:-2], ungrouped(call, v, q)[:-2]])
     keys = call.join_axis([k[-2], v[-2]])
     key_batch, value_batch = match_batch(k[:-2], batch), match_batch(v[:-2], batch)
@@ -119,6 +121,7 @@ def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> N
 def softmax(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
+    one_sample(label, [dim])
     bias = log_sizes(call, label[dim], with_last(label, dim)) if has_tokens(label[dim]) else None
     if bias is None:
         return call.emit(label)

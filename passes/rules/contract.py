@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokcompile.passes.graph import shape
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, rule
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, rule
 
 
 @rule("aten.matmul", "aten.bmm", "aten.mm")
@@ -20,6 +20,10 @@ def matmul(call: Call) -> Any:
 
 def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
     """What two operands must be coerced to, and what their product is."""
+    one_sample(la, [-1])
+    one_sample(lb, [-2])
+    if has_batch(lb[-1]):  # a product of samples with samples
+        one_sample(la, [-2])
     batch = call.join([la[:-2], lb[:-2]]) if len(la) > 2 or len(lb) > 2 else ()
     inner = call.join_axis([la[-1], lb[-2]])
     # of full rank: an operand without a batch gains one when it is gathered
@@ -50,13 +54,18 @@ def einsum(call: Call) -> Any:
     terms, labels = inputs.split(","), call.labels("tensors")
     if any(len(set(t)) != len(t) for t in terms):
         raise NeedsFull("an einsum that takes a diagonal")
+    for term, label in zip(terms, labels):
+        one_sample(label, [d for d, letter in enumerate(term) if "->" in equation and letter not in output])
     axes: dict[str, Any] = {}
     for term, label in zip(terms, labels):
         for letter, axis in zip(term, label):
             axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
     if "->" not in equation:
         output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
-    batch = next((c for c, axis in axes.items() if has_batch(axis)), "")
+    samples = [c for c, axis in axes.items() if has_batch(axis)]
+    if len(samples) > 1:
+        raise NeedsFull("it multiplies samples with samples")
+    batch = "".join(samples)
     operands = []
     for i, (term, label, value) in enumerate(zip(terms, labels, call["tensors"])):
         lead = (axes[batch],) if batch and batch not in term else ()

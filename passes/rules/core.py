@@ -36,6 +36,14 @@ class NeedsFull(Exception):
     """An op needs the whole token axis (a convolution over the grid, a sort over tokens): tokens must be recovered."""
 
 
+def one_sample(label: Label, dims: Iterable[int]) -> None:
+    """Raises: NeedsFull where an op mixes samples along `dims`, token by token: each of them keeps other tokens."""
+    mixed = {d % len(label) for d in dims}
+    left = any(has_tokens(axis) for d, axis in enumerate(label) if d not in mixed)
+    if left and any(has_batch(label[d]) and not has_tokens(label[d]) for d in mixed):
+        raise NeedsFull("it mixes samples that keep other tokens")
+
+
 def rule(*ops: str) -> Callable[[Rule], Rule]:
     """Registers a rule for op packets such as "aten.softmax" (all overloads)."""
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.rules.attention import spread
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, rule
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, one_sample, rule
 from tokcompile.passes.tokens import Seq
 
 
-def dims_of(call: Call, rank: int) -> list[int]:
-    dim = call.args.get("dim")
-    if dim is None or dim == []:
-        return list(range(rank))
-    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+def dims_of(call: Call, label: Label) -> list[int]:
+    """The axes that an op reduces. Raises: NeedsFull for the batch alone, in which each sample keeps other tokens."""
+    dim, rank = call.args.get("dim"), len(label)
+    dims = list(range(rank)) if dim is None or dim == [] else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    one_sample(label, dims)
+    return dims
 
 
 def reduced(label: Label, dims: list[int], keep: bool) -> Label:
@@ -24,7 +25,7 @@ def reduced(label: Label, dims: list[int], keep: bool) -> Label:
 @rule("aten.mean", "aten.sum", "aten.nansum")
 def mean_or_sum(call: Call) -> Any:
     label = call.label("self")
-    dims = dims_of(call, len(label))
+    dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
     merged = [d for d in dims if any(s.size is not None for a in label[d] if isinstance(a, Seq) for s in a.spaces)]
     if not merged or not call.rewriter.size_weighted_mean:
@@ -64,13 +65,13 @@ def other(call: Call) -> Any:
     """Over tokens: over those that are left."""
     name = call.tensors()[0]
     label = call.label(name)
-    return call.emit(reduced(label, dims_of(call, len(label)), bool(call.args.get("keepdim"))))
+    return call.emit(reduced(label, dims_of(call, label), bool(call.args.get("keepdim"))))
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
 def moments(call: Call) -> Any:
     label = call.label("self")
-    dims = dims_of(call, len(label))
+    dims = dims_of(call, label)
     if any(has_tokens(label[d]) for d in dims):
         raise NeedsFull("its statistics run over all tokens")
     out = reduced(label, dims, bool(call.args.get("keepdim")))
@@ -84,7 +85,7 @@ def extremes(call: Call) -> Any:
 
         return pointwise(call)
     label = call.label("self")
-    dims = dims_of(call, len(label))
+    dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
     if "dim" not in call.args:
         return call.emit(out)

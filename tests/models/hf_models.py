@@ -173,6 +173,13 @@ def _llama_cache(batch: int) -> tuple[nn.Module, tuple, dict]:
     return _hf("LlamaForCausalLM", "LlamaConfig", _DECODER, _embeds(use_cache=True), batch)
 
 
+def _document(batch: int) -> dict:
+    """Words with their boxes on a page, and the page."""
+    boxes = torch.randint(0, 20, (batch, 12, 4), generator=torch.Generator().manual_seed(0)).sort(-1).values
+    ids = tokens(batch, 12, 64)
+    return dict(input_ids=ids, bbox=boxes, attention_mask=torch.ones_like(ids), pixel_values=noise(batch, 3, 56, 56))
+
+
 HF_FAMILIES: tuple[Family, ...] = (
     # images to tokens
     _family("vit", "ViTModel", "ViTConfig", _VIT, _image()),
@@ -281,6 +288,16 @@ HF_FAMILIES: tuple[Family, ...] = (
         _VIT | dict(image_size=[56, 56], num_detection_tokens=6, num_labels=5),
         _image(),
         note="6 suffix tokens",
+    ),
+    _family(
+        "layoutlmv3",
+        "LayoutLMv3Model",
+        "LayoutLMv3Config",
+        _TEXT
+        | dict(max_position_embeddings=40, input_size=56, patch_size=8, max_2d_position_embeddings=64, coordinate_size=8)
+        | dict(shape_size=8, rel_pos_bins=8, max_rel_pos=16, rel_2d_pos_bins=8, max_rel_2d_pos=16),
+        _document,
+        note="12 words before the patches, biases by bucketed distances",
     ),
     _family("ijepa", "IJepaModel", "IJepaConfig", _VIT, _image()),
     _family("vit_mae", "ViTMAEModel", "ViTMAEConfig", _VIT, _mae, note="drops 3 of 4 patches by the given noise"),

@@ -35,6 +35,15 @@ def _mvitv2(batch: int) -> tuple[nn.Module, tuple, dict]:
     return _timm("mvitv2:MultiScaleVit", 64, dict(cfg=cfg, img_size=(64, 64), num_classes=10), batch)
 
 
+def _caformer(batch: int) -> tuple[nn.Module, tuple, dict]:
+    """CAFormer: convolution stages, then attention stages whose residual streams have a learned scale of their own."""
+    from timm.models.metaformer import Attention, SepConv
+
+    mixers = [SepConv, SepConv, Attention, Attention]
+    options = dict(depths=(1, 1, 2, 2), dims=(16, 24, 32, 64), token_mixers=mixers, num_classes=10)
+    return _timm("metaformer:MetaFormer", 112, options, batch)
+
+
 def _maxvit(batch: int) -> tuple[nn.Module, tuple, dict]:
     """MaxViT (tensorflow style), whose sizes come in a configuration object."""
     from timm.models.maxxvit import MaxxVitCfg, MaxxVitTransformerCfg
@@ -299,6 +308,7 @@ TIMM_FAMILIES: tuple[Family, ...] = (
         num_heads=(1, 2, 4, 4),
         window_sizes=(4, 4, 3, 2),
     ),
+    Family("timm/caformer", _caformer, "timm", 4, "scaled residual streams"),
     Family("timm/vitamin", _vitamin, "timm", 4, "convolution stages, then a plain ViT"),
     _other(
         "deepseek_vit",

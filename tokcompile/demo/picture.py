@@ -175,7 +175,7 @@ def draw_whole(axes: Sequence[Any], picture: Picture, size: tuple[int, int], sal
 
 def show(axis: Any, image: Array, title: str, rows: int, columns: int) -> Any:
     """An image whose coordinates are patches, filling the square of its panel as it fills the photograph."""
-    axis.imshow(image, extent=(0, columns, rows, 0), aspect=rows / columns, interpolation="antialiased")
+    axis.imshow(image, extent=(0, columns, rows, 0), aspect=columns / rows, interpolation="antialiased")
     axis.set_title(title, fontsize=9.5, pad=3)
     return axis
 

@@ -26,7 +26,7 @@ from tokcompile.errors import TokcompileError
 
 METHODS = ("tome", "topk", "dart", "random")
 BUDGETS = (0.7, 0.5)
-PAIRS = 11
+PAIRS = 9
 QUICK_METHODS, QUICK_BUDGETS, QUICK_PAIRS = ("tome", "topk", "random"), (0.5,), 3
 WORKERS = 4  # at most: each holds the model and torch, about 1 GB
 OTHERS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
