@@ -77,15 +77,8 @@ def check_case(session: Session, case: Case, dtype: torch.dtype) -> None:
         row = compare(got, module, given)
         row["graph"] = all(g is None or torch.equal(g, o) for g, o in zip(got, out[-1]))
         row["ok"] = row["ok"] and row["graph"]
-        about = {
-            "method": case.method,
-            "text": case.text,
-            "dtype": str(dtype)[6:],
-            "B": case.batch,
-            "N": case.length,
-            "D": case.dim,
-            "k": case.k,
-        }
+        about = {"method": case.method, "text": case.text, "dtype": str(dtype)[6:]}
+        about |= {"B": case.batch, "N": case.length, "D": case.dim, "k": case.k}
         session.add("check", {**about, "data": "ties" if ties else "random", **row})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def time_prefill(session: Session, name: str, visual: int) -> None:
     source: Any = trace(made_on(session.device, dtype, size, length), (x,), None).program
     place: Any = {"spans": [(BEFORE, BEFORE + visual)], "where": [LAYER]}
     plain = tokcompile.optimize(source, (x,), method="dart", budget=1.0, **place)
-    unreduced = captured(session.device, lambda: plain.graph_module(x))
+    unreduced = captured(session.device, functools.partial(plain.graph_module, x))
     about = {"model": name, "visual": visual, "text": BEFORE + AFTER, "layer": LAYER}
     same = pair(session, unreduced, unreduced)
     session.add(
@@ -143,7 +144,7 @@ def time_prefill(session: Session, name: str, visual: int) -> None:
     made = tokcompile.optimize(source, (x,), method="dart", budget=kept, **place)
     at_random = tokcompile.optimize(source, (x,), plan=made.plan.replace(method="random", options={}), spans=place["spans"])
     for method, reduced in (("dart", made), ("random", at_random)):
-        ratio = pair(session, unreduced, captured(session.device, lambda model=reduced: model.graph_module(x)))  # type: ignore[misc]
+        ratio = pair(session, unreduced, captured(session.device, functools.partial(reduced.graph_module, x)))
         flops = reduced.report.flops_ratio
         row = {"method": method, "kept": reduced.plan.reductions[-1].k, "flops": flops, **times(ratio)}
         session.add("prefill", {**about, **row, "over flops": ratio.median / flops - 1})

@@ -81,7 +81,7 @@ def readme(manifest: dict[str, Any], device: Device, report: BundleReport) -> st
         "title": device.title,
         "version": manifest["tokcompile"],
         "method": manifest["method"],
-        "reductions": f"{len(manifest['plan']['reductions'])} reductions",
+        "reductions": f"{len(manifest['plan']['reductions'])} reduction{'s' * (len(manifest['plan']['reductions']) != 1)}",
         "tensorrt": device.tensorrt if plugin else "10.0",
         "cuda": device.cuda,
         "sm": ", ".join(f"{sm // 10}.{sm % 10}" for sm in device.sm),

@@ -201,7 +201,8 @@ def test_the_prefill_cases_are_the_published_ones():
         size = gpu_prefill.MODELS[name]
         model = gpu_prefill.made_on("meta", torch.bfloat16, size, 64)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-        billions[name] = (sum(p.numel() for p in model.parameters()) + size.width * size.vocabulary) / 1e9  # with embeddings
+        embeddings = size.width * size.vocabulary
+        billions[name] = (sum(p.numel() for p in model.parameters()) + embeddings) / 1e9
     assert {name: round(count, 1) for name, count in billions.items()} == {"llama-7b": 6.7, "qwen2-7b": 7.6}
 
 

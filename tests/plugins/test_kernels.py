@@ -120,9 +120,8 @@ def with_text(text, pivots, text_pivots, *, n, **size):
 def test_pivots_from_text(text, pivots, text_pivots, dtype):
     same = []
     for i, (batch, n, k, dim) in enumerate([(1, 63, 20, 24), (3, 50, 33, 17), (2, 37, 9, 8), (1, 40, 3, 16), (2, 33, 32, 5)]):
-        case = with_text(
-            text, pivots, text_pivots, n=n, batch=batch, k=k, dim=dim, head_dim=5 + 3 * (i % 2), dtype=dtype, seed=i
-        )
+        size = dict(n=n, batch=batch, k=k, dim=dim, head_dim=5 + 3 * (i % 2))
+        case = with_text(text, pivots, text_pivots, **size, dtype=dtype, seed=i)
         same.append(compare(case, case.run(), dtype))
     assert sum(same) >= 4
 
