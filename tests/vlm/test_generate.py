@@ -139,8 +139,10 @@ def test_fewer_tokens_than_pivots(generator):
     assert made.text.wiring.stages[1].length == BEFORE + 3 + TEXT
 
 
-@pytest.mark.parametrize("method", ["dart", "fastv"])
-@pytest.mark.parametrize("name", ["llava_onevision", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llava_onevision", "dart"), ("llava_onevision", "fastv"), ("llava_onevision", "dart_embeds"), ("gemma3", "dart")],
+)
 def test_padding_is_never_chosen_by_nor_seen(name, method):
     """With room for more text, padded on the left of each, the same tokens are kept as without, and generation goes on alike.
 
@@ -170,6 +172,14 @@ def test_a_prompt_shorter_than_the_text_pivots():
     made = Generator(parts, prefill, max_new_tokens=2)
     with pytest.raises(InputError, match="dart reads 4 tokens of the text after the image, and this prompt has 2"):
         made(inputs["pixel_values"], *parts.prompt.lay_out([[1], [2, 3]], padded=True))
+
+
+def test_a_method_that_would_let_padding_rate_the_image():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs, padded=True)
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, method="sparsevlm", budget=Tokens(8), outputs="reduced")
+    with pytest.raises(InputError, match="sparsevlm reads all tokens of the text, and this language part takes padding"):
+        Generator(parts, prefill, max_new_tokens=2)
 
 
 def test_padding_that_the_parts_do_not_take():
