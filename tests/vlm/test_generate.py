@@ -226,3 +226,15 @@ def test_windows_and_positions_of_several_axes():
     with pytest.raises(InputError, match="a position has 3 numbers in this model, and its sliding windows count in one"):
         step.visible(1, 4, torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
     assert made.text.wiring.placed is False
+
+
+def test_tiles_that_are_arranged_anew_are_given_back():
+    """The tower drops tokens inside; its prompt stays as long. Of the base view alone it would not be known which are left."""
+    model, inputs = vlm("llava_onevision")
+    parts = split(model, inputs)
+    options = dict(method="divprune", where=[2], budget=0.5)
+    with pytest.raises(InputError, match="outputs='keep', which gives dropped tokens back"):
+        parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **options))
+    whole = parts.after(tokcompile.optimize(*parts.vision, outputs="keep", **options))
+    assert whole.spans == parts.spans
+    assert whole(inputs["pixel_values"], inputs["input_ids"])["logits"].shape == (1, 1, 64)
