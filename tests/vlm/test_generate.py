@@ -1,14 +1,20 @@
 """Generation after reduced parts against the model's own layers run by hand over lists that grow, token by token."""
 
+import dataclasses
+
 import pytest
 import torch
 
+import tokcompile
 from tests.conftest import error, run
 from tests.reference.dart import dart
 from tests.vlm.by_hand import by_hand
 from tests.vlm.models import FAMILIES, vlm
-from tokcompile import Tokens
+from tokcompile import InputError, Tokens
 from tokcompile.llm import Sampling
+from tokcompile.llm.decode import Decode
+from tokcompile.llm.layout import layout
+from tokcompile.vlm import Generator, split
 
 COUNT, BEFORE, TEXT = 32, 5, 7
 ENTRANCE = (("method", "divprune"), ("budget", Tokens(9)), ("where", (0,)))
@@ -124,3 +130,111 @@ def test_dart_inside_of_a_model_with_positions_of_three_axes(name, generator):
         hand.lists.keys[1][0][0].numpy(), hand.base.norm(hand.leaving[1])[0].numpy(), 9, 4, start=BEFORE, n=n, text_pivots=4
     )
     assert set(range(BEFORE, BEFORE + n)) - {BEFORE + int(i) for i in kept} == gone[2]
+
+
+def test_fewer_tokens_than_pivots(generator):
+    """DART keeps 3 tokens with 4 pivots: its pivots are as many as fit."""
+    made, _, gone = compare("llava", generator, (("method", "dart"), ("budget", Tokens(3)), ("where", (2,))))
+    assert len(gone[2]) == 49 - 3
+    assert made.text.wiring.stages[1].length == BEFORE + 3 + TEXT
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llava_onevision", "dart"), ("llava_onevision", "fastv"), ("llava_onevision", "dart_embeds"), ("gemma3", "dart")],
+)
+def test_padding_is_never_chosen_by_nor_seen(name, method):
+    """With room for more text, padded on the left of each, the same tokens are kept as without, and generation goes on alike.
+
+    The keys of LLaVA-OneVision's decoder have a bias, so that those of padding are not small by themselves.
+    """
+    model, inputs = vlm(name)
+    options = dict(method=method, budget=Tokens(8), outputs="reduced")
+    found = []
+    for room in (None, (BEFORE + 3, TEXT + 4)):
+        parts = split(model, inputs, room=room)
+        texts = parts.prompt.texts_of(inputs["input_ids"][0].tolist())
+        ids, mask = parts.prompt.lay_out(texts, padded=True)
+        prefill = tokcompile.optimize(*parts.language, spans=parts.spans, **options)
+        kept = run(prefill, **parts.language_inputs(ids, parts.see(inputs["pixel_values"]), mask)).kept["s0_index"]
+        made = Generator(parts, prefill, max_new_tokens=8)(inputs["pixel_values"], ids, mask, eos=(), keep_logits=True)
+        found.append((kept, made))
+    (kept, want), (same, got) = found
+    assert kept.tolist() == same.tolist()
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert error(got.logits, want.logits) < 1e-4
+
+
+def test_a_prompt_shorter_than_the_text_pivots():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs, room=[5, 9])
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, method="dart", budget=Tokens(8), outputs="reduced")
+    made = Generator(parts, prefill, max_new_tokens=2)
+    with pytest.raises(InputError, match="dart reads 4 tokens of the text after the image, and this prompt has 2"):
+        made(inputs["pixel_values"], *parts.prompt.lay_out([[1], [2, 3]], padded=True))
+
+
+def test_a_method_that_would_let_padding_rate_the_image():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs, padded=True)
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, method="sparsevlm", budget=Tokens(8), outputs="reduced")
+    with pytest.raises(InputError, match="sparsevlm reads all tokens of the text, and this language part takes padding"):
+        Generator(parts, prefill, max_new_tokens=2)
+
+
+def test_padding_that_the_parts_do_not_take():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[:, 0] = 0
+    with pytest.raises(InputError, match="takes no padding, and attention_mask hides some tokens"):
+        parts(inputs["pixel_values"], inputs["input_ids"], mask)
+
+
+def test_single_tokens_of_a_merge_unit():
+    """Four patches become one token of the prompt; a plan that drops single patches cannot say which tokens are left."""
+    model, inputs = vlm("qwen2_vl")
+    parts = split(model, inputs)
+    whole = tokcompile.optimize(*parts.vision, method="divprune", where=[2], budget=0.5, outputs="reduced")
+    (r,) = whole.plan.reductions
+    assert (r.n, r.k, r.unit) == (12, 6, 4)
+    single = whole.plan.replace(reductions=(dataclasses.replace(r, n=48, k=24, unit=1),))
+    with pytest.raises(tokcompile.TokcompileError):
+        parts.after(tokcompile.optimize(*parts.vision, plan=single, outputs="reduced"))
+
+
+def test_merged_tokens_that_weigh_more():
+    model, inputs = vlm("llava")
+    parts = split(model, inputs)
+    options = dict(method="tome", budget=Tokens(30), where=[2], spans=parts.spans, outputs="reduced")
+    with pytest.raises(InputError, match="tome lets a merged token weigh as much as the tokens in it"):
+        Generator(parts, tokcompile.optimize(*parts.language, **options), max_new_tokens=4)
+    plain = tokcompile.optimize(*parts.language, **options, proportional=False)
+    made = Generator(parts, plain, max_new_tokens=4)(inputs["pixel_values"], inputs["input_ids"], eos=())
+    assert made.tokens.shape == (1, 4)
+
+
+def test_windows_and_positions_of_several_axes():
+    """A position of three numbers does not say how far away a token is."""
+    model, inputs = vlm("qwen2_vl")
+    parts = split(model, inputs)
+    prefill = tokcompile.optimize(
+        *parts.language, spans=parts.spans, outputs="reduced", **dict(ENTRANCE, where=(2,), budget=Tokens(8))
+    )
+    made = Generator(parts, prefill, max_new_tokens=2)
+    step = Decode(model, layout(prefill, 2))
+    with pytest.raises(InputError, match="a position has 3 numbers in this model, and its sliding windows count in one"):
+        step.visible(1, 4, torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
+    assert made.text.wiring.placed is False
+
+
+def test_tiles_that_are_arranged_anew_are_given_back():
+    """The tower drops tokens inside; its prompt stays as long. Of the base view alone it would not be known which are left."""
+    model, inputs = vlm("llava_onevision")
+    parts = split(model, inputs)
+    options = dict(method="divprune", where=[2], budget=0.5)
+    with pytest.raises(InputError, match="outputs='keep', which gives dropped tokens back"):
+        parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **options))
+    whole = parts.after(tokcompile.optimize(*parts.vision, outputs="keep", **options))
+    assert whole.spans == parts.spans
+    assert whole(inputs["pixel_values"], inputs["input_ids"])["logits"].shape == (1, 1, 64)

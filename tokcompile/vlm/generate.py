@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tokcompile.api import OptimizedModel
+from tokcompile.errors import InputError
 from tokcompile.llm.generate import Generated
 from tokcompile.llm.generate import Generator as TextGenerator
+from tokcompile.recipe import methods
 from tokcompile.vlm.split import Parts
 
 
@@ -30,6 +32,7 @@ class Generator:
 
     def __init__(self, parts: Parts, prefill: OptimizedModel, *, max_new_tokens: int):
         self.parts = parts
+        check_padding(parts, prefill)
         self.text = TextGenerator(prefill, parts.model, max_new_tokens=max_new_tokens)
 
     def __call__(
@@ -46,6 +49,16 @@ class Generator:
         made = self.text(next_position=self.parts.prompt.positions(attention_mask)[1], **flat(inputs), **options)
         made.seconds[0] += before  # the image is part of the time to the first token
         return made
+
+
+def check_padding(parts: Parts, prefill: OptimizedModel) -> None:
+    """Raises: InputError for a method that lets every token of the text rate the image, padding too."""
+    recipe = methods().get(prefill.plan.method)
+    if parts.padded and prefill.plan.reductions and recipe is not None and "text_attention" in recipe.taps:
+        raise InputError(
+            f"{recipe.name} reads all tokens of the text, and this language part takes padding, which would be among them\n"
+            "  what to do: split without room= and padded=, for prompts of one length; or choose another method"
+        )
 
 
 def flat(inputs: dict[str, Any]) -> dict[str, Any]:

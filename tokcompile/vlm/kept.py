@@ -48,8 +48,8 @@ def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], red
     shapes = ", ".join(f"{name} {tuple(index.shape)}" for name, index in indices.items())
     raise InputError(
         f"the vision part gives {count} features of {total}, and its indices do not say which ones they are "
-        f'({shapes or "there are none"})\n  what to do: optimize it with outputs="reduced"; where tokens are pooled or '
-        "arranged anew after the tower, reduce in the language part"
+        f"({shapes or 'there are none'})\n  what to do: optimize it with outputs='reduced'; where the tokens of tiles "
+        "are arranged anew after the tower, with outputs='keep', which gives dropped tokens back"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import InputError
+from tokcompile.recipe import methods
 from tokcompile.vlm.masks import Span
 from tokcompile.vlm.positions import Positions
 
@@ -110,12 +111,18 @@ class Prompt:
         return made, old
 
     def check_pivots(self, mask: Tensor | None, method: str, options: Mapping[str, Any]) -> None:
-        """Methods that read some tokens of the text after an image must find that many, and not padding. Raises: InputError."""
-        wanted, at = int(options.get("text_pivots", 0) or 0), self.full[-1][1]
-        real = int((self.mask if mask is None else mask)[:, at:].sum(-1).min())
-        if real < min(wanted, self.full_length - at):
+        """Methods that read some tokens of the text must find that many, and not padding. Raises: InputError."""
+        recipe = methods().get(method)
+        anywhere = recipe is not None and "text_embeds" in recipe.taps  # else after the image
+        wanted, start = int(options.get("text_pivots", 0) or 0), self.full[-1][1]
+        mask = self.mask if mask is None else mask
+        images = sum(self.images) if anywhere else 0
+        real = int(mask[:, 0 if anywhere else start :].sum(-1).min()) - images
+        room = sum(self.room) if anywhere else self.full_length - start
+        if real < min(wanted, room):
+            where = "" if anywhere else " after the image"
             raise InputError(
-                f"{method} reads {wanted} tokens of the text after the image, and this prompt has {real}\n"
+                f"{method} reads {wanted} tokens of the text{where}, and this prompt has {real}\n"
                 f"  what to do: a longer text; or optimize the language part with text_pivots={real}"
             )
 
@@ -223,8 +230,9 @@ class Prompt:
             "inputs_embeds": torch.cat([*pieces, embeds[:, at:]], 1),
             "position_ids": self.chosen(position_ids, kept),
         }
-        if attention_mask is not None:
+        if attention_mask is not None:  # methods that look for the largest embeddings must not find padding
             made["attention_mask"] = self.chosen(attention_mask, kept)
+            made["inputs_embeds"] = made["inputs_embeds"].masked_fill(made["attention_mask"][..., None] == 0, 0)
         return made | ({"deepstack": list(seen["deepstack"])} if "deepstack" in seen else {})
 
     def inputs(self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool) -> dict[str, Any]:
