@@ -39,7 +39,7 @@ def test_the_shape_of_an_image_inside_a_language_model():
         where = site(GRID, 16, 4, 5, grid=None, options={"shape": shape})
         assert run(GRID, sequence(1, 25), where)[0].index.tolist() == [grid(16, 4, tuple(shape))]
     for recipe in (GRID, M3):
-        for wrong in ((5, 5), (16,)):
+        for wrong in ((5, 5), (16,), 16, (-4, -4), (3.2, 5)):
             with pytest.raises(MethodError, match="does not hold these 16 tokens"):
                 run(recipe, sequence(1, 16), site(recipe, 16, 4, options={"shape": wrong}))
         assert list(recipe.steps.at(32, language=True)) == [0]

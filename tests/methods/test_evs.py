@@ -42,9 +42,9 @@ def test_a_still_video_keeps_its_first_frame():
 
 
 def test_what_is_no_video_is_refused():
-    for options, grid in (({}, None), ({}, (4, 4)), ({"frames": 5}, None), ({"frames": 0}, None)):
+    for options, grid in (({}, None), ({}, (4, 4)), ({"frames": 5}, None), ({"frames": 0}, None), ({"frames": "4"}, None)):
         with pytest.raises(MethodError, match="nothing says how many these 16 tokens are: frames="):
             run(EVS, sequence(1, 16), site(EVS, 16, 8, grid=grid, options=options))
     with pytest.raises(MethodError, match="always keeps the first frame"):
         run(EVS, sequence(1, 16), site(EVS, 16, 3, options={"frames": 4}))
-    assert least(16, {"frames": 4}) == 4
+    assert [least(16, {"frames": frames}) for frames in (4, None, 0, "4")] == [4, 1, 1, 1]

@@ -58,6 +58,9 @@ def test_density_peaks_find_the_clusters():
     assert [[j for j in range(36) if slots[0, j] == i] for i in range(4)] == groups
 
 
-def test_no_position_is_refused():
+def test_senseless_options_are_refused():
+    for wrong in (16, "16,24,24", (16, -1), (0,)):
+        with pytest.raises(MethodError, match="sections are how many frequencies each axis has"):
+            run(PPE, sequence(1, 8), site(PPE, 8, 4, options={"sections": wrong}))
     with pytest.raises(MethodError, match="at least one position, not 0"):
         run(PPE, sequence(1, 8), site(PPE, 8, 4, options={"positions": 0}))

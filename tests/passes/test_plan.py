@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tokcompile
-from tests.conftest import export
+from tests.conftest import TOLD, export
 from tokcompile import Flops, KeepRate, Plan, Recipe, Reduction, Remove, Schedule, Share, Tokens, steps
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
@@ -258,7 +258,7 @@ def test_spans_must_be_whole_groups(spans):
 
 def test_reductions_of_segments():
     found = model((2, 24, 0, 0))
-    slots = [Slot(b, "attention", b.stage, ((0, 2), (2, 5))) for b in found.blocks]
+    slots = [Slot(b, "attention", b.stage, ((0, 2), (2, 5)), (2, 3)) for b in found.blocks]
     got = reductions([4, 2], slots, recipe(), {}, 4)
     assert [(r.block, r.n, r.k, r.prefix, r.suffix, r.unit) for r in got] == [
         (0, 3, 2, 8, 4, 4), (1, 2, 1, 0, 16, 4), (1, 2, 1, 8, 4, 4)]  # fmt: skip
@@ -325,7 +325,7 @@ def test_a_plan_is_a_value():
 
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_every_method_has_a_plan_on_a_plain_vit(method):
-    plan = tokcompile.optimize(export("timm/vit"), method=method, budget=Tokens(30)).plan
+    plan = tokcompile.optimize(export("timm/vit"), method=method, budget=Tokens(30), **TOLD.get(method, {})).plan
     assert plan.method == method
     assert plan.reductions[0].n == 49
     assert plan.reductions[-1].k == 30

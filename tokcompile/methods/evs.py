@@ -18,19 +18,20 @@ def frame_count(site: Site) -> int:
     frames = site.options["frames"]
     if frames is None and site.grid is not None and len(site.grid) == 3:
         frames = site.grid[0]
-    if frames is None or frames < 1 or site.n % frames:
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or site.n % frames:
         raise MethodError(
             f"evs compares the frames of a video, and nothing says how many these {site.n} tokens are: frames=..., which "
-            f"divides their number (not {frames})"
+            f"divides their number (not {frames!r})"
         )
     if site.k < site.n // frames:
         raise MethodError(f"evs always keeps the first frame: of {frames} frames with {site.n} tokens no fewer than "
                           f"{site.n // frames} can be left, not {site.k}")  # fmt: skip
-    return int(frames)
+    return frames
 
 
 def least(n: int, options: Mapping[str, Any]) -> int:
-    return n // options["frames"] if options["frames"] else 1
+    frames = options["frames"]
+    return n // frames if isinstance(frames, int) and frames > 0 else 1
 
 
 def plan(tokens: Tokens, site: Site) -> Keep:

@@ -32,9 +32,10 @@ def raster(site: Site) -> tuple[int, int] | None:
     """
     shape = site.options.get("shape")
     if shape is not None:
-        if len(shape) != 2 or shape[0] * shape[1] != site.n:
-            raise MethodError(f"shape={tuple(shape)} does not hold these {site.n} tokens: it is (rows, columns) of each image")
-        return int(shape[0]), int(shape[1])
+        fits = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(side, int) for side in shape)
+        if not fits or shape[0] * shape[1] != site.n or shape[0] < 1:
+            raise MethodError(f"shape={shape!r} does not hold these {site.n} tokens: it is (rows, columns) of each image")
+        return shape[0], shape[1]
     if site.grid is not None and len(site.grid) == 2 and site.grid[0] * site.grid[1] == site.n:
         return site.grid[0], site.grid[1]
     return None

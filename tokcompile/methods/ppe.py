@@ -28,9 +28,13 @@ def last_members(inside: Tensor, count: int) -> Tensor:
 def plan(tokens: Tokens, site: Site) -> Keep | Mix:
     """Means of k clusters by density peaks, best centre first; a first reduction gives each several positions, later ones
     the whole set of positions of its last member."""
-    positions = site.options["positions"]
+    positions, sections = site.options["positions"], site.options["sections"]
     if positions < 1:
         raise MethodError(f"ppe gives each token at least one position, not {positions}")
+    if sections is not None and not (
+        isinstance(sections, (tuple, list)) and all(isinstance(s, int) and s > 0 for s in sections)
+    ):
+        raise MethodError(f"ppe's sections are how many frequencies each axis has, such as (16, 24, 24), not {sections!r}")
     if site.k == site.n:
         return Keep(identity(tokens.x))
     _, slots = density_peaks(tokens.x, site.k, neighbour_count(site.n, site.k))
