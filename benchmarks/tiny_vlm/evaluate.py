@@ -23,12 +23,14 @@ import tokcompile
 from benchmarks.tiny_vlm import model as parts
 from benchmarks.tiny_vlm import reduce
 from benchmarks.tiny_vlm.data import GRID, Question, Scene, questions, read_pictures, scene
+from benchmarks.tiny_vlm.packing import IGNORED, encode, pack
 from benchmarks.tiny_vlm.reduce import Reduced
-from benchmarks.tiny_vlm.train import IGNORED, encode, pack
 
 SPANS = [(parts.PREFIX, parts.PREFIX + GRID * GRID)]
 SCENES = 256
 INSIDE = ("is there", "where is")  # the kinds that are also asked where the reduction is inside the language model
+REDUCED = ("what is at", "where is", "is there")  # the kinds that are asked where something is reduced
+INSIDE_SCENES = 144
 LONGEST = 3  # tokens of an answer, newline included
 BATCH = 8
 
@@ -68,6 +70,10 @@ class Asked:
         scenes = [scene(pictures, "test", i, single=single) for i in range(count)]
         asked = [questions(s, np.random.default_rng([9, i]), training=False) for i, s in enumerate(scenes)]
         return cls(scenes, asked, [encode(tokenizer, a) for a in asked])
+
+    def of_kinds(self, kinds: tuple[str, ...], count: int = SCENES) -> Asked:
+        pairs = [[(q, e) for q, e in zip(*row) if q.kind in kinds] for row in zip(self.questions[:count], self.ids)]
+        return Asked(self.scenes[:count], [[q for q, _ in row] for row in pairs], [[e for _, e in row] for row in pairs])
 
 
 def cut(lm: Any, layers: int) -> nn.Module:
@@ -165,9 +171,7 @@ def swapped(shown: Reduced) -> Reduced:
 
 
 def flat(asked: Asked, scores: list[list[tuple[bool, bool]]]) -> list[Any]:
-    return [
-        [i, q.kind, said, ended] for i, (a, s) in enumerate(zip(asked.questions, scores)) for q, (said, ended) in zip(a, s)
-    ]
+    return [[i, q.kind, said, ended] for i, (a, s) in enumerate(zip(asked.questions, scores)) for q, (said, ended) in zip(a, s)]
 
 
 def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> None:
@@ -178,7 +182,14 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     canvas, single = (Asked.make(data, trained.tokenizer, single=s) for s in (False, True))
     shown, alone = reduce.full(canvas.scenes, kept / "canvas"), reduce.full(single.scenes, kept / "single")
     (results / "questions.json").write_text(
-        json.dumps([[i, q.kind, q.answer] for a in (canvas, single) for i, qs in enumerate(a.questions) for q in qs])
+        json.dumps(
+            [
+                [of, i, q.kind, q.answer]
+                for of, a in (("canvas", canvas), ("single", single))
+                for i, qs in enumerate(a.questions)
+                for q in qs
+            ]
+        )
     )
 
     def run(name: str, make: Callable[[], list[Any]]) -> None:
@@ -187,21 +198,34 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
             path.write_text(json.dumps(make()))
             print(name, flush=True)
 
-    def ask(reduced: Callable[[], Reduced], of: Asked = canvas) -> Callable[[], list[Any]]:
+    def ask(reduced: Callable[[], Reduced], of: Asked) -> Callable[[], list[Any]]:
         return lambda: flat(of, answers(trained, reduced(), of))
 
-    run("full", ask(lambda: shown))
-    run("swapped", ask(lambda: swapped(shown)))
-    run("single-full", ask(lambda: alone, single))
-    run("single-swapped", ask(lambda: swapped(alone), single))
+    def between(method: str, k: int) -> Callable[[], Reduced]:
+        return lambda: chosen_between(trained, shown, method, k)
+
+    def in_tower(method: str, k: int) -> Callable[[], Reduced]:
+        return lambda: reduce.tower(canvas.scenes, method, k, kept / "canvas")
+
+    def small(grid: int) -> Callable[[], Reduced]:
+        return lambda: reduce.smaller(canvas.scenes, grid, kept / "canvas")
+
+    def within(method: str | None, k: int) -> Callable[[], list[Any]]:
+        return lambda: inside(trained, shown, canvas.of_kinds(INSIDE, INSIDE_SCENES), method, k)
+
+    run("full", ask(lambda: shown, canvas))
+    run("swapped", ask(lambda: swapped(shown), canvas))
+    tabled = canvas.of_kinds(REDUCED)
     for k in reduce.TOKENS:
         for method in reduce.BETWEEN:
-            run(f"between-{method}-{k}", ask(lambda m=method, k=k: chosen_between(trained, shown, m, k)))  # type: ignore[misc]
+            run(f"between-{method}-{k}", ask(between(method, k), tabled))
         for method in reduce.TOWER:
-            run(f"tower-{method}-{k}", ask(lambda m=method, k=k: reduce.tower(canvas.scenes, m, k, kept / "canvas")))  # type: ignore[misc]
+            run(f"tower-{method}-{k}", ask(in_tower(method, k), tabled))
     for grid in reduce.SMALLER:
-        run(f"smaller-input-{grid * grid}", ask(lambda g=grid: reduce.smaller(canvas.scenes, g, kept / "canvas")))  # type: ignore[misc]
-    run("inside-full-256", lambda: inside(trained, shown, canvas, None, 0))
+        run(f"smaller-input-{grid * grid}", ask(small(grid), tabled))
+    run("inside-full-256", within(None, 0))
     for k in reduce.TOKENS:
         for method in reduce.INSIDE:
-            run(f"inside-{method}-{k}", lambda m=method, k=k: inside(trained, shown, canvas, m, k))  # type: ignore[misc]
+            run(f"inside-{method}-{k}", within(method, k))
+    run("single-full", ask(lambda: alone, single))
+    run("single-swapped", ask(lambda: swapped(alone), single))

@@ -105,6 +105,10 @@ def trained_state(projector: Projector, updates: Mapping[str, LowRank]) -> dict[
     return {k: v.detach().clone() for k, v in state.items()}
 
 
+def of_projector(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")}
+
+
 def load_trained(folder: Path, path: Path = TRAINED, dtype: torch.dtype = torch.float32) -> tuple[Any, Projector]:
     """The language model with the updates added to its weights, and the projector."""
     state = {k: v.float() for k, v in load_file(path).items()}
@@ -113,7 +117,7 @@ def load_trained(folder: Path, path: Path = TRAINED, dtype: torch.dtype = torch.
         if f"{name}.a" in state:
             module.weight.data += state[f"{name}.b"] @ state[f"{name}.a"]
     projector = Projector()
-    projector.load_state_dict({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")})
+    projector.load_state_dict(of_projector(state))
     return model.to(dtype), projector.eval().requires_grad_(False)
 
 

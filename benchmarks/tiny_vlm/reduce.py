@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 import tokcompile
-from benchmarks.tiny_vlm.data import GRID, PATCH, SIZE, Scene
+from benchmarks.tiny_vlm.data import GRID, PATCH, Scene
 from benchmarks.tiny_vlm.tower import Tower, features, pixels_of
 from tokcompile.recipe import Recipe, get_method
 
-TOKENS = (85, 57, 28, 14)  # of 256: 66.8, 77.7, 89.1 and 94.5 % removed
+TOKENS = (28, 57, 14, 85)  # of 256: 89.1, 77.7, 94.5 and 66.8 % removed, in the order in which they are measured
 TOWER = ("visionzip", "fastervlm", "prumerge", "tome", "m3")
 BETWEEN = ("divprune", "random", "grid")
 INSIDE = ("dart", "fastv", "random")
@@ -110,7 +111,4 @@ def _kept(path: Path, make: Any) -> Reduced:
 
 
 def _resized(scene: Scene, side: int) -> Any:
-    import numpy as np
-
-    assert scene.pixels.shape[0] == SIZE
     return np.asarray(Image.fromarray(scene.pixels).resize((side, side), Image.Resampling.BICUBIC))

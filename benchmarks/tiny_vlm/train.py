@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.tiny_vlm import model as parts
 from benchmarks.tiny_vlm.data import GRID, WORDS, Question, Scene, cover, questions
+from benchmarks.tiny_vlm.learner import COARSE, Learner, pooled
+from benchmarks.tiny_vlm.packing import by_kind, encode, pack
 from benchmarks.tiny_vlm.tower import shard_path, shard_scenes
-
-IGNORED = -100
-COARSE = GRID // 2
 
 
 @dataclass
@@ -53,151 +52,15 @@ class Example:
     features: Tensor
 
 
-@dataclass
-class Pack:
-    """ids, positions, targets: (B, T) of the text; target IGNORED where nothing is learnt. seen: (B, 1, P + N + T, P + N + T),
-    True where attention may go. place: (B, T), the number of the question that a token belongs to, -1 for padding."""
-
-    ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    seen: Tensor
-    place: Tensor
-
-
-def pooled(features: Tensor) -> Tensor:
-    """(B, 256, D) -> (B, 64, D), means of 2 x 2."""
-    b, _, d = features.shape
-    return features.view(b, COARSE, 2, COARSE, 2, d).mean((2, 4)).reshape(b, COARSE * COARSE, d)
-
-
-def cells_of(count: int) -> Tensor:
-    """The cell of the fine grid in which each of `count` tokens has its position; a pooled one that of its first patch."""
-    if count == GRID * GRID:
-        return torch.arange(count)
-    rows = torch.arange(COARSE)
-    return (rows[:, None] * 2 * GRID + rows[None] * 2).flatten()
-
-
-def visual(projector: parts.Projector, features: Tensor) -> Tensor:
-    """The embeddings of 256 or of 64 pooled tokens."""
-    cells = cells_of(features.shape[1])
-    if features.shape[1] == GRID * GRID:
-        return projector(features, cells)
-    step = cells + GRID + 1  # the middle of the four places
-    return projector.shown(features) + 0.5 * (
-        projector.rows[cells // GRID] + projector.rows[step // GRID] + projector.columns[cells % GRID] + projector.columns[step % GRID]
-    )
-
-
-def encode(tokenizer: Any, asked: list[Question]) -> list[tuple[list[int], int]]:
-    """Ids of question, answer and newline, and how many of them are the question."""
-    made = []
-    for q in asked:
-        text = tokenizer(f"\n{q.text}", add_special_tokens=False).input_ids
-        made.append((text + tokenizer(f" {q.answer}\n", add_special_tokens=False).input_ids, len(text)))
-    return made
-
-
-def pack(encoded: list[list[tuple[list[int], int]]], visual_tokens: int) -> Pack:
-    """Text of all scenes, padded to one length."""
-    head = parts.PREFIX + visual_tokens
-    length = max(sum(len(ids) for ids, _ in scene) for scene in encoded)
-    ids, positions, targets = (torch.zeros(len(encoded), length, dtype=torch.long) for _ in range(3))
-    place = torch.full((len(encoded), length), -1)
-    targets += IGNORED
-    for row, scene in enumerate(encoded):
-        at = 0
-        for number, (tokens, asked) in enumerate(scene):
-            stop = at + len(tokens)
-            ids[row, at:stop] = torch.tensor(tokens)
-            positions[row, at:stop] = torch.arange(len(tokens)) + parts.PREFIX + GRID * GRID
-            place[row, at:stop] = number
-            targets[row, at + asked - 1 : stop - 1] = torch.tensor(tokens[asked:])
-            at = stop
-    owner = torch.cat([torch.full((len(encoded), head), -2), place], 1)
-    order = torch.arange(head + length)
-    same = (owner[:, :, None] == owner[:, None]) | (owner[:, None] == -2)
-    seen = same & (order[:, None] >= order[None])
-    return Pack(ids, positions, targets, seen[:, None], place)
-
-
-def plain_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
-    """Three plain matrix products, faster here than the fused form with a mask; q: (B, H, N, D), k and v have fewer heads."""
-    b, h, n, d = q.shape
-    groups = h // k.shape[1]
-    q = (q * scaling).reshape(b, k.shape[1], groups * n, d)
-    scores = (q @ k.transpose(-1, -2)).view(b, h, n, -1) + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(b, k.shape[1], groups * n, -1)
-    return (weights @ v).view(b, h, n, d).transpose(1, 2), None
-
-
-class Learner:
-    """The language model with its updates, and the projector."""
-
-    def __init__(self, folder: Path, seed: int):
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        torch.manual_seed(seed)
-        ALL_ATTENTION_FUNCTIONS.register("tiny_plain", plain_attention)
-        self.lm = parts.language_model(folder, torch.bfloat16)
-        self.lm.config._attn_implementation = "tiny_plain"
-        self.updates = parts.add_low_rank(self.lm)
-        self.projector = parts.Projector()
-        self.tokenizer = parts.tokenizer(folder)
-        self._start_from_words()
-
-    def word(self, text: str) -> Tensor:
-        """(D,): the mean input embedding of a word."""
-        return self.lm.model.embed_tokens.weight[self.tokenizer(f" {text}", add_special_tokens=False).input_ids].float().mean(0)
-
-    def _start_from_words(self) -> None:
-        """Places start as the words for them, the size of what is shown as that of a word."""
-        with torch.no_grad():
-            names = torch.stack([self.word(w) for w in WORDS])
-            self.projector.gain *= names.pow(2).mean().sqrt()
-            half = GRID // 2
-            for table, words in ((self.projector.rows, ("top", "bottom")), (self.projector.columns, ("left", "right"))):
-                table[:half], table[half:] = 0.6 * self.word(words[0]), 0.6 * self.word(words[1])
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.projector.parameters(), *(p for u in self.updates.values() for p in u.parameters())]
-
-    def hidden(self, features: Tensor, text: Pack) -> Tensor:
-        """features: (B, N, 384) -> the last hidden states of the text, (B, T, D)."""
-        embed = self.lm.model.embed_tokens
-        shown = visual(self.projector, features.float()).bfloat16()
-        b, n, _ = shown.shape
-        first = embed(torch.full((b, 1), parts.START))
-        where = (cells_of(n) + parts.PREFIX)[None].expand(b, -1)
-        if n < GRID * GRID:
-            where = where + COARSE  # near the middle of the four positions
-        positions = torch.cat([torch.zeros(b, 1, dtype=torch.long), where, text.positions], 1)
-        mask = torch.zeros(text.seen.shape, dtype=torch.bfloat16).masked_fill(~text.seen, -1e4)
-        out = self.lm.model(
-            inputs_embeds=torch.cat([first, shown, embed(text.ids)], 1), position_ids=positions, attention_mask=mask, use_cache=False
-        )
-        return out.last_hidden_state[:, parts.PREFIX + n :]
-
-    def loss(self, features: Tensor, text: Pack, newline: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss; and the loss and whether it was right of each answer token, in the order of `text.targets`."""
-        wanted = text.targets != IGNORED
-        targets = text.targets[wanted]
-        logits = self.lm.lm_head(self.hidden(features, text)[wanted]).float()
-        each = F.cross_entropy(logits, targets, reduction="none")
-        last = torch.roll(text.place, -1, 1) != text.place  # the token after the last target belongs to the next question
-        ends = torch.roll(last, -1, 1)[wanted]
-        share = torch.where(ends, newline, 1.0)
-        return (each * share).sum() / share.sum(), each.detach(), logits.argmax(-1) == targets
+Batch = tuple[list[Example], list[list[Question]]]
 
 
 def examples(data: Path, folder: Path, part: str, shards: int, seed: int) -> list[Example]:
     made = []
     for shard in range(shards):
         kept = torch.load(shard_path(folder, part, shard))
-        made += [Example(s, f) for s, f in zip(shard_scenes(data, part, shard, seed), kept)]
-    for e in made:
-        object.__setattr__(e.scene, "pixels", np.zeros(0))  # only the features are needed from here on
+        blind = [replace(s, pixels=np.zeros(0)) for s in shard_scenes(data, part, shard, seed)]  # the features are enough
+        made += [Example(s, f) for s, f in zip(blind, kept)]
     return made
 
 
@@ -247,7 +110,7 @@ def patches(pool: list[Example], rng: np.random.Generator) -> tuple[Tensor, Tens
     return torch.cat(features), torch.from_numpy(np.concatenate(targets))
 
 
-def batches(pool: list[Example], settings: Settings, stage: int, start: int) -> Iterator[tuple[list[Example], list[list[Question]]]]:
+def batches(pool: list[Example], settings: Settings, stage: int, start: int) -> Iterator[Batch]:
     """The scenes and questions of each step from `start` on; what a step gets does not depend on where one starts."""
     order = np.random.default_rng([settings.seed, 20 + stage])
     needed = settings.steps[stage] * settings.batch
@@ -268,18 +131,19 @@ def stage12(learner: Learner, pool: list[Example], watched: list[Example], setti
     if checkpoint.exists():
         kept = torch.load(checkpoint)
         begin = kept["next"]
-        restore(learner, kept["trained"])
+        learner.restore(kept["trained"])
         optimiser.load_state_dict(kept["optimiser"])
     for stage in range(begin[0], 3):
         first = begin[1] if stage == begin[0] else 0
         scores: dict[str, list[float]] = {}
         since = time.perf_counter()
         for step, (chosen, asked) in enumerate(batches(pool, settings, stage, first), first):
+            torch.manual_seed((settings.seed * 10 + stage) * 100_000 + step)  # of dropout: a continued run is the same run
             for group, rate in zip(optimiser.param_groups, (settings.projector_rate, settings.rate)):
                 group["lr"] = rate * share_of_rate(stage, step, settings)
             features = torch.stack([e.features for e in chosen]).float()
             text = pack([encode(learner.tokenizer, a) for a in asked], 64 if stage == 1 else 256)
-            loss, each, right = learner.loss(pooled(features) if stage == 1 else features, text, settings.newline)
+            loss, right = learner.loss(pooled(features) if stage == 1 else features, text, settings.newline)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -288,16 +152,22 @@ def stage12(learner: Learner, pool: list[Example], watched: list[Example], setti
                 scores.setdefault(kind, []).extend(value)
             if (step + 1) % 20 == 0:
                 seconds = (time.perf_counter() - since) / 20
-                log(stage=stage, step=step + 1, loss=loss.item(), seconds=seconds, right={k: np.mean(v) for k, v in scores.items()})
+                share = {k: np.mean(v) for k, v in scores.items()}
+                log(stage=stage, step=step + 1, loss=loss.item(), seconds=seconds, right=share)
                 scores, since = {}, time.perf_counter()
             if (step + 1) % 100 == 0 or step + 1 == settings.steps[stage]:
                 log(stage=stage, step=step + 1, watched=watch(learner, watched, stage))
                 since = time.perf_counter()
             if (step + 1) % 50 == 0 or step + 1 == settings.steps[stage]:
                 following = (stage, step + 1) if step + 1 < settings.steps[stage] else (stage + 1, 0)
-                trained = parts.trained_state(learner.projector, learner.updates)
-                torch.save(dict(next=following, trained=trained, optimiser=optimiser.state_dict()), checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                keep(checkpoint, learner, optimiser, following)
+
+
+def keep(checkpoint: Path, learner: Learner, optimiser: torch.optim.Optimizer, following: tuple[int, int]) -> None:
+    temporary = checkpoint.with_suffix(".tmp")
+    trained = parts.trained_state(learner.projector, learner.updates)
+    torch.save(dict(next=following, trained=trained, optimiser=optimiser.state_dict()), temporary)
+    temporary.replace(checkpoint)
 
 
 def share_of_rate(stage: int, step: int, settings: Settings) -> float:
@@ -305,27 +175,6 @@ def share_of_rate(stage: int, step: int, settings: Settings) -> float:
         return min(1, (step + 1) / 20) * (1 - 0.95 * step / settings.horizon)
     reached = 1 - 0.95 * settings.steps[1] / settings.horizon
     return reached + (0.05 - reached) * step / settings.steps[2]
-
-
-def restore(learner: Learner, trained: Mapping[str, Tensor]) -> None:
-    learner.projector.load_state_dict({k.removeprefix("projector."): v for k, v in trained.items() if k.startswith("projector.")})
-    with torch.no_grad():
-        for name, update in learner.updates.items():
-            update.a.copy_(trained[f"{name}.a"])
-            update.b.copy_(trained[f"{name}.b"])
-
-
-def by_kind(text: Pack, asked: list[list[Question]], right: Tensor) -> dict[str, list[float]]:
-    """Whether each whole answer was right, newline included."""
-    wanted = text.targets != IGNORED
-    rows = torch.arange(len(asked))[:, None].expand_as(text.place)[wanted].tolist()
-    scores: dict[tuple[int, int], bool] = {}
-    for row, number, good in zip(rows, text.place[wanted].tolist(), right.tolist()):
-        scores[row, number] = scores.get((row, number), True) and good
-    made: dict[str, list[float]] = {}
-    for (row, number), good in scores.items():
-        made.setdefault(asked[row][number].kind, []).append(float(good))
-    return made
 
 
 @torch.no_grad()
@@ -338,7 +187,7 @@ def watch(learner: Learner, watched: list[Example], stage: int, count: int = 64)
         asked = [questions(e.scene, np.random.default_rng(at + i), training=False) for i, e in enumerate(chosen)]
         features = torch.stack([e.features for e in chosen]).float()
         text = pack([encode(learner.tokenizer, a) for a in asked], 64 if stage == 1 else 256)
-        _, _, right = learner.loss(pooled(features) if stage == 1 else features, text, 1.0)
+        _, right = learner.loss(pooled(features) if stage == 1 else features, text, 1.0)
         for kind, value in by_kind(text, asked, right).items():
             scores.setdefault(kind, []).extend(value)
     learner.projector.train()
