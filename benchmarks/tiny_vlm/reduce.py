@@ -26,6 +26,7 @@ BETWEEN = ("divprune", "random", "grid")
 INSIDE = ("dart", "fastv", "random")
 SMALLER = (8, 6, 4)  # grids of a smaller input: 64, 36 and 16 tokens
 BATCH = 8
+DRAWN = 32  # scenes a batch between tower and language model; random selection draws another set for each of them
 
 
 @dataclasses.dataclass
@@ -34,6 +35,9 @@ class Reduced:
 
     features: Tensor
     cells: Tensor
+
+    def first(self, count: int) -> Reduced:
+        return Reduced(self.features[:count], self.cells[:count])
 
 
 def full(scenes: Sequence[Scene], folder: Path) -> Reduced:
@@ -81,17 +85,18 @@ def between(prompts: Tensor, first_layer: nn.Module, method: str, tokens: int, s
 
     first_layer: the language model cut to one layer: what is kept there does not depend on the others.
     """
+    whole = torch.cat([prompts, prompts[: -len(prompts) % DRAWN]]).split(DRAWN)
     opt = tokcompile.optimize(
         tokcompile.llm.Prefill(first_layer),
-        kwargs={"inputs_embeds": prompts},
+        kwargs={"inputs_embeds": whole[0]},
         method=at_entrance(method),
         budget=tokcompile.Tokens(tokens),
         where=[0],
         spans=spans,
         outputs="reduced",
     )
-    kept: Tensor = opt(inputs_embeds=prompts).kept["s0_index"]
-    return kept
+    kept = [opt(inputs_embeds=p).kept["s0_index"] for p in whole]
+    return torch.cat(kept)[: len(prompts)]
 
 
 def at_entrance(method: str) -> Recipe:

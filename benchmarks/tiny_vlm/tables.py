@@ -17,13 +17,13 @@ import numpy as np
 
 from benchmarks.common import save, table
 from benchmarks.tiny_vlm.data import PLACES, WORDS
+from benchmarks.tiny_vlm.evaluate import REDUCED
 from benchmarks.tiny_vlm.reduce import BETWEEN, INSIDE, SMALLER, TOKENS, TOWER
 
 Scores = dict[tuple[int, str, int], bool]  # (scene, kind, how many of that kind came before) -> right
 KINDS = ("name", "what is at", "where is", "is there", "how many things", "how many of it")
 GUESS = {"name": 1 / len(WORDS), "what is at": 1 / len(WORDS), "where is": 1 / len(PLACES), "is there": 1 / 2}
 ERRORS = 3  # standard errors by which a kind has to beat guessing, and to drop with the wrong picture
-TABLED = ("what is at", "where is", "is there")
 
 
 def mean(values: Scores) -> tuple[float, float]:
@@ -92,11 +92,17 @@ def conditions() -> list[tuple[str, str, str, int, str]]:
     return made + [("input", "smaller input", f"smaller-input-{g * g}", g * g, "") for g in SMALLER]
 
 
+def agreement(results: Path) -> str:
+    """Whether single prefills, compiled by tokcompile with nothing removed, say the same as packed questions."""
+    one, packed = read(results / "check.json"), read(results / "full.json")
+    return f"{sum(packed[k] == v for k, v in one.items())} of {len(one)}"
+
+
 def comparison(results: Path, kind: str, speed: dict[str, Any]) -> str:
     """One kind of question under all conditions that were measured."""
     rows = []
     for place, method, name, tokens, baseline in sorted(conditions(), key=lambda c: (-c[3], c[0], c[1])):
-        full = results / ("inside-full-256.json" if name.startswith("inside") else "full.json")
+        full = results / "full.json"
         if not (results / f"{name}.json").exists() or not full.exists():
             continue
         scores, whole = read(results / f"{name}.json", [kind]), read(full, [kind])
@@ -140,8 +146,8 @@ def tables(build: Path) -> None:
     path = build / "speed.json"
     speed = json.loads(path.read_text()) if path.exists() else {}
     text, passed = gates(results)
-    parts = ["### What was learnt", text]
-    for kind in (k for k in TABLED if k in passed):
+    parts = ["### What was learnt", text, f"packed and single prefills agree in {agreement(results)} answers"]
+    for kind in REDUCED:
         parts += [f"### {kind}", comparison(results, kind, speed)]
         parts += [f"#### {kind}, methods against each other, 28 tokens", pairs(results, kind, 28)]
     whole = "\n\n".join(parts)
