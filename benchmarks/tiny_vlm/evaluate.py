@@ -188,7 +188,7 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     results.mkdir(parents=True, exist_ok=True)
     canvas = Asked.make(data, trained.tokenizer, single=False)
     single = Asked.make(data, trained.tokenizer, single=True).only(("name",), SCENES)
-    shown, alone = reduce.full(canvas.scenes, kept / "canvas"), reduce.full(single.scenes, kept / "single")
+    shown = reduce.full(canvas.scenes, kept / "canvas")
     (results / "questions.json").write_text(
         json.dumps(
             [
@@ -224,6 +224,9 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     def small(grid: int) -> Callable[[], Reduced]:
         return lambda: reduce.smaller(canvas.scenes, grid, kept / "canvas")
 
+    def alone() -> Reduced:
+        return reduce.full(single.scenes, kept / "single")
+
     def within(method: str | None, k: int, of: Asked = tabled) -> Callable[[], list[Any]]:
         return lambda: inside(trained, shown.first(len(of.scenes)), of, method, k)
 
@@ -239,5 +242,5 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
             run(f"inside-{method}-{k}", within(method, k))
     for grid in reduce.SMALLER:
         run(f"smaller-input-{grid * grid}", ask(small(grid)))
-    run("single-full", ask(lambda: alone, single))
-    run("single-swapped", ask(lambda: swapped(alone), single))
+    run("single-full", ask(alone, single))
+    run("single-swapped", ask(lambda: swapped(alone()), single))
