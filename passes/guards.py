@@ -6,24 +6,17 @@ become a small graph of their own, from the inputs to one boolean a guard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import InputError
-from tokcompile.passes.canonicalise import (
-    ancestors_of,
-    base_of,
-    drop_asserts,
-    evaluate,
-    foldable,
-    influenced,
-    inline_regions,
-    mutates,
-)
-from tokcompile.passes.graph import aten, copy_graph, packet
+from tokcompile.passes.canonicalise import drop_asserts, inline_regions
+from tokcompile.passes.fold import evaluate, foldable
+from tokcompile.passes.graph import copy_graph, packet
+from tokcompile.passes.memory import ancestors_of, base_of, influenced, mutates
 from tokcompile.passes.vmap import flatten_vmap
 
 MARK = "fixed from the example inputs: "
@@ -95,23 +88,6 @@ def collect(gm: GraphModule) -> Guards | None:
     inline_regions(gm)
     flatten_vmap(gm)
     return conditions(gm, [(n.args[0], n.args[1][len(MARK) :]) for n in marked(gm)])
-
-
-def equal_guards(gm: GraphModule, fixed: Iterable[tuple[Node, torch.Tensor, str]]) -> Guards | None:
-    """Guards that nodes of `gm` have the given values, each with a text for the report; `gm` is kept."""
-    names = [(node.name, value, text) for node, value, text in fixed]
-    gm = copy_graph(gm)
-    nodes = {n.name: n for n in gm.graph.nodes}
-    wanted = []
-    for i, (name, value, text) in enumerate(names):
-        gm.register_buffer(f"_fixed_{i}", value)
-        with gm.graph.inserting_after(nodes[name]):
-            constant = gm.graph.get_attr(f"_fixed_{i}")
-        with gm.graph.inserting_after(constant):
-            equal = gm.graph.call_function(aten.eq.Tensor, (nodes[name], constant))
-        with gm.graph.inserting_after(equal):
-            wanted.append((gm.graph.call_function(aten.all.default, (equal,)), text))
-    return conditions(gm, wanted)
 
 
 def conditions(gm: GraphModule, wanted: Sequence[tuple[Node, str]]) -> Guards | None:

@@ -87,6 +87,8 @@ def from_program(
     fixed = collect(gm)
     settle(gm)
     checks = [fixed] if fixed else []
+    if fixed:
+        fixed(inputs)
     guards = list(dict.fromkeys([*guards, *(line for one in checks for line in one.lines)]))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks)

@@ -134,6 +134,19 @@ def _qwen_prompt(batch: int) -> dict:
     )
 
 
+def _qwen_two_images(batch: int) -> dict:
+    """Two images a sample, of 8 x 6 and 4 x 6 patches: 12 and 6 placeholders, with text around both."""
+    ids = torch.cat([_prompt_ids(batch, 12), _prompt_ids(batch, 6)], dim=1)
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == 60).int(),
+        pixel_values=noise(batch, 48 + 24, 3 * 2 * 8 * 8).flatten(0, 1),
+        image_grid_thw=torch.tensor([[1, 8, 6], [1, 4, 6]] * batch),
+        use_cache=False,
+    )
+
+
 def _smolvlm_prompt(batch: int) -> dict:
     """A prompt with 16 placeholders and one image (the second axis counts images) a sample."""
     return _prompt(16, 64)(batch) | dict(pixel_values=noise(batch, 1, 3, 64, 64))
@@ -155,6 +168,28 @@ def _onevision_prompt(batch: int) -> dict:
         attention_mask=torch.ones_like(ids),
         use_cache=False,
     )
+
+
+def _anyres_prompt(batch: int) -> dict:
+    """A prompt for one wide image: a base view of 7 x 7 patches and two tiles side by side, with a newline token a row."""
+    ids = _prompt_ids(batch, 49 + 7 * (14 + 1))
+    return dict(
+        input_ids=ids,
+        pixel_values=noise(batch, 3, 3, 56, 56),
+        image_sizes=torch.tensor([[56, 112]] * batch),
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+    )
+
+
+def _mistral3_prompt(batch: int) -> dict:
+    """A prompt with 16 placeholders a sample and the size of each image."""
+    return _prompt(16, 64)(batch) | dict(image_sizes=torch.tensor([[64, 64]] * batch))
+
+
+def _idefics2_prompt(batch: int) -> dict:
+    """A prompt with 8 placeholders, one for each latent of the resampler, and one image a sample."""
+    return _prompt(8)(batch) | dict(pixel_values=noise(batch, 1, 3, 56, 56))
 
 
 _EAGER = dict(attn_implementation="eager")
@@ -568,6 +603,14 @@ HF_FAMILIES: tuple[Family, ...] = (
         _embeds(use_cache=False),
         note="sliding window in every other block, soft-capped logits",
     ),
+    _family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        _DECODER | dict(head_dim=16, sliding_window=16),
+        _embeds(use_cache=False),
+        note="sliding window in most blocks, norms before and after",
+    ),
     _family("phi", "PhiForCausalLM", "PhiConfig", _DECODER, _embeds(use_cache=False), note="parallel blocks"),
     _family(
         "gpt2",
@@ -668,6 +711,29 @@ HF_FAMILIES: tuple[Family, ...] = (
         note="window attention, 2 x 2 merger, 3-axis rope",
     ),
     _family(
+        "qwen2_5_vl_two_images",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        dict(
+            vision_config=(
+                "Qwen2_5_VLVisionConfig",
+                _QWEN
+                | dict(
+                    hidden_size=64,
+                    intermediate_size=112,
+                    out_hidden_size=48,
+                    window_size=32,
+                    fullatt_block_indexes=[1, 3],
+                ),
+            ),
+            text_config=("Qwen2_5_VLTextConfig", _DECODER | dict(rope_parameters=_MROPE)),
+            **_QWEN_IDS,
+        ),
+        _qwen_two_images,
+        depth=8,
+        note="images of 12 and 6 tokens",
+    ),
+    _family(
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLConfig",
@@ -732,6 +798,85 @@ HF_FAMILIES: tuple[Family, ...] = (
         _onevision_prompt,
         depth=8,
         note="base view, tile and newline tokens",
+    ),
+    _family(
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextConfig",
+        dict(
+            vision_config=("CLIPVisionConfig", _VIT),
+            text_config=_LLAMA,
+            image_token_index=60,
+            image_seq_length=49,
+            image_grid_pinpoints=[[56, 56], [56, 112]],
+        ),
+        _anyres_prompt,
+        depth=8,
+        note="base view, two tiles and newline tokens",
+    ),
+    _family(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        dict(
+            vision_config=("PixtralVisionConfig", _VIT | dict(image_size=64)),
+            text_config=("MistralConfig", _DECODER | dict(head_dim=12)),
+            image_token_index=60,
+        ),
+        _mistral3_prompt,
+        depth=8,
+        note="Pixtral's tower, 2 x 2 merger",
+    ),
+    _family(
+        "idefics2",
+        "Idefics2ForConditionalGeneration",
+        "Idefics2Config",
+        dict(
+            vision_config=("Idefics2VisionConfig", _VIT),
+            perceiver_config=(
+                "Idefics2PerceiverConfig",
+                dict(
+                    hidden_size=48,
+                    resampler_n_latents=8,
+                    resampler_depth=2,
+                    resampler_n_heads=4,
+                    resampler_head_dim=12,
+                    num_key_value_heads=2,
+                ),
+            ),
+            text_config=("MistralConfig", _DECODER | dict(head_dim=12)),
+            image_token_id=60,
+        ),
+        _idefics2_prompt,
+        depth=8,
+        note="a resampler makes 8 tokens of an image",
+    ),
+    _family(
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        "Glm4vConfig",
+        dict(
+            vision_config=(
+                "Glm4vVisionConfig",
+                dict(
+                    depth=4,
+                    hidden_size=48,
+                    num_heads=4,
+                    image_size=64,
+                    patch_size=8,
+                    out_hidden_size=48,
+                    intermediate_size=96,
+                ),
+            ),
+            text_config=("Glm4vTextConfig", _DECODER | dict(rope_parameters=_MROPE)),
+            image_token_id=60,
+            video_token_id=59,
+            image_start_token_id=61,
+            image_end_token_id=62,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="position table is resampled in the graph, 2 x 2 merger",
     ),
     # other uses of the same parts
     _family(

@@ -8,7 +8,9 @@ from torch import nn
 from tests.conftest import leaves
 from tests.passes.graphs import Function, canonical, ops, run
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.canonicalise import canonicalise, copy_graph, functional_overload
+from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.functionalise import functional_overload
+from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.trace import trace
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import tokcompile
 from tests.passes.graphs import Function, ops, run
 from tokcompile.errors import InputError
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.guards import collect, equal_guards
+from tokcompile.passes.guards import collect
 from tokcompile.passes.trace import flat_caller, from_program, trace, unlift
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
@@ -134,18 +134,6 @@ def test_a_tensor_written_after_it_was_read_is_not_replaced():
     traced = trace(Function(fn).eval(), (X, N))
     for n in (N, torch.tensor([2, 7])):
         torch.testing.assert_close(run(canonicalise(traced.gm, traced.inputs), X, n)[0], fn(X, n))
-
-
-def test_guards_of_any_node():
-    traced = trace(Function(lambda x, n: (n > 2) * x[:, :2]).eval(), (X, N))
-    node = next(node for node in traced.gm.graph.nodes if "gt" in node.name)
-    before = str(traced.gm.graph)
-    guards = equal_guards(traced.gm, [(node, torch.tensor([False, True]), "the second is larger")])
-    assert str(traced.gm.graph) == before
-    assert guards.lines == ["the second is larger from inputs_1"]
-    guards((X, torch.tensor([1, 9])))
-    with pytest.raises(InputError, match="on the example inputs the second is larger from inputs_1"):
-        guards((X, torch.tensor([3, 9])))
 
 
 def test_guards_compute_only_what_they_need():

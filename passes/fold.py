@@ -1,0 +1,84 @@
+"""Fold: what does not depend on the inputs is computed once and becomes a buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.graph import get_attr, packet
+from tokcompile.passes.memory import CASTS, VIEWS, ancestors_of, influenced, mutates
+
+LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
+
+
+def fold_constants(gm: GraphModule) -> None:
+    """Evaluates what does not depend on the inputs (rotary tables, relative biases, masks) into buffers.
+
+    The constant part is run in graph order, so that in-place ops inside it need no rewriting; a value is taken at the
+    moment it is first used by what depends on the inputs.
+    """
+    # what the inputs write into is folded as it is before the write; all that is computed from it stays in the graph
+    dependent, written = influenced(gm)
+    constant = [n for n in gm.graph.nodes if n not in dependent and n.op not in ("output", "placeholder")]
+    frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
+    frontier |= {n for n in written if n in set(constant) and n.op != "get_attr" and foldable(n)}
+    needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
+    if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
+        return
+    values: dict[Node, Any] = {}
+    taken: dict[Node, torch.Tensor] = {}
+    for node in gm.graph.nodes:
+        if node in needed:
+            values[node] = evaluate(gm, node, values)
+            continue
+        for n in node.all_input_nodes if node in dependent or node.op == "output" else ():
+            if n in frontier and isinstance(values.get(n), torch.Tensor):
+                taken.setdefault(n, values[n].detach().clone(memory_format=torch.contiguous_format))
+    for i, (node, value) in enumerate(taken.items()):
+        if not torch.equal(value, values[node]) and not (value.is_floating_point() and value.isnan().any()):
+            raise UnsupportedGraph("a constant is changed in place after it was used", node)
+        gm.register_buffer(f"_folded_{i}", value)
+        with gm.graph.inserting_before(node):
+            folded = gm.graph.get_attr(f"_folded_{i}")
+        folded.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        node.replace_all_uses_with(folded)
+    for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def not_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or value.is_meta)
+
+
+def foldable(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() <= LARGEST_FOLDED and "quantize" not in packet(node)
+
+
+def computed(node: Node) -> bool:
+    """Whether a constant is more than a view of a weight (views cost nothing and would copy the weight)."""
+    if node.op == "get_attr" or "quantize" in packet(node):
+        return False
+    return packet(node) not in VIEWS | CASTS or any(computed(n) for n in node.all_input_nodes)
+
+
+def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+    if node.op == "get_attr":
+        value = get_attr(gm, node.target)
+        return value.clone() if any(mutates(u) and u.args[0] is node for u in node.users) else value
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    fn = get_attr(gm, node.target) if node.op == "call_module" else node.target
+    try:
+        with torch.no_grad():
+            return fn(*args, **kwargs)
+    except Exception as error:
+        raise UnsupportedGraph(
+            f"a constant of the graph cannot be computed: {error}",
+            node,
+            "torch.export wrote a graph that does not run by itself; export the parts that do",
+        ) from error

@@ -1,0 +1,101 @@
+"""Functionalise: in-place ops become ops that give a new tensor, and everything that looks at the memory is given it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.graph import aten, packet
+from tokcompile.passes.memory import TRUE_VIEWS, VIEWS, base_of, mutates, read_later, views_from, whole
+
+
+def functionalise(gm: GraphModule) -> None:
+    """Turns in-place ops into functional ones where nothing else looks at the changed memory; refuses the rest."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if not mutates(node):
+            continue
+        changed = node.args[0]
+        functional = functional_overload(node)
+        if functional is None or aliased(changed, node, order):
+            rewritten = rewrite_copy(gm, node, order)
+            if rewritten:
+                continue
+            raise UnsupportedGraph(
+                "an in-place op changes memory that other values share",
+                node,
+                "write it out of place, or pass ep.run_decompositions({}) of your exported program",
+            )
+        node.target = functional
+        for user in [u for u in changed.users if order.get(u, 0) > order[node] and u is not node]:
+            user.replace_input_with(changed, node)
+
+
+def functional_overload(node: Node) -> Any:
+    """`aten.add.Tensor` for `aten.add_.Tensor`, or None."""
+    name = node.target._schema.name.replace("aten::", "")
+    if not name.endswith("_") or not isinstance(node.args[0], Node):
+        return None
+    functional = f"__{name[3:]}" if name.startswith("__i") else name[:-1]  # __ior__ is the in-place form of __or__
+    overloads = getattr(aten, functional, None)
+    return getattr(overloads, node.target._overloadname, None) if overloads else None
+
+
+def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
+    """Whether memory changed in place is seen through another node afterwards, or belongs to an input or a weight."""
+    if changed.op in ("placeholder", "get_attr") or packet(changed) in VIEWS:
+        return True
+    return any(
+        packet(u) in VIEWS and any(order.get(v, 0) > order[by] for v in u.users)
+        for u in changed.users
+        if order.get(u, 0) < order[by]
+    )
+
+
+def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
+    """`base[view] op= value`, written through one chain of views, as scatters back into a new `base`."""
+    chain: list[Node] = []
+    base = node.args[0]
+    while isinstance(base, Node) and packet(base) in ("aten.slice", "aten.select") and base.op == "call_function":
+        chain.append(base)
+        base = base.args[0]
+    if not isinstance(base, Node) or base.op == "placeholder" or packet(base) in VIEWS:
+        return False
+    if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
+        return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
+    older = [v for v in gm.graph.nodes if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)
+             and packet(v) in VIEWS and base_of(v) is base]  # fmt: skip
+    if not all(packet(w) in TRUE_VIEWS for v in older for w in views_from(base, v)):
+        return False
+    with gm.graph.inserting_before(node):
+        if packet(node) == "aten.copy_":
+            value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
+        else:
+            functional = functional_overload(node)
+            if functional is None:
+                return False
+            value = gm.graph.call_function(functional, node.args, node.kwargs)
+        result = value
+        for view in chain:
+            if whole(view):
+                continue
+            scatter = aten.slice_scatter.default if packet(view) == "aten.slice" else aten.select_scatter.default
+            value = gm.graph.call_function(scatter, (view.args[0], value, *view.args[1:]), view.kwargs)
+        value.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        for old in older:  # it sees the write too
+            new = value
+            for view in views_from(base, old):
+                new = gm.graph.call_function(view.target, (new, *view.args[1:]), view.kwargs)
+                new.meta = dict(view.meta)
+                order[new] = order[node]
+            for user in [u for u in old.users if order.get(u, 0) > order[node]]:
+                user.replace_input_with(old, new)
+    for user in [u for u in base.users if order.get(u, 0) > order[node]]:
+        user.replace_input_with(base, value)
+    for user in [u for u in node.args[0].users if order.get(u, 0) > order[node]]:
+        user.replace_input_with(node.args[0], result)  # the view that was written through, read again
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return True

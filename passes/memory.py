@@ -1,0 +1,88 @@
+"""Memory: which nodes look at the same tensor, which write into it, and what depends on the inputs through it."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from tokcompile.passes.graph import bind, packet, user_dependent
+
+VIEWS = {
+    "aten.view", "aten.reshape", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
+    "aten.slice", "aten.select", "aten.flatten", "aten.unflatten", "aten.expand_as", "aten.view_as", "aten.narrow",
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.movedim", "aten.swapaxes", "aten.diagonal",
+    "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "aten._unsafe_view", "getitem",
+}  # fmt: skip
+TRUE_VIEWS = {  # never a copy
+    "aten.view", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice",
+    "aten.select", "aten.expand_as", "aten.narrow", "aten.diagonal",
+}  # fmt: skip
+CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
+
+
+def base_of(node: Node) -> Node:
+    """The tensor that a chain of views looks at."""
+    while packet(node) in VIEWS and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def views_from(base: Node, view: Node) -> list[Node]:
+    """The views that lead from `base` to `view`, in order."""
+    out = []
+    while view is not base:
+        out.append(view)
+        view = view.args[0]
+    return out[::-1]
+
+
+def read_later(view: Node, write: Node, order: dict[Node, int]) -> bool:
+    return any(order.get(u, 0) > order[write] for u in view.users)
+
+
+def mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def influenced(gm: GraphModule) -> tuple[set[Node], set[Node]]:
+    """What depends on the inputs, directly or through memory that they write into, and the tensors written into."""
+    dependent, written = user_dependent(gm.graph), set[Node]()
+    while new := written_to(gm, dependent) - written:
+        written |= new
+        dependent |= reachable_from(new)
+    return dependent, written - dependent
+
+
+def written_to(gm: GraphModule, dependent: set[Node]) -> set[Node]:
+    """The tensors that something depending on the inputs writes into, itself or through views."""
+    return {base_of(n.args[0]) for n in gm.graph.nodes if n in dependent and mutates(n) and isinstance(n.args[0], Node)}
+
+
+def reachable_from(nodes: set[Node]) -> set[Node]:
+    out: set[Node] = set()
+    todo = [u for n in nodes for u in n.users]
+    while todo:
+        node = todo.pop()
+        if node not in out:
+            out.add(node)
+            todo.extend(node.users)
+    return out
+
+
+def ancestors_of(nodes: set[Node]) -> set[Node]:
+    out: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in out:
+            out.add(node)
+            todo.extend(node.all_input_nodes)
+    return out
+
+
+def whole(view: Node) -> bool:
+    """Whether a slice takes everything."""
+    if packet(view) != "aten.slice":
+        return False
+    a = bind(view)
+    return a["step"] == 1 and a["start"] in (None, 0) and (a["end"] is None or a["end"] >= 1 << 62)
