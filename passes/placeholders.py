@@ -56,7 +56,7 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
         if packet(node) == "aten.masked_scatter":
             mask = value_of(gm, node.args[1], inputs)
             spans = None if mask is None else spans_of_mask(mask, shape(node))
-            if spans and numel(node.args[2]) == written(spans, shape(node)):
+            if mask is not None and spans and numel(node.args[2]) == written(spans, shape(node)):
                 program = program_of(gm, node.args[1])
                 joined(gm, node, node.args[0], node.args[2], spans)
                 if any(n.op == "placeholder" and n.users for n in program.graph.nodes):
@@ -194,7 +194,8 @@ def program_of(gm: GraphModule, node: Node) -> GraphModule:
         if n not in wanted:
             wanted.add(n)
             todo.extend(n.all_input_nodes)
-    graph, env = Graph(), {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
     for n in gm.graph.nodes:
         if n in wanted or n.op == "placeholder":
             env[n] = graph.node_copy(n, env.__getitem__)

@@ -411,7 +411,7 @@ def reductions(
 def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     """A plan passed back by the user, checked against the model. Raises: PlanError."""
     current: dict[tuple[int, int], int] = {}
-    out = []
+    out: list[Reduction] = []
     for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
         if getattr(plan, name) not in allowed:
             raise PlanError(f"the plan's {name}={getattr(plan, name)!r} is none of {', '.join(map(repr, allowed))}")

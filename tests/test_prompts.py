@@ -5,30 +5,13 @@ import torch
 
 from tests.conftest import build, error, leaves, run, traced
 from tests.models import FAMILIES, shake
+from tests.models.prompts import PROMPTS
 from tokcompile.errors import InputError
 from tokcompile.passes.canonicalise import FIXED as PLACEHOLDERS
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.placeholders import SPANS
 from tokcompile.passes.trace import flat_caller, from_program, trace
 
-# where the first sample holds its image tokens
-PROMPTS = {
-    "hf/gemma3": [(5, 21)],
-    "hf/glm4v": [(5, 17)],
-    "hf/idefics2": [(5, 13)],
-    "hf/idefics3": [(5, 21)],
-    "hf/internvl": [(5, 21)],
-    "hf/llava": [(5, 54)],
-    "hf/llava_next": [(5, 159)],
-    "hf/llava_onevision": [(5, 110)],
-    "hf/mistral3": [(5, 21)],
-    "hf/paligemma": [(5, 54)],
-    "hf/qwen2_vl": [(5, 17)],
-    "hf/qwen2_5_vl": [(5, 17)],
-    "hf/qwen2_5_vl_two_images": [(5, 17), (29, 35)],
-    "hf/qwen3_vl": [(5, 17)],
-    "hf/smolvlm": [(5, 21)],
-}
 IMAGE = 60
 TOLERANCE = 1e-5  # relative to the largest entry
 

@@ -171,7 +171,7 @@ def optimize(
         refuse_again(first, args, kwargs, plan, settings)
         settings.recipes = first._recipes
     analysis = first._analysis if first is not None else analyse(model, args, kwargs)
-    compiled = compile_plan(analysis, settings, budget, where, plan, first and first._compiled)
+    compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
     return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
 
