@@ -61,7 +61,7 @@ def flops(rw: Rewriter, node: Node) -> int:
         return 0
     args, kwargs = map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
     with rw.builder.mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        new.target(*args, **kwargs)  # type: ignore[operator]
+        new.target(*args, **kwargs)
     return counter.get_total_flops()
 
 
