@@ -18,6 +18,7 @@ from tokcompile.passes.trace import from_program
 
 # Tokens are given back inside the blocks (windows, strided or grouped stages): only on request, since it costs the gain.
 ANYWHERE = [
+    "timm/caformer",
     "timm/davit",
     "timm/gcvit",
     "timm/levit",

@@ -37,10 +37,11 @@ def _mvitv2(batch: int) -> tuple[nn.Module, tuple, dict]:
 
 def _caformer(batch: int) -> tuple[nn.Module, tuple, dict]:
     """CAFormer: convolution stages, then attention stages whose residual streams have a learned scale of their own."""
-    from timm.models.metaformer import Attention, SepConv
+    from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, SepConv
 
     mixers = [SepConv, SepConv, Attention, Attention]
-    options = dict(depths=(1, 1, 2, 2), dims=(16, 24, 32, 64), token_mixers=mixers, num_classes=10)
+    norms = [LayerNorm2dNoBias, LayerNorm2dNoBias, LayerNormNoBias, LayerNormNoBias]
+    options = dict(depths=(1, 1, 2, 2), dims=(16, 24, 32, 64), token_mixers=mixers, norm_layers=norms, num_classes=10)
     return _timm("metaformer:MetaFormer", 112, options, batch)
 
 

@@ -433,7 +433,7 @@ def test_a_call_shows_arguments_by_name_with_defaults():
         rw.run()
     (call,) = seen
     assert isinstance(call, Call)
-    assert (call["dim"], call["dtype"], call.batch, call.old_shape) == (1, None, 2, (2, 11, 16))
+    assert (call["dim"], call["dtype"], call.old_shape) == (1, None, (2, 11, 16))
     assert call.tensors() == ["self"]
     assert call.labelled("self")
     assert describe(call.label("self")) == "[B2, Seq(s0:11->6), 16]"
