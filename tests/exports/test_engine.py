@@ -121,8 +121,12 @@ def test_a_language_model_has_one_plugin_layer_for_each_image(method, library, t
 
 def all_of(method: str) -> list[tuple[tokcompile.OptimizedModel, tuple[int, ...] | None]]:
     """A vision tower with one image and with a free batch, and a language model."""
-    found = [(vit(method), None), *[(vit(method, 2), (1, 4, 8))] * (method not in NOT_FREE)]
-    return [*found, *[(language(method), None)] * (method in IN_LANGUAGE)]
+    found: list = [(vit(method), None)]
+    if method not in NOT_FREE:
+        found.append((vit(method, 2), (1, 4, 8)))
+    if method in IN_LANGUAGE:
+        found.append((language(method), None))
+    return found
 
 
 @needs_rtx
