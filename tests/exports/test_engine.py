@@ -130,7 +130,7 @@ def all_of(method: str) -> list[tuple[tokcompile.OptimizedModel, tuple[int, ...]
 
 
 @needs_rtx
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_form_precision_and_batch(method, precision, library, tmp_path):
