@@ -26,12 +26,13 @@ from benchmarks.tiny_vlm.data import GRID, Question, Scene, questions, read_pict
 from benchmarks.tiny_vlm.packing import IGNORED, encode, pack
 from benchmarks.tiny_vlm.reduce import Reduced
 from tokcompile.errors import BudgetError
+from tokcompile.llm import Generator
 
 SPANS = [(parts.PREFIX, parts.PREFIX + GRID * GRID)]
-SCENES = 256
+SCENES, SINGLES = 256, 128
 REDUCED = ("what is at",)  # what is asked where something is reduced
 ASKED = 512  # and how often, at least: of the first scenes that hold so many of these questions
-CHECKED = 48  # as many answers of the unreduced model come from single prefills too, as a check of the packing
+CHECKED = 48  # as many answers come from single prefills too, unreduced and after divprune, as a check of the packing
 LONGEST = 3  # tokens of an answer, newline included
 BATCH = 16
 
@@ -132,9 +133,10 @@ def answers(trained: Trained, shown: Reduced, asked: Asked) -> list[list[tuple[b
 
 
 @torch.no_grad()
-def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, tokens: int, batch: int = 16) -> list[Any]:
-    """[scene, kind, right, ended]; each question is a prefill, reduced at the entrance of layer 2 (full: method None), and
+def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, tokens: int, layer: int = 2) -> list[Any]:
+    """[scene, kind, right, ended]; each question is a prefill, reduced at the entrance of a layer (full: method None), and
     greedy decoding after it."""
+    batch = 16
     found = [(i, q, ids, n) for i, (a, e) in enumerate(zip(asked.questions, asked.ids)) for q, (ids, n) in zip(a, e)]
     made: dict[int, Any] = {}
     for length in sorted({n for _, _, _, n in found}):
@@ -142,7 +144,7 @@ def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, t
         text = trained.lm.model.embed_tokens(torch.tensor([found[r][2][:length] for r in rows]))
         prompts = torch.cat([trained.prompt(shown)[[found[r][0] for r in rows]], text], 1)
         prompts = torch.cat([prompts, prompts[: -len(prompts) % batch]])  # whole batches; the added answers are not counted
-        generator = compiled(trained, prompts[:batch], method, tokens)
+        generator = compiled(trained, prompts[:batch], method, tokens, layer)
         said = torch.cat([generator(inputs_embeds=p).tokens for p in prompts.split(batch)]).tolist()
         for r, words in zip(rows, said):
             i, question, ids, _ = found[r]
@@ -151,13 +153,13 @@ def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, t
     return [made[r] for r in range(len(found))]
 
 
-def compiled(trained: Trained, prompt: Tensor, method: str | None, tokens: int) -> tokcompile.llm.Generator:
+def compiled(trained: Trained, prompt: Tensor, method: str | None, tokens: int, layer: int) -> Generator:
     recipe, budget = (reduce.at_entrance(method), tokcompile.Tokens(tokens)) if method else ("random", 1.0)
     prefill = tokcompile.llm.Prefill(trained.lm)
     opt = tokcompile.optimize(
-        prefill, kwargs={"inputs_embeds": prompt}, method=recipe, budget=budget, where=[2], spans=SPANS, outputs="reduced"
+        prefill, kwargs={"inputs_embeds": prompt}, method=recipe, budget=budget, where=[layer], spans=SPANS, outputs="reduced"
     )
-    return tokcompile.llm.Generator(opt, trained.lm, max_new_tokens=LONGEST)
+    return Generator(opt, trained.lm, max_new_tokens=LONGEST)
 
 
 def chosen_between(trained: Trained, shown: Reduced, method: str, tokens: int) -> Reduced:
@@ -187,7 +189,7 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     results, kept = build / "results", build / "reduced"
     results.mkdir(parents=True, exist_ok=True)
     canvas = Asked.make(data, trained.tokenizer, single=False)
-    single = Asked.make(data, trained.tokenizer, single=True).only(("name",), SCENES)
+    single = Asked.make(data, trained.tokenizer, single=True).only(("name",), SINGLES)
     shown = reduce.full(canvas.scenes, kept / "canvas")
     (results / "questions.json").write_text(
         json.dumps(
@@ -227,12 +229,13 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     def alone() -> Reduced:
         return reduce.full(single.scenes, kept / "single")
 
-    def within(method: str | None, k: int, of: Asked = tabled) -> Callable[[], list[Any]]:
-        return lambda: inside(trained, shown.first(len(of.scenes)), of, method, k)
+    def within(method: str | None, k: int, of: Asked = tabled, layer: int = 2) -> Callable[[], list[Any]]:
+        return lambda: inside(trained, shown.first(len(of.scenes)), of, method, k, layer)
 
     run("full", ask(lambda: shown, canvas))
     run("swapped", ask(lambda: swapped(shown), canvas))
     run("check", within(None, 0, few))
+    run("check-divprune-28", within("divprune", 28, few, 0))
     for k in reduce.TOKENS:
         for method in reduce.BETWEEN:
             run(f"between-{method}-{k}", ask(between(method, k)))

@@ -73,7 +73,10 @@ def gates(results: Path) -> tuple[str, list[str]]:
     rows, passed = [], []
     for kind in KINDS:
         single = "single-" if kind == "name" else ""
-        full, other = (read(results / f"{single}{name}.json", [kind]) for name in ("full", "swapped"))
+        files = [results / f"{single}{name}.json" for name in ("full", "swapped")]
+        if not all(f.exists() for f in files):
+            continue
+        full, other = (read(f, [kind]) for f in files)
         said = Counter(answer for of, _, k, answer in asked if k == kind and of == ("single" if single else "canvas"))
         guess = max(GUESS.get(kind, 0.0), max(said.values()) / sum(said.values()))
         right, drop = mean(full), difference(other, full)
@@ -93,9 +96,14 @@ def conditions() -> list[tuple[str, str, str, int, str]]:
 
 
 def agreement(results: Path) -> str:
-    """Whether single prefills, compiled by tokcompile with nothing removed, say the same as packed questions."""
-    one, packed = read(results / "check.json"), read(results / "full.json")
-    return f"{sum(packed[k] == v for k, v in one.items())} of {len(one)}"
+    """Whether single prefills, compiled by tokcompile as a whole, say the same as packed questions."""
+    said = []
+    checks = (("check", "full", "unreduced"), ("check-divprune-28", "between-divprune-28", "divprune, 28 tokens"))
+    for single, packed, what in checks:
+        if (results / f"{single}.json").exists():
+            one, other = read(results / f"{single}.json"), read(results / f"{packed}.json")
+            said.append(f"{sum(other[k] == v for k, v in one.items())} of {len(one)} ({what})")
+    return "Single prefills and packed questions agree: " + ", ".join(said)
 
 
 def comparison(results: Path, kind: str, speed: dict[str, Any]) -> str:
@@ -125,6 +133,13 @@ def timed(row: dict[str, Any] | None) -> tuple[str, str]:
     return f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", f"{row['flops_ratio']:.3f}"
 
 
+def times(speed: dict[str, Any]) -> str:
+    """All that was timed."""
+    measured = {name: row for name, row in speed.items() if "median" in row}
+    rows = [(n, *timed(row), f"{row['a'] * 1000:.0f}", f"{row['b'] * 1000:.0f}") for n, row in measured.items()]
+    return table(("reduced", "time ratio", "FLOPs ratio", "full, ms", "reduced, ms"), rows)
+
+
 def pairs(results: Path, kind: str, tokens: int) -> str:
     """How many standard errors lie between each two methods at one budget."""
     found = [c for c in conditions() if c[3] == tokens and (results / f"{c[2]}.json").exists()]
@@ -146,10 +161,11 @@ def tables(build: Path) -> None:
     path = build / "speed.json"
     speed = json.loads(path.read_text()) if path.exists() else {}
     text, passed = gates(results)
-    parts = ["### What was learnt", text, f"packed and single prefills agree in {agreement(results)} answers"]
+    parts = ["### What was learnt", text, agreement(results)]
     for kind in REDUCED:
         parts += [f"### {kind}", comparison(results, kind, speed)]
         parts += [f"#### {kind}, methods against each other, 28 tokens", pairs(results, kind, 28)]
+    parts += ["### Time to the first token", times(speed)]
     whole = "\n\n".join(parts)
     save(build, "tiny_vlm", {"passed": passed, "speed": speed}, whole)
     print(whole)
