@@ -166,4 +166,4 @@ def test_the_report_names_recoveries_and_their_price(program):
 def test_replayed_values_are_guards(family):
     model, args, kwargs = family("hf/qwen2_vl_vision")
     report = tokcompile.optimize(model, args, kwargs, method="random", where=1).report
-    assert any("item gave" in guard for guard in report.guards)
+    assert any("gave" in guard and "from grid_thw" in guard for guard in report.guards)

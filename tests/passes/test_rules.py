@@ -238,7 +238,7 @@ NEED_ALL = {
     "first-half": (lambda x: x[:, :6], "it cuts through the reduced tokens"),
     "unbind": (lambda x: x.unbind(1)[0], "it handles each token by itself"),
     "grid": (lambda x: x.view(x.shape[0], 3, 4, 16).mean(2), "it views the tokens as a grid"),
-    "index-select": (lambda x: x.index_select(1, torch.tensor([5, 3])), "it reorders tokens by position"),
+    "index-select": (lambda x: x.index_select(1, torch.tensor([5, 3])), "it picks tokens by position"),
     "index": (lambda x: x[:, torch.tensor([5, 3])], "it picks tokens by position"),
     "gather": (lambda x: x.gather(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64)), "it picks tokens by position"),
     "var": (lambda x: x.var(1), "its statistics run over all tokens"),
