@@ -94,7 +94,8 @@ HARD = [
     "hf/timesformer",
     "hf/vit_mae",
 ]
-AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
+# Not the images of several prompts in one sequence of the tower: the batch of prompts tears it, so tokens are given back there.
+AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if (i % 3 == 0 or n in HARD) and n != "hf/qwen2_5_vl_two_images"]
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
 
 WHY = {
@@ -103,6 +104,8 @@ WHY = {
     "it joins groups of tokens": "time and space take turns",
     "it gives positions of tokens": "tokens are grouped by argmax",
     "it handles each token by itself": "images are handled one by one",
+    "it takes some of the samples": "images are handled one by one",
+    "it reads tokens by their place on the grid": "windows or a grid inside the blocks",
 }
 
 
@@ -136,9 +139,9 @@ def test_the_oracles_agree(name, batch, record_property):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_image_tokens_are_reduced_in_the_language_model(name):
     spans = PROMPTS[name]
-    fast = tokcompile.optimize(traced(name)[0], method="random", budget=Tokens(9), where=[-2])
+    fast = tokcompile.optimize(traced(name)[0], method="random", budget=Tokens(7), where=[-2])
     assert [(r.prefix, r.prefix + r.n) for r in fast.plan.reductions] == spans
-    assert sum(r.k for r in fast.plan.reductions) == 9
+    assert sum(r.k for r in fast.plan.reductions) == 7
     assert all(re.search(r"(language|text)_model\.layers\.2$", r.path) for r in fast.plan.reductions)
     assert not [r for r in fast.report.recoveries if r["inside"]]
 
