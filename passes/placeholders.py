@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import InputError
 from tokcompile.passes.graph import aten, bind, get_attr, packet, shape
+from tokcompile.passes.memory import ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
@@ -188,12 +189,7 @@ def absent(value: Any) -> bool:
 
 def program_of(gm: GraphModule, node: Node) -> GraphModule:
     """The graph that computes one node from the flat inputs."""
-    wanted, todo = set(), [node]
-    while todo:
-        n = todo.pop()
-        if n not in wanted:
-            wanted.add(n)
-            todo.extend(n.all_input_nodes)
+    wanted = ancestors_of({node})
     graph = Graph()
     env: dict[Node, Node] = {}
     for n in gm.graph.nodes:
