@@ -18,8 +18,10 @@ from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.placeholders import Fixed
-from tokcompile.passes.plan import Layout, Plan, Reduction, Slot, apportion, before, fit_plan, make_plan, reductions
+from tokcompile.passes.places import Layout, Slot, before
+from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
+from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reductions
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method

@@ -23,7 +23,8 @@ from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
-from tokcompile.passes.plan import Reduction, make_slot, no_blocks, one_block, visual_blocks
+from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blocks
+from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import is_labelled
 from tokcompile.passes.trace import Traced, trace

@@ -15,7 +15,8 @@ from tokcompile import Flops, KeepRate, Plan, Recipe, Reduction, Remove, Schedul
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
 from tokcompile.passes.find import Block, Stage, Structure
-from tokcompile.passes.plan import Layout, Slot, apportion, choose_slots, make_plan, reductions, visual_blocks
+from tokcompile.passes.places import Layout, Slot, choose_slots, visual_blocks
+from tokcompile.passes.schedule import apportion, make_plan, reductions
 from tokcompile.recipe import methods
 
 DRAWS = settings(max_examples=300, deadline=None, derandomize=True)

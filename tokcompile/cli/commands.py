@@ -18,7 +18,7 @@ from tokcompile.errors import InputError, TokcompileError
 from tokcompile.files import atomic
 from tokcompile.models import Named, load_model
 from tokcompile.passes.cost import terms, total
-from tokcompile.passes.plan import visual_blocks
+from tokcompile.passes.places import visual_blocks
 from tokcompile.recipe import Recipe, get_method
 from tokcompile.recipe import methods as known_methods
 

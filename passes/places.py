@@ -1,0 +1,217 @@
+"""Places: at which blocks, and over which of their tokens, a method reduces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokcompile.budget import Schedule
+from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
+from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.passes.graph import shape
+from tokcompile.passes.tokens import Seq
+from tokcompile.recipe import Recipe
+
+NOT_SAID = "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)"
+NAME_THEM = "name them: spans=[(start, stop)]"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
+    into segments that are never mixed (images or windows in one sequence), each with its own quota."""
+
+    unit: int = 1
+    cuts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of the layout's unit,
+    `left`: how many of each earlier reductions left."""
+
+    block: Block
+    place: str
+    stage: Stage
+    spans: tuple[tuple[int, int], ...]
+    left: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return sum(self.left)
+
+
+def choose_slots(
+    structure: Structure,
+    recipe: Recipe,
+    budget: Any,
+    where: Sequence[int | str] | None,
+    spans: Sequence[tuple[int, int]] | None,
+    layout: Layout,
+) -> list[Slot]:
+    """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
+    blocks = structure.blocks
+    if not blocks:
+        raise no_blocks(structure)
+    if isinstance(budget, Schedule):
+        where = sorted(budget.counts)
+    if where is not None:
+        chosen = [one_block(blocks, b) for b in where]
+        unsaid = [b for b in chosen if b.language and not b.stage.visual and not spans and not b.stage.spans]
+        if unsaid:
+            raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
+    else:
+        candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
+        chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
+    place = recipe.place_in(spans is not None or chosen[0].language)
+    refused = [b for b in chosen if b.why_not]
+    if refused and (where is not None or len(refused) == len(chosen)):
+        raise UnsupportedGraph(
+            f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
+            refused[0].mid,
+        )
+    chosen = [b for b in chosen if not b.why_not]
+    if place == "block" and recipe.reads_attention() and not recipe.ahead and not recipe.opening:
+        chosen = after_attention(chosen, structure, recipe, spans, named=where is not None)
+    lengths = {b.stage.length for b in chosen}
+    if len(lengths) > 1:
+        raise UnsupportedGraph(
+            f"the blocks {[b.index for b in chosen]} hold {sorted(lengths, reverse=True)} tokens: "
+            "one method works within one stage",
+            hint=f"choose one stage: where={stage_blocks(structure)}",
+        )
+    return [make_slot(b, place, spans, layout) for b in chosen]
+
+
+def after_attention(
+    chosen: list[Block], structure: Structure, recipe: Recipe, spans: Sequence[tuple[int, int]] | None, named: bool
+) -> list[Block]:
+    """Those of the chosen blocks before which another has attended to the same tokens, or the first such block.
+
+    Raises: UnsupportedGraph where none has, or one that the user named is too early.
+    """
+    blocks = structure.blocks
+    early = [b for b in chosen if not before(b, blocks)]
+    if early and named:
+        raise UnsupportedGraph(
+            f"{recipe.name!r} reads the attention of the block before, and none over the same tokens comes before block "
+            f"{early[0].index}",
+            early[0].mid,
+            "place it later: where=[1] or higher",
+        )
+    late = [b for b in chosen if b not in early] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][:1]
+    if not late:
+        raise UnsupportedGraph(
+            f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
+            blocks[0].mid,
+            "choose a method that does not read attention",
+        )
+    return late
+
+
+def no_blocks(structure: Structure) -> UnsupportedGraph:
+    """The refusal of a model in which nothing was found, with what was seen instead."""
+    seen = structure.unrecognised[:3] or ["no softmax between two matrix products, no fused attention"]
+    more = len(structure.unrecognised) - len(seen)
+    return UnsupportedGraph(
+        f"no residual attention block was found in this model ({'; '.join(seen)}{f'; and {more} more' if more > 0 else ''})",
+        hint="tokcompile reduces the tokens of transformer blocks; run `tokcompile inspect` on the model",
+    )
+
+
+def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> list[Block]:
+    """The blocks whose tokens are visual: those after a patch embedding; all of them where the user names spans.
+
+    language: whether those of a language model come first, where the graph says which of its positions are visual.
+    """
+    blocks = structure.blocks
+    prompted = [b for b in blocks if b.stage.spans]
+    if spans is None and prompted and (language or not any(b.stage.visual for b in blocks)):
+        blocks = prompted
+    elif spans is None:
+        visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
+        causal = [b for b in visual if any(a.causal for a in b.attentions)]
+        if not visual or causal:
+            raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
+        blocks = visual
+    else:  # spans name positions of a text stream, where the graph has one
+        blocks = [b for b in blocks if b.stage.text] or blocks
+    kinds = [kind(b) for b in blocks if not b.why_not]
+    # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
+    most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)
+    return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
+
+
+def kind(block: Block) -> tuple[int, int, str]:
+    """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
+    batch = shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
+    return block.stage.length, batch, re.sub(r"\d+", "#", block.path)
+
+
+def one_block(blocks: Sequence[Block], index: Any) -> Block:
+    if isinstance(index, str):
+        named = [b for b in blocks if b.path == index]
+        if not named:
+            raise PlanError(f"no block has the path {index!r}; there are {', '.join(b.path for b in blocks)}")
+        return named[0]
+    if not isinstance(index, int) or not -len(blocks) <= index < len(blocks):
+        raise PlanError(f"block {index!r} is not among the {len(blocks)} blocks found (0 to {len(blocks) - 1})")
+    return blocks[index]
+
+
+def before(block: Block, blocks: Sequence[Block]) -> Block | None:
+    """The last block over the same tokens that has been computed when `block` begins."""
+    same = [b for b in blocks[: block.index] if kind(b) == kind(block) and b.stage is block.stage]
+    return same[-1] if same else None
+
+
+def stage_blocks(structure: Structure) -> str:
+    by_length: dict[int, list[int]] = {}
+    for b in structure.blocks:
+        by_length.setdefault(b.stage.length, []).append(b.index)
+    return " or ".join(str(v) for v in by_length.values())
+
+
+def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
+    stage, unit = block.stage, layout.unit
+    spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
+    at = 0
+    for start, stop in spans:
+        if not at <= start < stop <= stage.length:
+            raise BudgetError(
+                f"span ({start}, {stop}) does not lie within the {stage.length} tokens of block {block.index}, "
+                "or spans overlap or are out of order"
+            )
+        if start % unit or stop % unit or stage.length % unit:
+            raise UnsupportedGraph(f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid)
+        at = stop
+    pieces: list[tuple[int, int]] = []
+    for start, stop in spans:
+        edges = [start // unit, *(c for c in layout.cuts if start < c * unit < stop), stop // unit]
+        pieces += list(zip(edges, edges[1:]))
+    return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces))
+
+
+def after_others(slot: Slot, labels: Mapping[Any, Any]) -> Slot:
+    """The slot with what earlier reductions left of its spans, cut where those are cut. Raises: UnsupportedGraph."""
+    label = labels.get(slot.block.entry)
+    axis = label[slot.block.token_axis] if label is not None else ()
+    seq = next((a for a in axis if isinstance(a, Seq)), None)
+    if seq is None:
+        return slot
+    spans, left, at = [], [], 0
+    for part in seq.parts:
+        end = at + (part if isinstance(part, int) else part.root_n)
+        inside = [(max(start, at), min(stop, end)) for start, stop in slot.spans if start < end and stop > at]
+        if not isinstance(part, int) and inside not in ([], [(at, end)]):
+            raise UnsupportedGraph(
+                f"the tokens {slot.spans} are not those that were reduced before, {at} to {end}",
+                slot.block.mid,
+                "leave spans out, or name the same ones",
+            )
+        spans += inside
+        left += [stop - start if isinstance(part, int) else part.k for start, stop in inside]
+        at = end
+    return replace(slot, spans=tuple(spans), left=tuple(left))

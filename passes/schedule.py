@@ -1,0 +1,160 @@
+"""Schedule: a method and a budget, or a plan passed back, become the `Reduction`s of a program: how many at each place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import floor
+from typing import Any
+
+from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget
+from tokcompile.errors import BudgetError, PlanError
+from tokcompile.passes.find import Structure
+from tokcompile.passes.places import Layout, Slot, after_others, choose_slots, one_block
+from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
+from tokcompile.recipe import Recipe
+
+SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], list[int]]
+
+
+def make_plan(
+    structure: Structure,
+    recipe: Recipe,
+    budget: Any,
+    *,
+    where: Sequence[int | str] | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+    options: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
+    solve_flops: SolveFlops | None = None,
+    labels: Mapping[Any, Any] | None = None,
+) -> tuple[Reduction, ...]:
+    """Decides at which blocks to reduce, and to how many tokens; `labels` say what earlier reductions left.
+
+    Raises: BudgetError, MethodError, UnsupportedGraph.
+    """
+    budget, layout = as_budget(budget), layout or Layout()
+    slots = [after_others(s, labels or {}) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
+    if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
+        return ()
+    n = slots[0].n
+    if isinstance(budget, Schedule):
+        counts = [budget.counts[b] for b in sorted(budget.counts)]
+    elif isinstance(budget, Remove):
+        counts = removals(budget, recipe, slots, options or {})
+    elif isinstance(budget, KeepRate):
+        counts = rates(budget.rate, recipe, slots)
+    elif isinstance(budget, Flops):
+        assert solve_flops is not None
+        counts = solve_flops(
+            slots, lambda k: clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), budget.ratio
+        )
+    else:
+        final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
+        if final > n:
+            raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
+        counts = list(recipe.steps.counts(n, final, len(slots)))
+    return reductions(counts, slots, recipe, options or {}, layout.unit)
+
+
+def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
+    """ToMe's r per block, clipped to what one step of the method can remove."""
+    n, counts = slots[0].n, []
+    for r in budget.per_block(len(slots)):
+        n = max(n - r, least(recipe, n, slots[0], options))
+        counts.append(n)
+    return counts
+
+
+def clipped(counts: Sequence[int], recipe: Recipe, slot: Slot, options: Mapping[str, Any] | None) -> list[int]:
+    """A schedule in which no step removes more than the method can (ToMe: half of the tokens)."""
+    out, n = [], slot.n
+    for k in counts:
+        n = min(n, max(k, len(slot.spans), least(recipe, n, slot, options or {})))
+        out.append(n)
+    return out
+
+
+def rates(rate: float, recipe: Recipe, slots: list[Slot]) -> list[int]:
+    n, counts = slots[0].n, []
+    for i, slot in enumerate(slots):
+        n = max(1, recipe.steps.rate(n, slot.n, rate, i))
+        counts.append(n)
+    return counts
+
+
+def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int:
+    """The fewest tokens that one step of the method can leave of n."""
+    return recipe.least(n, {**recipe.options, **options, "prefix": slot.spans[0][0]})
+
+
+def apportion(k: int, sizes: Sequence[int]) -> list[int]:
+    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each."""
+    total = sum(sizes)
+    exact = [k * s / total for s in sizes]
+    counts = [max(1, min(int(e), s)) for e, s in zip(exact, sizes)]
+    order = sorted(range(len(sizes)), key=lambda i: (-(exact[i] - int(exact[i])), i))
+    for i in order * 2:
+        if sum(counts) < k and counts[i] < sizes[i]:
+            counts[i] += 1
+    while sum(counts) > k and max(counts) > 1:  # the ones that every segment must keep come from the largest
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def reductions(
+    counts: Sequence[int], slots: Sequence[Slot], recipe: Recipe, options: Mapping[str, Any], unit: int
+) -> tuple[Reduction, ...]:
+    """The counts as reductions, one per segment; steps that remove nothing are left out. Raises: BudgetError."""
+    out = []
+    current = list(slots[0].left)
+    for slot, k in zip(slots, counts):
+        if not len(current) <= k <= sum(current):
+            raise BudgetError(f"block {slot.block.index}: {sum(current)} tokens come in, {k} cannot be left")
+        for i, (n, want, (start, stop)) in enumerate(zip(list(current), apportion(k, current), slot.spans)):
+            lowest = least(recipe, n, slot, options)
+            if want < lowest:
+                raise BudgetError(
+                    f"block {slot.block.index}: {recipe.name!r} cannot go from {n} to {want} tokens in one step, only to "
+                    f"{lowest}; spread the budget over more blocks (where=...) or raise it"
+                )
+            if want < n:
+                tail = slot.stage.length - stop * unit
+                out.append(Reduction(slot.block.index, n, want, slot.place, start * unit, tail, unit, slot.block.path))
+            current[i] = want
+    return tuple(out)
+
+
+def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
+    """A plan passed back by the user, checked against the model. Raises: PlanError."""
+    current: dict[tuple[int, int], int] = {}
+    out: list[Reduction] = []
+    for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
+        if getattr(plan, name) not in allowed:
+            raise PlanError(f"the plan's {name}={getattr(plan, name)!r} is none of {', '.join(map(repr, allowed))}")
+    if [r.block for r in plan.reductions] != sorted(r.block for r in plan.reductions):
+        raise PlanError("the plan's reductions are not in the order of their blocks")
+    for r in plan.reductions:
+        block = one_block(structure.blocks, r.block)
+        if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or r.prefix % r.unit or block.stage.length % r.unit:
+            raise PlanError(
+                f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its "
+                f"{block.stage.length} tokens"
+            )
+        key = (block.stage.length, r.prefix)
+        shorter = (block.stage.length - r.prefix - r.suffix) // r.unit
+        if out and one_block(structure.blocks, out[-1].block).stage is not block.stage and r.n < shorter:
+            shorter = r.n  # tokens are gone before this stage begins; the rewrite checks that it is so
+        n = current.get(key, shorter)
+        if not 1 <= r.k <= n:
+            raise PlanError(f"the plan leaves {r.k} tokens at block {r.block}, where {n} come in")
+        if r.n != n and key not in current:
+            raise PlanError(f"the plan says {r.n} tokens come into block {r.block}; the model has {n}")
+        if r.place not in ("attention", "block"):
+            raise PlanError(f"the plan's place {r.place!r} is neither 'attention' nor 'block'")
+        if block.why_not:
+            raise PlanError(f"tokens cannot be reduced in block {r.block} ({block.path}): {block.why_not}")
+        current[key] = r.k
+        if r.k < n:
+            out.append(replace(r, n=n, path=block.path))
+    return tuple(out)
