@@ -12,6 +12,7 @@ import onnx_ir.passes.common as passes
 from tokcompile.exports.batch_one import drop_batch
 from tokcompile.exports.indices import look_up
 from tokcompile.exports.rewriting import constant, is_full, maker, named, only_user, replace
+from tokcompile.exports.row_bias import row_bias_channel
 
 
 @dataclass
@@ -153,6 +154,27 @@ def reshape_once(graph: ir.Graph) -> int:
     return count
 
 
+def transpose_whole(graph: ir.Graph) -> int:
+    """The last two axes swapped with those before folded into one becomes a Transpose of the whole, which fuses into a
+    product. So torch.onnx writes the keys of attention."""
+    count = 0
+    for node in list(graph):
+        swap = maker(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
+        fold = maker(swap.inputs[0], "Reshape") if swap is not None else None
+        source = fold.inputs[0] if fold is not None else None
+        if swap is None or source is None or source.shape is None or list(swap.attributes["perm"].as_ints()) != [0, 2, 1]:
+            continue
+        shape, folded, out = source.shape, swap.outputs[0].shape, node.outputs[0].shape
+        if folded is None or out is None or len(shape) != len(out) or len(shape) < 3:
+            continue
+        if [*shape[:-2], shape[-1], shape[-2]] != list(out) or list(folded)[1:] != list(out)[-2:]:
+            continue
+        perm = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+        replace(graph, node.outputs[0], [ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", perm)])])
+        count += 1
+    return count
+
+
 def lp_norm(graph: ir.Graph) -> int:
     """x / max(|x|, tiny) over the last axis becomes LpNormalization, which gives 0 for 0 too."""
     count = 0
@@ -176,15 +198,18 @@ def lp_norm(graph: ir.Graph) -> int:
 
 RULES: Mapping[str, Callable[[ir.Graph], int]] = {
     "split_qkv": split_qkv,
+    "transpose_whole": transpose_whole,
     "lp_norm": lp_norm,
     "slice_last": slice_last,
     "drop_batch": drop_batch,
+    "row_bias_channel": row_bias_channel,
     "look_up": look_up,
     "reshape_once": reshape_once,
 }
 
 
 def simplify(model: ir.Model, rules: tuple[str, ...]) -> None:
-    """Applies the named rules and drops what they leave unread."""
-    if sum(RULES[rule](model.graph) for rule in rules):
-        passes.RemoveUnusedNodesPass()(model)
+    """Applies the named rules, and drops what each leaves unread, so that the next one counts only what is read."""
+    for rule in rules:
+        if RULES[rule](model.graph):
+            passes.RemoveUnusedNodesPass()(model)

@@ -48,7 +48,7 @@ TENSORRT = Target(
 )
 
 # in this order; the last one passes by the reshapes that the others leave
-RULES = ("split_qkv", "lp_norm", "slice_last", "drop_batch", "reshape_once", "look_up")
+RULES = ("split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "row_bias_channel", "look_up")
 
 TARGETS = {
     t.name: t

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokcompile.exports.onnx import to_onnx
 from tokcompile.exports.simplify import RULES, simplify
+from tokcompile.exports.targets import TARGETS
 
 
 class Packed(nn.Module):
@@ -30,6 +31,20 @@ class Metric(nn.Module):
         mean = x.reshape(2, 3, 5, 4)[:, :, 1:].mean(1)
         unit = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min(1e-12)
         return unit
+
+
+class Sized(nn.Module):
+    """Attention with a bias on the keys, as sizes of tokens give it."""
+
+    def __init__(self, n, heads, per_head=False):
+        super().__init__()
+        self.n, self.heads, self.per_head = n, heads, per_head
+        self.qkv = nn.Linear(12, 36)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, 12 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = x[..., : self.heads].permute(0, 2, 1)[:, :, None] if self.per_head else x[:, None, None, :, 0]
+        return nn.functional.scaled_dot_product_attention(q, k, v, bias + v.sum() * 0)  # after q and k
 
 
 class Pairs(nn.Module):
@@ -65,6 +80,22 @@ def test_rules(case):
     module, counts = CASES[case]
     before, after, _ = rewritten(module, torch.randn(2, 5, 12), *(word for word in case.split() if word in RULES))
     assert {op: (before.count(op), after.count(op)) for op in counts} == counts
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("n", [128, 131])
+def test_a_bias_on_the_keys_becomes_a_channel(batch, n):
+    before, after, model = rewritten(Sized(n, 3), torch.randn(batch, n, 12), *TARGETS["onnxruntime"].rules)
+    assert (before.count("Add"), after.count("Add")) == (3, 4)  # biases of q, k and v and the one above, none on the scores
+    assert "Expand" in after
+    assert [list(node.inputs[0].shape)[-1] for node in model.graph if node.op_type == "Softmax"] == [n]
+
+
+@pytest.mark.parametrize("module", [Sized(100, 3), Sized(128, 3, per_head=True)])
+def test_other_biases_are_added(module):
+    """To few scores, or another one for every head."""
+    _, after, _ = rewritten(module, torch.randn(1, module.n, 12), *TARGETS["onnxruntime"].rules)
+    assert after.count("Add") == 5
 
 
 def rewritten(module, x, *rules):
