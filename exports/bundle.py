@@ -29,7 +29,7 @@ from tokcompile.errors import ExportError
 from tokcompile.exports.bundle_files.common import FORMAT, sha256
 from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN
 from tokcompile.exports.trtexec import PLUGIN_LIBRARY, Device, get_device
-from tokcompile.files import atomic, atomic_folder
+from tokcompile.files import atomic, atomic_folder, parents
 from tokcompile.plugins.contract import DOMAIN
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def bundle(
     plugin_library: a libtokcompile_plugins.so that was built for the target, which build.sh can take instead of compiling.
     tolerance: of verify.py, of the dtype by default. overwrite: whether an earlier folder and archive may be replaced.
 
+    Folders that `path` is in are created where they are missing.
+
     Raises: ExportError, and leaves nothing behind then.
     """
     start = time.perf_counter()
@@ -104,6 +106,7 @@ def bundle(
         check_library(plugin_library, device)
     report = BundleReport(path, packed, device.name)
     with ExitStack() as stack:
+        stack.enter_context(parents(path))
         # the archive gets its name last: whoever finds it finds the folder too
         temporary = stack.enter_context(atomic(packed)) if packed else None
         folder = Path(stack.enter_context(atomic_folder(path, overwrite)))

@@ -160,6 +160,16 @@ def test_files_that_cannot_be_written_are_refused_first(cli, tmp_path, option):
     assert refused(cli("optimize", "tests.test_cli:broken", option, tmp_path), "is a folder")
 
 
+def test_a_folder_that_cannot_be_made_is_refused_first(cli, tmp_path):
+    (tmp_path / "file").touch()
+    given = ("bundle", "tests.test_cli:broken", "--target", "x86", "--out")
+    assert refused(cli(*given, tmp_path / "file" / "a" / "b"), "file is no folder")
+    assert refused(cli(*given, tmp_path / "file"), "is there already")
+    with pytest.raises(RuntimeError, match="no such luck"):  # nothing is wrong with the folder: it gets as far as the model
+        cli(*given, tmp_path / "a" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("text", "budget"),
     [

@@ -39,18 +39,50 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[str]:
-    """The same for a folder: what is in the temporary one gets the name `path` once the block has ended well.
+    """The same for a folder: what is in the temporary one gets the name `path` once the block has ended well. Folders that
+    it is in are created where they are missing.
 
     Raises: ExportError for a name that is taken, unless it is a folder that may be overwritten.
     """
     path = os.path.abspath(path)
-    parent, name = os.path.split(path)
     if os.path.lexists(path) and not (overwrite and os.path.isdir(path) and not os.path.islink(path)):
         raise ExportError(f"{path} is there already\n  what to do: choose another name, or pass overwrite=True for a folder")
+    with parents(path), temporary_beside(path) as new:
+        yield new
+
+
+@contextmanager
+def parents(path: str | os.PathLike[str]) -> Iterator[None]:
+    """For the duration of the block, and after it if it ends well, the folders that `path` is in are there.
+
+    Raises: ExportError where they cannot be created.
+    """
+    made: list[str] = []
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    try:
+        for missing in reversed(made):
+            os.makedirs(missing, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write {os.fspath(path)}: the folder {made[0]} cannot be created: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        for folder in made:  # the innermost first; one that holds something by now stays
+            with suppress(OSError):
+                os.rmdir(folder)
+        raise
+
+
+@contextmanager
+def temporary_beside(path: str) -> Iterator[str]:
+    parent, name = os.path.split(path)
     try:
         temporary = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
     except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}; create the folder or choose another place") from error
+        raise ExportError(f"cannot write {path}: {error.strerror}; choose another place") from error
     old = os.path.join(temporary, "old")
     new = os.path.join(temporary, name)
     try:

@@ -215,9 +215,16 @@ def test_wrong_options_leave_nothing(options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("quick")
+def test_folders_on_the_way_are_created(tmp_path):
+    report = vit().bundle(tmp_path / "a" / "b" / "out", target="x86", form="plain")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["out", "out.tar.gz"]
+    assert len(files_of(tmp_path / "a" / "b" / "out")) == report.files
+
+
 def test_folder_that_cannot_be_written(tmp_path):
-    with pytest.raises(ExportError, match="create the folder or choose another place"):
-        vit().bundle(tmp_path / "missing" / "out", target="x86")
+    with pytest.raises(ExportError, match="fp12"):
+        vit().bundle(tmp_path / "missing" / "out", target="x86", precision="fp12")
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot write"):
         vit().bundle(tmp_path / "file" / "out", target="x86")

@@ -114,12 +114,17 @@ def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
 
 
 def check_folder(path: str, overwrite: bool) -> None:
-    """Refuses a folder that could not be made, before any work is done. Raises: ExportError."""
+    """Refuses a folder that could not be made, before any work is done; those that it is in may be missing.
+
+    Raises: ExportError.
+    """
     if os.path.lexists(path) and not overwrite:
         raise ExportError(f"{path} is there already; choose another name, or pass --overwrite")
     parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        raise ExportError(f"cannot write {path}: there is no folder {parent}")
+        raise ExportError(f"cannot write {path}: {parent} is no folder")
     if not os.access(parent, os.W_OK):
         raise ExportError(f"cannot write {path}: the folder {parent} is read-only")
 
