@@ -66,7 +66,7 @@ def parents(path: str | os.PathLike[str]) -> Iterator[None]:
         for missing in reversed(made):
             os.makedirs(missing, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"cannot write {os.fspath(path)}: the folder {made[0]} cannot be created: {error.strerror}") from error
+        raise ExportError(f"cannot write {os.fspath(path)}: {made[0]} cannot be created: {error.strerror}") from error
     try:
         yield
     except BaseException:

@@ -8,11 +8,12 @@ import onnx
 import pytest
 import torch
 
+import tokcompile
 from tests.conftest import error
 from tests.exports.models import DYNAMIC, all_nodes
 from tokcompile import ExportError, InputError
 from tokcompile.cli import main
-from tokcompile.llm import export, load
+from tokcompile.llm import Prefill, export, load
 
 COUNT = 32
 
@@ -100,9 +101,9 @@ def test_command_line(written, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ids", "1,2,3"], "inputs_embeds is 1x3x48 float32, and the prefill was compiled for 1x40x48"),
+        (["--ids", "1,2,3"], "the prompt has 3 tokens, and "),
         (["--ids", "1,x"], "not a list of token ids"),
-        (["--ids", "99"], "the id 99 is not among the 64 of the vocabulary"),
+        (["--ids", ",".join(["99"] * 40)], "the id 99 is not among the 64 of the vocabulary"),
         (["--ids", ",".join(["1"] * 40), "--max-new-tokens", "33"], "take 1 to 32 tokens"),
         (["--prompt-embeds", "missing.npy"], "cannot read the embeddings"),
     ],
@@ -123,7 +124,7 @@ def test_nothing_is_left_behind_where_it_fails(generator, tmp_path):
 
 
 def test_broken_folders(written, tmp_path):
-    with pytest.raises(ExportError, match=r"give a folder that tokcompile\.llm\.export wrote"):
+    with pytest.raises(ExportError, match=r"give a folder that tokcompile\.llm\.export or tokcompile\.vlm\.export wrote"):
         load(tmp_path)
     spec = (written[3] / "generate.json").read_text()
     (tmp_path / "generate.json").write_text(spec[:200])
@@ -147,3 +148,35 @@ def test_prompts_by_number_are_looked_up(written):
     assert folder.prompt([3] * 40)["inputs_embeds"].shape == (1, 40, 48)
     with pytest.raises(InputError, match="vocabulary"):
         folder.prompt([-1])
+
+
+def test_text_through_the_tokenizer_of_the_folder(generator, tmp_path, capsys):
+    """Shorter texts are padded on the left: the model's own generation from the text alone, as nothing is removed."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(64)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
+    made.save(str(tmp_path / "t.json"))
+    model, inputs, _ = generator("hf/llama")
+    inputs = {**inputs, "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    prefill = tokcompile.optimize(Prefill(model), kwargs=inputs, method="random", budget=1.0, spans=[(5, 30)])
+    folder = tmp_path / "folder"
+    export(prefill, model, folder, max_new_tokens=6, tokenizer=tmp_path / "t.json")
+    ids = [3, 14, 15, 9, 2]
+    text = " ".join(f"w{i}" for i in ids)
+    assert main(["generate", str(folder), "--prompt", text, "--ignore-eos", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    with torch.no_grad():
+        want = model.generate(torch.tensor([[1, *ids]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert data["tokens"] == want[:, 6:].tolist()
+    assert data["text"] == [" ".join(f"w{i}" for i in data["tokens"][0])]
+    assert main(["generate", str(folder), "--prompt", " ".join(["w2"] * 40)]) == 2
+    assert "the prompt has 41 tokens, and " in capsys.readouterr().err
+    assert main(["generate", str(folder), "--prompt", "w2", "--image", "a.png"]) == 2
+    assert "takes no images: leave --image out" in capsys.readouterr().err
+    (folder / "tokenizer.json").unlink()
+    assert main(["generate", str(folder), "--prompt", text]) == 2
+    assert "has no tokenizer.json" in capsys.readouterr().err
+    with pytest.raises(ExportError, match="tokenizer is the path of the model's"):
+        export(prefill, model, tmp_path / "other", max_new_tokens=6, tokenizer=tmp_path / "none.json")

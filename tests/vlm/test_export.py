@@ -121,7 +121,7 @@ def test_ids_and_ready_pixels(written, tmp_path, capsys):
     [
         (["--prompt", "a"], "pass --image FILE or --pixels FILE.npy"),
         (["--prompt", "a", "--image", "missing.png"], "cannot read the image 'missing.png'"),
-        (["--prompt", "a", "--image", "PICTURE", "--image", "PICTURE"], "made for 1 image(s), and 2 are given"),
+        (["--prompt", "a", "--image", "PICTURE", "--image", "PICTURE"], "was exported for 1 image(s), and 2 are given"),
         (
             ["--prompt", " ".join("a" * 9), "--image", "PICTURE"],
             "the text after image 1 has 11 tokens, and this model was made",
@@ -140,10 +140,9 @@ def test_command_line_refuses(arguments, message, written, picture, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_language_model_takes_no_image(tmp_path, capsys):
-    (tmp_path / "generate.json").write_text("{}")
-    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "takes no images and no text" in capsys.readouterr().err
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert main(["generate", str(tmp_path / "none"), "--image", "a.png", "--prompt", "a"]) == 2
+    assert "give a folder that tokcompile.llm.export wrote" in capsys.readouterr().err
 
 
 def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):

@@ -83,7 +83,7 @@ def test_images_that_do_not_fit(picture, tmp_path):
     aspect = Preprocess((56, 56), fit="aspect")
     with pytest.raises(InputError, match=r"is 70 x 50 pixels, and this model was made for images shaped like 56 x 56"):
         aspect(picture, (3, 56, 56))
-    with pytest.raises(InputError, match=r"becomes 1x3x56x56, and the vision part takes 2x3x56x56"):
+    with pytest.raises(InputError, match=r"become 1x3x56x56, and the vision part takes 2x3x56x56"):
         Preprocess((56, 56))(picture, (2, 3, 56, 56))
     (tmp_path / "no.png").write_text("nothing")
     for path in (tmp_path / "no.png", tmp_path / "missing.png"):

@@ -12,6 +12,8 @@ from tokcompile.errors import InputError
 EXAMPLES = """\
 examples:
   tokcompile generate folder --image photograph.jpg --prompt "What is this?"
+  tokcompile generate folder --image before.jpg --image after.jpg --prompt "What has changed?"
+  tokcompile generate folder --prompt "Once upon a time"                   # a language model alone, with its tokenizer.json
   tokcompile generate folder --pixels pixels.npy --ids 1,15,32000,7,9      # one placeholder id for each image
   tokcompile generate folder --prompt-embeds prompt.npy --max-new-tokens 64
   tokcompile generate folder --ids 1,15,7,9 --temperature 0.7 --top-k 40 --seed 0 --json"""
@@ -23,7 +25,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="text of the prompt, where the folder has a tokenizer.json")
     prompt.add_argument("--prompt-embeds", metavar="FILE.npy", help="embeddings of the prompt, of shape (batch, length, width)")
     prompt.add_argument("--ids", metavar="ID,ID,...", help="token ids of the prompt")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image; repeat it for each one that the folder was exported for",
+    )
     parser.add_argument("--stretch", action="store_true", help="take an image of another shape than the model was made for")
     parser.add_argument("--pixels", metavar="FILE.npy", help="pixel values as the vision part takes them, instead of --image")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to generate (default: as many as fit)")
@@ -46,10 +54,14 @@ def generate(args: argparse.Namespace) -> Result:
         made = seeing(**with_images(seeing, args), **options)
         text = [seeing.tokenizer.decode(row) for row in made.tokens.tolist()] if args.prompt is not None else None
         return shown(args, seeing.text, made, text)
-    if args.image or args.pixels or args.prompt is not None:
-        raise InputError(f"{args.folder} is a language model that takes no images and no text: pass --ids or --prompt-embeds")
     folder = load(args.folder, threads=args.threads)
-    inputs = embeddings(args.prompt_embeds, folder.wiring) if args.prompt_embeds else folder.prompt(ids(args.ids))
+    if args.image or args.pixels:
+        option = "--image" if args.image else "--pixels"
+        raise InputError(f"{args.folder} is a language model that takes no images: leave {option} out")
+    if args.prompt is not None:
+        made = folder(**folder.text(args.prompt), **options)
+        return shown(args, folder, made, [folder.tokenizer.decode(row) for row in made.tokens.tolist()])
+    inputs = embeddings(args.prompt_embeds, folder.wiring) if args.prompt_embeds else folder.padded(ids(args.ids))
     return shown(args, folder, folder(**inputs, **options), None)
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import tokcompile
-from tokcompile.cli import values
+from tokcompile.cli import hf, values
 from tokcompile.cli.show import Result, Table
 from tokcompile.errors import InputError
 from tokcompile.models import load_model
@@ -15,17 +15,24 @@ from tokcompile.recipe import get_method
 
 EXAMPLES = """\
 examples:
+  tokcompile vlm hf:smolvlm --image photograph.jpg --prompt "What is this?" --method dart --budget 0.25 --out folder
   tokcompile vlm mypackage.models:build --method dart --budget tokens:64 --out folder
   tokcompile vlm mypackage.models:build --vision-method divprune --vision-budget 0.5 --out folder \\
       --room 16,64 --tokenizer tokenizer.json --template "USER: {image} {prompt} ASSISTANT:" \\
       --preprocessor preprocessor_config.json
 
-The function returns (model, (), inputs): a model of transformers, and an example call with pixel_values, input_ids and what
+hf:FOLDER is a local transformers folder: config.json, weights, processor and tokenizer.json. Its own processor makes the
+example call of --image and --prompt: the number of images, and their shape where a model takes any, are those of every
+later call. The text around the images comes from the folder's chat template, or from --template.
+
+A function returns (model, (), inputs): a model of transformers, and an example call with pixel_values, input_ids and what
 belongs to them, as the model's processor gives it. Then: tokcompile generate folder --image FILE --prompt TEXT."""
+
+ROOM = 64  # tokens of text
 
 
 def add_vlm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="package.module:function")
+    parser.add_argument("model", metavar="MODEL", help="hf:FOLDER or package.module:function")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder of that name")
     group = parser.add_argument_group("reduction in the language part", f"a budget is one of\n{values.BUDGETS}")
@@ -38,9 +45,17 @@ def add_vlm(parser: argparse.ArgumentParser) -> None:
     vision.add_argument("--vision-budget", metavar="BUDGET", help="(default 0.5)")
     vision.add_argument("--vision-where", metavar="B,B,...", help="blocks, the method's own by default")
     vision.add_argument("--vision-option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+    example = parser.add_argument_group("example call, for hf:FOLDER")
+    example.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
+    example.add_argument("--prompt", metavar="TEXT", help="the words of a user, or a whole text with {image} in it")
+    example.add_argument("--dtype", choices=list(hf.DTYPES), help="of the weights (default float32)")
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--room", metavar="N,N,...", help="most tokens of text before, between and after the images")
-    prompt.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json")
+    prompt.add_argument(
+        "--room", metavar="N,N,...",
+        help="most tokens of text before, between and after the images, or `exact` for those of the example alone (default: "
+        f"exact; for hf:FOLDER {ROOM} more than in the example after the last image)",
+    )  # fmt: skip
+    prompt.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json (default: that of hf:FOLDER)")
     prompt.add_argument("--template", metavar="TEXT", help="the whole text of a prompt, with {image} and {prompt} in it")
     prompt.add_argument("--preprocessor", metavar="FILE", help="the model's preprocessor_config.json")
     prompt.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens there is room for (default 128)")
@@ -50,11 +65,13 @@ def add_vlm(parser: argparse.ArgumentParser) -> None:
 def vlm(args: argparse.Namespace) -> Result:
     """Splits, reduces, exports, and shows what was done."""
     values.check_folder(args.out, args.overwrite)
-    made = load_model(args.model)
-    if made.args or not made.kwargs:
-        raise InputError(f"{args.model} has to return (model, (), inputs), with pixel_values and input_ids among the inputs")
-    room = None if args.room is None else numbers(args.room)
-    parts = tokcompile.vlm.split(made.model, made.kwargs, room=room)
+    example = folder_of(args)
+    model, inputs = (example.model, example.inputs) if example else function_of(args)
+    room = None if args.room in (None, "exact") else numbers(args.room)
+    parts = tokcompile.vlm.split(model, inputs, room=room)
+    files = written_beside(args, parts, example)  # what is wrong with them is said before any work is done
+    if example and args.room is None:
+        parts = tokcompile.vlm.split(model, inputs, room=[*parts.prompt.room[:-1], parts.prompt.room[-1] + ROOM])
     plans = {}
     if args.vision_method:
         asked = reduction(args.vision_method, args.vision_budget, args.vision_where, args.vision_option)
@@ -65,14 +82,53 @@ def vlm(args: argparse.Namespace) -> Result:
     plans["language"] = prefill.plan
     options: dict[str, Any] = {"target": args.target} if args.target else {}
     report = tokcompile.vlm.export(
-        parts, prefill, args.out, max_new_tokens=args.max_new_tokens, tokenizer=args.tokenizer, template=args.template,
-        preprocess=json_file(args.preprocessor) if args.preprocessor else None, overwrite=args.overwrite, **options,
+        parts, prefill, args.out, max_new_tokens=args.max_new_tokens, overwrite=args.overwrite, **files, **options,
     )  # fmt: skip
     data = {"model": args.model, "plans": {k: json.loads(p.json()) for k, p in plans.items()}, **json.loads(report.json())}
     prompt = parts.prompt
     found = [("images", str(list(prompt.full))), ("room for text", str(prompt.room)), ("prefill", str(prompt.length))]
     shown = [f"{name}: {plan}" for name, plan in plans.items() if plan.reductions]
+    if example and not files["preprocess"]:
+        shown.append(
+            f"note: how the {type(example.processor.image_processor).__name__} of {args.model} preprocesses images is not "
+            "known here: `tokcompile generate` needs ready pixel values (--pixels) instead of --image"
+        )
     return Result(data, [Table(("prompt", "tokens"), found), *shown, report])
+
+
+def folder_of(args: argparse.Namespace) -> hf.Example | None:
+    """Model and example call of hf:FOLDER. Raises: InputError."""
+    if args.model.startswith("hf:"):
+        return hf.load(args.model[3:], args.image, args.prompt, args.template, args.dtype or "float32")
+    given = [name for name in ("image", "prompt", "dtype") if getattr(args, name)]
+    if given:
+        raise InputError(
+            f"--{given[0]} goes with hf:FOLDER, and {args.model} makes its own example call: let the function return other "
+            "inputs, or another model"
+        )
+    return None
+
+
+def function_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Model and example call of package.module:function. Raises: InputError."""
+    made = load_model(args.model)
+    if made.args or not made.kwargs:
+        raise InputError(f"{args.model} has to return (model, (), inputs), with pixel_values and input_ids among the inputs")
+    return made.model, made.kwargs
+
+
+def written_beside(args: argparse.Namespace, parts: tokcompile.vlm.Parts, example: hf.Example | None) -> dict[str, Any]:
+    """The arguments of `tokcompile.vlm.export` that are no graphs. Raises: InputError."""
+    files: dict[str, Any] = {
+        "tokenizer": args.tokenizer,
+        "template": args.template,
+        "preprocess": json_file(args.preprocessor) if args.preprocessor else None,
+    }
+    if example is None:
+        return files
+    if args.tokenizer is None:
+        files |= {"tokenizer": example.tokenizer, "template": example.template(parts)}
+    return files if args.preprocessor else files | {"preprocess": example.preprocess(parts)}
 
 
 def reduction(method: str, budget: str | None, where: str | None, option: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from tokcompile.exports.verify import TOLERANCES, relative_error
 from tokcompile.files import atomic_folder
 from tokcompile.llm.folder import FORMAT, SPEC, load
 from tokcompile.llm.generate import Generated, Generator, Wiring
+from tokcompile.llm.tokenizer import TOKENIZER
 
 CHUNK = 4096  # rows of the embedding table that are computed at a time
 
@@ -52,6 +54,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     max_new_tokens: int,
+    tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify_tokens: int = 4,
     tolerance: float | None = None,
@@ -59,17 +62,21 @@ def export(
 ) -> FolderReport:
     """Writes everything that generation needs into a new folder, and generates from it before it gets its name.
 
-    prefill: what `tokcompile.optimize` gave for `tokcompile.llm.Prefill(model)` with outputs="reduced". options: of
+    prefill: what `tokcompile.optimize` gave for `tokcompile.llm.Prefill(model)` with outputs="reduced". tokenizer: the
+    model's tokenizer.json, with which `tokcompile generate` takes a text. options: of
     `tokcompile.exports.onnx.export_onnx`, for both graphs, such as target="tensorrt_rtx" or inline=True. verify_tokens: how
     many tokens are generated in onnxruntime and compared with PyTorch; 0 for none.
 
     Raises: InputError, TraceError, ExportError; nothing is left behind then.
     """
+    check_tokenizer(tokenizer)
     made = Generator(prefill, model, max_new_tokens=max_new_tokens)
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
         write_graphs({"prefill": prefill, "decode": made.decode}, inside, report, options)
         write_embeddings(model, os.path.join(inside, report.files["embeddings"]))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, os.path.join(inside, TOKENIZER))
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.wiring, prefill, report.files) + "\n")
         if verify_tokens:
@@ -79,6 +86,12 @@ def export(
             verify(partial(made, **inputs), partial(load(inside), **inputs), count, limit_of(tolerance, options), report)
         finish(report, inside, made.wiring)
     return report
+
+
+def check_tokenizer(path: str | os.PathLike[str] | None) -> None:
+    """Raises: ExportError."""
+    if path is not None and not os.path.isfile(path):
+        raise ExportError(f"there is no file {os.fspath(path)}: tokenizer is the path of the model's {TOKENIZER}")
 
 
 def write_graphs(graphs: Mapping[str, OptimizedModel], folder: str, report: FolderReport, options: Mapping[str, Any]) -> None:

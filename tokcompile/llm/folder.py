@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokcompile.exports.session import import_onnxruntime, session_options
 from tokcompile.exports.verify import from_ort, to_ort
 from tokcompile.llm.generate import Generated, Sampling, Wiring, generate
 from tokcompile.llm.layout import Cut, Stage
+from tokcompile.llm.tokenizer import read_tokenizer
 
 FORMAT = 1
 SPEC = "generate.json"
@@ -40,7 +42,8 @@ def read_spec(folder: str) -> tuple[Wiring, dict[str, Any]]:
         )
     except OSError as error:
         raise ExportError(
-            f"cannot read {path}: {error.strerror}\n  what to do: give a folder that tokcompile.llm.export wrote"
+            f"cannot read {path}: {error.strerror}\n  what to do: give a folder that tokcompile.llm.export or "
+            "tokcompile.vlm.export wrote"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -91,6 +94,35 @@ class Folder:
         self.prefill = Session(places["prefill"], threads)
         self.decode = Session(places["decode"], threads, {out: into for _, _, into, out in self.wiring.caches})
         self.embeddings = np.load(places["embeddings"], mmap_mode="r")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of tokenizer.json. Raises: InputError."""
+        return read_tokenizer(self.path)
+
+    def text(self, text: str) -> dict[str, Tensor]:
+        """The inputs of the prefill for a text, as its tokenizer begins and ends it. Raises: InputError."""
+        return self.padded(list(self.tokenizer.encode(text).ids))
+
+    def padded(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """The inputs of the prefill for token ids, padded on the left where it takes padding. Raises: InputError."""
+        length, mask = self.wiring.length, self.wiring.inputs.get("attention_mask")
+        if len(ids) > length or (len(ids) < length and mask is None):
+            most = "at most" if mask is not None else "exactly"
+            todo = "pass a shorter prompt" if mask is not None else "export it with an attention_mask, for padding"
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, and {self.path} takes {most} {length}\n"
+                f"  what to do: {todo}; or optimize and export for this length"
+            )
+        empty = length - len(ids)
+        feeds = self.prompt([*[0] * empty, *ids])
+        if mask is None:
+            return feeds
+        real = torch.tensor([[0] * empty + [1] * len(ids)] * self.wiring.batch)
+        feeds["attention_mask"] = real.to(getattr(torch, mask[1]))
+        if len(self.wiring.inputs.get("position_ids", ((),))[0]) == 2:  # padding has no position
+            feeds["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+        return feeds
 
     def prompt(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """The prefill's prompt input for token ids, the same for each row of the batch. Raises: InputError."""

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from tokcompile.api import OptimizedModel
-from tokcompile.errors import ExportError, InputError
+from tokcompile.errors import InputError
 from tokcompile.files import atomic_folder
 from tokcompile.llm.decode import untouched
-from tokcompile.llm.export import FolderReport, finish, limit_of, spec_json, verify, write_embeddings, write_graphs
+from tokcompile.llm.export import (
+    FolderReport,
+    check_tokenizer,
+    finish,
+    limit_of,
+    spec_json,
+    verify,
+    write_embeddings,
+    write_graphs,
+)
 from tokcompile.llm.folder import SPEC
-from tokcompile.vlm.folder import KEY, TOKENIZER, load, spec
+from tokcompile.llm.tokenizer import TOKENIZER
+from tokcompile.vlm.folder import KEY, load, spec
 from tokcompile.vlm.generate import Generator
 from tokcompile.vlm.image import Preprocess
 from tokcompile.vlm.split import Parts
@@ -26,7 +36,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     max_new_tokens: int,
-    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    preprocess: Preprocess | Sequence[Preprocess] | Mapping[str, Any] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     template: str | None = None,
     overwrite: bool = False,
@@ -36,17 +46,17 @@ def export(
 ) -> FolderReport:
     """Writes all that `tokcompile generate` needs into a new folder, and generates from it before it gets its name.
 
-    parts, prefill, max_new_tokens: as of `tokcompile.vlm.Generator`. preprocess: how an image file becomes pixel values, or
-    what the model's preprocessor_config.json holds. tokenizer: the model's tokenizer.json. template: the whole text of a
-    prompt, with {image} and {prompt} in it; without one, the text before the example's image stands before the image, and
-    the prompt after it. options: of `tokcompile.exports.onnx.export_onnx`, for all graphs.
+    parts, prefill, max_new_tokens: as of `tokcompile.vlm.Generator`. preprocess: how image files become pixel values, one for
+    all or one for each image of a prompt, or what the model's preprocessor_config.json holds. tokenizer: the
+    model's tokenizer.json. template: the whole text of a prompt, with {image} and {prompt} in it; without one, the text
+    before the example's image stands before the image, and the prompt after it. options: of
+    `tokcompile.exports.onnx.export_onnx`, for all graphs.
 
     Raises: InputError, TraceError, ExportError; nothing is left behind then.
     """
     made = Generator(parts, prefill, max_new_tokens=max_new_tokens)
     pixels = parts.vision.args[0]
-    if preprocess is not None and not isinstance(preprocess, Preprocess):
-        preprocess = Preprocess.from_config(preprocess, pixels.shape, parts.grid)
+    how = preprocesses(preprocess, parts)
     check_text(parts, tokenizer, template)
     vision = parts.optimized or untouched(parts.vision.module, {"pixel_values": pixels})
     report = FolderReport(os.fspath(folder))
@@ -59,7 +69,7 @@ def export(
         ids = parts.embeddings.kwargs["input_ids"]
         start = parts.prompt.full[0][0]
         before = [int(i) for i, real in zip(ids[0, :start], parts.prompt.mask[0, :start]) if real]
-        images = spec(parts.prompt, vision.plan, report.files, pixels.shape, preprocess, template, before)
+        images = spec(parts.prompt, vision.plan, report.files, pixels.shape, how, template, before)
         files = {name: file for name, file in report.files.items() if name != "vision"}
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.text.wiring, prefill, files, **{KEY: images}) + "\n")
@@ -71,10 +81,23 @@ def export(
     return report
 
 
+def preprocesses(given: Preprocess | Sequence[Preprocess] | Mapping[str, Any] | None, parts: Parts) -> list[Preprocess]:
+    """One for all images, or one for each of a prompt; none where nothing is said. Raises: InputError."""
+    if isinstance(given, Preprocess):
+        return [given]
+    if not isinstance(given, Mapping):
+        made = list(given or ())
+        if len(made) > 1 and len(made) != len(parts.prompt.full):
+            raise InputError(f"preprocess has {len(made)} entries, and a prompt {len(parts.prompt.full)} image(s)")
+        return made
+    pixels = parts.vision.args[0]
+    made = [Preprocess.from_config(given, pixels.shape, grid) for grid in parts.grids or [None]]
+    return made if len(set(made)) > 1 else made[:1]
+
+
 def check_text(parts: Parts, tokenizer: str | os.PathLike[str] | None, template: str | None) -> None:
     """Raises: InputError, ExportError."""
-    if tokenizer is not None and not os.path.isfile(tokenizer):
-        raise ExportError(f"there is no file {os.fspath(tokenizer)}")
+    check_tokenizer(tokenizer)
     images = len(parts.prompt.full)
     if template is not None and (template.count("{image}") != images or template.count("{prompt}") != 1):
         raise InputError(f"the template {template!r} has to hold {{prompt}} once, and {{image}} {images} time(s)")

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,14 +17,14 @@ from tokcompile.errors import ExportError, InputError, PlanError
 from tokcompile.llm.folder import SPEC, Session
 from tokcompile.llm.folder import Folder as TextFolder
 from tokcompile.llm.generate import Generated
+from tokcompile.llm.tokenizer import encoded, read_tokenizer
 from tokcompile.passes.plan import Plan
 from tokcompile.vlm.generate import flat
-from tokcompile.vlm.image import Preprocess
+from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
-TOKENIZER = "tokenizer.json"
 
 
 def has_images(folder: str | os.PathLike[str]) -> bool:
@@ -49,7 +48,7 @@ class Folder:
             self.prompt = Prompt.from_data(data["prompt"])
             self.plan = Plan.from_json(json.dumps(data["plan"]))
             self.shape = tuple(data["shape"])
-            self.preprocess = None if data["preprocess"] is None else Preprocess.from_data(data["preprocess"])
+            self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
             vision = os.path.join(self.path, data["vision"])
         except KeyError as error:
@@ -68,44 +67,45 @@ class Folder:
     @cached_property
     def tokenizer(self) -> Any:
         """Of tokenizer.json. Raises: InputError."""
-        path = os.path.join(self.path, TOKENIZER)
-        if not os.path.isfile(path):
-            raise InputError(f"{self.path} has no {TOKENIZER}: pass token ids (--ids), or copy the model's {TOKENIZER} there")
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise InputError(f"text needs the package tokenizers: pip install tokenizers ({error})") from error
-        try:
-            return Tokenizer.from_file(path)
-        except Exception as error:
-            raise InputError(f"{path} is no tokenizer: {error}") from error
+        return read_tokenizer(self.path)
+
+    @property
+    def count(self) -> int:
+        """How many images there are in a prompt."""
+        return len(self.prompt.full)
 
     def texts(self, prompt: str) -> list[list[int]]:
         """The token ids before, between and after the images for a text. Raises: InputError."""
-        if self.template is None:
-            pieces = prompt.split("{image}")
-            if len(pieces) == 1:  # the example's own text stands before the image
-                return [self.before, self.encode(prompt)]
-        else:
-            pieces = self.template.replace("{prompt}", prompt).split("{image}")
+        if self.template is not None:
+            return [self.encode(piece) for piece in self.template.replace("{prompt}", prompt).split("{image}")]
+        pieces = prompt.split("{image}")
+        if len(pieces) == 1 == self.count:  # the example's own text stands before the image
+            return [self.before, self.encode(prompt)]
+        if len(pieces) - 1 != self.count:
+            raise InputError(
+                f"{self.path} was exported for {self.count} image(s) in a prompt, and this text has {{image}} "
+                f"{len(pieces) - 1} time(s): write it where each of them stands"
+            )
         return [self.encode(piece) for piece in pieces]
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return encoded(self.tokenizer, text)
 
     def pixels(self, images: Sequence[str], stretch: bool = False) -> Tensor:
         """Pixel values from image files. stretch: whatever the shape of an image. Raises: InputError."""
-        count = len(self.prompt.full) * self.text.wiring.batch
-        if len(images) != count:
-            raise InputError(f"this model was made for {count} image(s), and {len(images)} are given: pass --image for each")
-        if self.preprocess is None:
+        batch = self.text.wiring.batch
+        if len(images) != self.count * batch:
+            samples = f" of {batch} samples, {self.count} in each" if batch > 1 else ""
+            raise InputError(
+                f"{self.path} was exported for {self.count * batch} image(s){samples}, and {len(images)} are given: pass "
+                "--image for each"
+            )
+        if not self.preprocess:
             raise InputError(
                 f"{self.path} does not say how images are preprocessed: pass pixel values as a .npy file (--pixels), or export "
                 "again with preprocess="
             )
-        how = replace(self.preprocess, fit="stretch") if stretch else self.preprocess
-        each = (self.shape[0] // count, *self.shape[1:])
-        return torch.cat([how(image, each) for image in images])
+        return pixel_values(self.preprocess, images, self.shape, stretch)
 
     def array(self, path: str) -> Tensor:
         """Pixel values that are ready, from a .npy file. Raises: InputError."""
@@ -164,14 +164,14 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 
 def spec(
-    prompt: Prompt, plan: Plan, files: Mapping[str, str], shape: Sequence[int], preprocess: Preprocess | None,
+    prompt: Prompt, plan: Plan, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
     template: str | None, before: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
     return {
         "vision": files["vision"],
         "shape": list(shape),
-        "preprocess": None if preprocess is None else preprocess.data(),
+        "preprocess": [one.data() for one in preprocess],
         "features": {"from": "features", "into": "inputs_embeds", "at": list(prompt.spans)},
         "prompt": prompt.data(),
         "template": template,

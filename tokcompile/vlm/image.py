@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,21 +51,15 @@ class Preprocess:
 
     def __call__(self, path: str | os.PathLike[str], shape: Sequence[int]) -> Tensor:
         """The pixel values of an image file, of this shape. Raises: InputError."""
+        return pixel_values([self], [path], shape)
+
+    def values(self, path: str | os.PathLike[str]) -> Tensor:
+        """Of one image file: (3, height, width), or (patches, numbers of each). Raises: InputError."""
         picture = self.fitted(opened(path), os.fspath(path))
         pixels = np.asarray(picture, dtype=np.float32) / 255
         mean, std = (np.array(numbers, dtype=np.float32) for numbers in (self.mean, self.std))
-        pixels = (pixels - mean) / std
-        values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        if self.patches is not None:
-            values = in_patches(values, self.patches)
-        elif len(shape) > 3:
-            values = values.reshape(*[1] * (len(shape) - 3), *values.shape)
-        if tuple(values.shape) != tuple(shape):
-            raise InputError(
-                f"an image becomes {'x'.join(map(str, values.shape))}, and the vision part takes {'x'.join(map(str, shape))}\n"
-                "  what to do: pass the pixel values of all images and tiles as a .npy file (--pixels)"
-            )
-        return values
+        values = torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+        return values if self.patches is None else in_patches(values, self.patches)
 
     def fitted(self, picture: Any, path: str) -> Any:
         height, width = self.size
@@ -126,6 +121,28 @@ class Preprocess:
             )
         fit = "crop" if config.get("do_center_crop") else "stretch"
         return Preprocess((int(shape[-2]), int(shape[-1])), mean, std, fit, how)
+
+
+def pixel_values(
+    how: Sequence[Preprocess], paths: Sequence[str | os.PathLike[str]], shape: Sequence[int], stretch: bool = False
+) -> Tensor:
+    """The pixel values of image files as a model takes them, of this shape: side by side, or patches in a row.
+
+    how: one for each image of a prompt, or one for all; samples come one after the other. stretch: whatever the shape of an
+    image. Raises: InputError.
+    """
+    each = [replace(how[i % len(how)], **({"fit": "stretch"} if stretch else {})).values(path) for i, path in enumerate(paths)]
+    patches = how[0].patches is not None
+    joined = torch.cat(each) if patches else torch.stack(each)
+    if not patches and math.prod(shape[:-3]) == len(each) and tuple(shape[-3:]) == tuple(joined.shape[1:]):
+        return joined.reshape(tuple(shape))
+    if tuple(joined.shape) != tuple(shape):
+        raise InputError(
+            f"{len(each)} image(s) become {'x'.join(map(str, joined.shape))}, and the vision part takes "
+            f"{'x'.join(map(str, shape))}\n  what to do: pass the pixel values of all images and tiles as a .npy "
+            "file (--pixels)"
+        )
+    return joined
 
 
 def opened(path: str | os.PathLike[str]) -> Any:

@@ -79,10 +79,10 @@ class Parts:
         return self.prompt.inputs(embeds, seen, attention_mask, self.padded)
 
     @property
-    def grid(self) -> list[int] | None:
-        """(frames, rows, columns) of the first image's patches, where the model is told them."""
+    def grids(self) -> list[list[int]]:
+        """(frames, rows, columns) of each image's patches in a sample, where the model is told them."""
         grids = [v for v in (*self.seen.args, *self.seen.kwargs.values()) if isinstance(v, Tensor) and v.shape[1:] == (3,)]
-        return [int(n) for n in grids[0][0]] if grids else None
+        return grids[0][: len(grids[0]) // self.prompt.mask.shape[0]].tolist() if grids else []
 
     @property
     def padded(self) -> bool:
