@@ -1,5 +1,6 @@
 """The folder of files: what generates from it in ONNX Runtime, what is in it, and what happens to a broken one."""
 
+import copy
 import json
 import os
 
@@ -13,7 +14,7 @@ from tests.conftest import error
 from tests.exports.models import DYNAMIC, all_nodes
 from tokcompile import ExportError, InputError
 from tokcompile.cli import main
-from tokcompile.llm import Prefill, export, load
+from tokcompile.llm import Generator, Prefill, export, load
 
 COUNT = 32
 
@@ -180,3 +181,34 @@ def test_text_through_the_tokenizer_of_the_folder(generator, tmp_path, capsys):
     assert "has no tokenizer.json" in capsys.readouterr().err
     with pytest.raises(ExportError, match="tokenizer is the path of the model's"):
         export(prefill, model, tmp_path / "other", max_new_tokens=6, tokenizer=tmp_path / "none.json")
+
+
+def half(generator, dtype):
+    model, inputs, _ = generator("hf/llama")
+    model, inputs = copy.deepcopy(model).to(dtype), {"inputs_embeds": inputs["inputs_embeds"].to(dtype)}
+    reduced = dict(method="dart", budget=tokcompile.Tokens(11), spans=[(5, 30)], outputs="reduced")
+    return model, inputs, tokcompile.optimize(Prefill(model), kwargs=inputs, **reduced)
+
+
+def test_half_precision(generator, tmp_path):
+    """In fp16 the files give the tokens of fp16 and of fp32 in PyTorch, and logits within 2 % of the largest."""
+    model, inputs, prefill = half(generator, torch.float16)
+    report = export(prefill, model, tmp_path / "folder", max_new_tokens=16)
+    assert 1e-4 < report.error < 2e-2  # it was computed in half precision
+    got = load(tmp_path / "folder", threads=1)(**inputs, eos=(), keep_logits=True)
+    _, full, made = generator("hf/llama")
+    for want in (
+        Generator(prefill, model, max_new_tokens=16)(**inputs, eos=(), keep_logits=True),
+        made(**full, eos=(), max_new_tokens=16, keep_logits=True),
+    ):
+        assert got.tokens.tolist() == want.tokens.tolist()
+        assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
+
+
+def test_bfloat16_is_refused_unless_nothing_is_to_run(generator, tmp_path):
+    model, _, prefill = half(generator, torch.bfloat16)
+    with pytest.raises(ExportError, match=r"model.half\(\) or model.float\(\) before it is optimized; or verify_tokens=0"):
+        export(prefill, model, tmp_path / "folder", max_new_tokens=4)
+    assert not (tmp_path / "folder").exists()
+    report = export(prefill, model, tmp_path / "folder", max_new_tokens=4, verify_tokens=0)
+    assert "not verified" in str(report)

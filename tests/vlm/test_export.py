@@ -1,5 +1,6 @@
 """The folder of files: what generates from it in ONNX Runtime, what is in it, and what is refused."""
 
+import copy
 import json
 import os
 import shutil
@@ -142,7 +143,7 @@ def test_command_line_refuses(arguments, message, written, picture, capsys):
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "none"), "--image", "a.png", "--prompt", "a"]) == 2
-    assert "give a folder that tokcompile.llm.export wrote" in capsys.readouterr().err
+    assert "give a folder that tokcompile.llm.export or tokcompile.vlm.export wrote" in capsys.readouterr().err
 
 
 def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
@@ -160,6 +161,23 @@ def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
     assert got.tokens.tolist() == want.tokens.tolist()
     assert error(got.logits, want.logits) < 1e-4
     assert parts.prompt.positions(mask)[1].tolist() == [[3 + 4 + 4]]
+
+
+def test_half_precision(tmp_path):
+    """In fp16: the tokens of fp16 in PyTorch, and logits within 2 % of the largest."""
+    model, inputs = vlm("llava")
+    model = copy.deepcopy(model).half()
+    inputs = {**inputs, "pixel_values": inputs["pixel_values"].half()}
+    parts = split(model, inputs)
+    parts = parts.after(tokcompile.optimize(*parts.vision, method="divprune", budget=0.5, where=[2], outputs="reduced"))
+    prefill = tokcompile.optimize(*parts.language, method="dart", budget=Tokens(4), spans=parts.spans, outputs="reduced")
+    report = export(parts, prefill, tmp_path / "folder", max_new_tokens=8)
+    assert 1e-4 < report.error < 2e-2  # it was computed in half precision
+    given = inputs["pixel_values"], inputs["input_ids"]
+    got = load(tmp_path / "folder", threads=1)(*given, eos=(), keep_logits=True)
+    want = Generator(parts, prefill, max_new_tokens=8)(*given, eos=(), keep_logits=True)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
 
 
 def test_nothing_is_left_behind_where_it_fails(tmp_path):

@@ -19,7 +19,7 @@ from tokcompile.vlm import Parts, Preprocess
 from tokcompile.vlm.export import preprocesses
 from tokcompile.vlm.image import pixel_values
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16}  # those that onnxruntime computes in on a CPU
 NEAR = 0.05  # mean distance of normalised pixel values: what two ways to resample differ by is less, another crop is more
 FITS = ("crop", "pad", "stretch")
 

@@ -71,6 +71,7 @@ def export(
     """
     check_tokenizer(tokenizer)
     made = Generator(prefill, model, max_new_tokens=max_new_tokens)
+    check_runs(made, options, verify_tokens)
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
         write_graphs({"prefill": prefill, "decode": made.decode}, inside, report, options)
@@ -83,7 +84,7 @@ def export(
             names = zip(prefill.input_names, prefill.example_inputs)
             inputs: dict[str, Any] = {name: value for name, value in names if isinstance(value, Tensor)}
             count = min(verify_tokens, max_new_tokens)
-            verify(partial(made, **inputs), partial(load(inside), **inputs), count, limit_of(tolerance, options), report)
+            verify(partial(made, **inputs), partial(load(inside), **inputs), count, limit_of(tolerance, made, options), report)
         finish(report, inside, made.wiring)
     return report
 
@@ -109,10 +110,27 @@ def finish(report: FolderReport, folder: str, wiring: Wiring) -> None:
     report.stages = [{"first": s.first, "last": s.last, "length": s.length, "capacity": s.capacity} for s in wiring.stages]
 
 
-def limit_of(tolerance: float | None, options: Mapping[str, Any]) -> float:
+def limit_of(tolerance: float | None, made: Generator, options: Mapping[str, Any]) -> float:
     """The relative error that logits may have."""
-    usual = TOLERANCES[torch.float32 if options.get("precision") is None else torch.float16]
-    return usual if tolerance is None else tolerance
+    half = options.get("precision") is not None or kind_of(made) != torch.float32
+    return TOLERANCES[torch.float16 if half else torch.float32] if tolerance is None else tolerance
+
+
+def kind_of(made: Generator) -> torch.dtype:
+    """The type of the model's floats, which is that of its caches."""
+    given = dict(zip(made.decode.input_names, made.decode.example_inputs))
+    kind: torch.dtype = given[made.wiring.caches[0][2]].dtype
+    return kind
+
+
+def check_runs(made: Generator, options: Mapping[str, Any], verify_tokens: int) -> None:
+    """Raises: ExportError for what onnxruntime could not generate from."""
+    if verify_tokens and (kind_of(made) == torch.bfloat16 or options.get("precision") == "bf16"):
+        raise ExportError(
+            "the model is bfloat16, in which onnxruntime does not compute on a CPU, so that nothing could be generated from "
+            "the files\n  what to do: model.half() or model.float() before it is optimized; or verify_tokens=0 to write the "
+            "files, unchecked, for another runtime"
+        )
 
 
 def write_embeddings(model: Any, path: str) -> None:

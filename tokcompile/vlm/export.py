@@ -14,6 +14,7 @@ from tokcompile.files import atomic_folder
 from tokcompile.llm.decode import untouched
 from tokcompile.llm.export import (
     FolderReport,
+    check_runs,
     check_tokenizer,
     finish,
     limit_of,
@@ -56,6 +57,7 @@ def export(
     """
     made = Generator(parts, prefill, max_new_tokens=max_new_tokens)
     pixels = parts.vision.args[0]
+    check_runs(made.text, options, verify_tokens)
     how = preprocesses(preprocess, parts)
     check_text(parts, tokenizer, template)
     vision = parts.optimized or untouched(parts.vision.module, {"pixel_values": pixels})
@@ -76,7 +78,7 @@ def export(
         if verify_tokens:
             count = min(verify_tokens, max_new_tokens)
             given = pixels, ids, parts.prompt.mask
-            verify(partial(made, *given), partial(load(inside), *given), count, limit_of(tolerance, options), report)
+            verify(partial(made, *given), partial(load(inside), *given), count, limit_of(tolerance, made.text, options), report)
         finish(report, inside, made.text.wiring)
     return report
 

@@ -57,7 +57,7 @@ def check_padding(parts: Parts, prefill: OptimizedModel) -> None:
     if parts.padded and prefill.plan.reductions and recipe is not None and "text_attention" in recipe.taps:
         raise InputError(
             f"{recipe.name} reads all tokens of the text, and this language part takes padding, which would be among them\n"
-            "  what to do: split without room= and padded=, for prompts of one length; or choose another method"
+            "  what to do: split without room= and padded=, for prompts of one length (--room exact); or choose another method"
         )
 
 
