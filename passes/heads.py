@@ -25,6 +25,7 @@ PROJECTIONS = {
     "aten.conv3d",
     "aten.einsum",
 }
+REPEATS = {"aten.reshape", "aten.view", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.contiguous"}
 
 
 def attentions_of(s: Splice) -> list[Attention]:
@@ -43,10 +44,32 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
     parts = []
     for attention in attentions_of(s):
         node: Node = getattr(attention, name)
+        times = 1
         if attention.fused and name != "v" and not rotated:
-            node = before_rotary(node)
-        parts.append(standard(rw, s, node, name, attention))
+            inner = unrepeated(node)
+            source = before_rotary(inner)
+            if source is not inner:
+                node, times = source, _numel(node) // _numel(inner)
+        parts.append(repeated(rw, standard(rw, s, node, name, attention), times))
     return side_by_side(rw, s, parts)
+
+
+def unrepeated(node: Node) -> Node:
+    """A key from before it was repeated for every query of its group; the node itself where it never was."""
+    source = node
+    while packet(source) in REPEATS and isinstance(source.args[0], Node):
+        source = source.args[0]
+    return source if _numel(source) < _numel(node) else node
+
+
+def repeated(rw: Rewriter, value: Node, times: int) -> Node:
+    """(B, H, L, d) as (B, H * times, L, d), each head so many times in a row."""
+    if times == 1:
+        return value
+    batch, count, length, width = shape(value)
+    each = rw.builder.emit(aten.unsqueeze.default, value, 2)
+    each = rw.builder.emit(aten.expand.default, each, [batch, count, times, length, width])
+    return rw.gather.reshape(each, [batch, count * times, length, width])
 
 
 def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
@@ -138,16 +161,23 @@ def rotates(node: Node) -> bool:
 
 
 def is_table(node: Node) -> bool:
-    """A cosine or sine table: it does not come from the tokens."""
+    """A cosine or sine table: it does not come from the tokens, but from constants or from positions that are inputs."""
     todo, seen = [node], set()
     while todo:
         n = todo.pop()
-        if packet(n) in PROJECTIONS or n.op == "placeholder":
+        if packet(n) in PROJECTIONS and not outer_product(n):
+            return False
+        if packet(n) == "aten.embedding" or (n.op == "placeholder" and n.meta["val"].is_floating_point()):
             return False
         if n not in seen:
             seen.add(n)
             todo.extend(n.all_input_nodes)
     return True
+
+
+def outer_product(node: Node) -> bool:
+    """Frequencies times positions, with nothing to sum over, are written as a matrix product."""
+    return packet(node) == "aten.matmul" and shape(node.args[0])[-1] == 1
 
 
 def _numel(node: Node) -> int:
