@@ -24,23 +24,25 @@ def picture(path, seed, size):
     return str(path)
 
 
-@pytest.mark.parametrize(("name", "size"), [("qwen2_vl", (48, 64)), ("idefics3", (64, 64))])
-def test_two_images_and_a_text_are_what_transformers_makes_of_them(name, size, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("qwen2_vl", [(48, 64), (64, 32)]), ("idefics3", [(64, 64), (64, 64)])], ids=["qwen2_vl", "idefics3"]
+)
+def test_two_images_and_a_text_are_what_transformers_makes_of_them(name, sizes, tmp_path, capsys):
     """Nothing is removed: token by token the model's own `generate` on what its processor gives, for another prompt and other
     images than those of the export."""
     from transformers import AutoProcessor
 
-    first, second = (picture(tmp_path / f"{i}.png", i, size) for i in (1, 2))
+    first, second, third, fourth = (picture(tmp_path / f"{i}.png", i, sizes[i % 2]) for i in range(4))
     given = ["vlm", f"hf:{folder(name)}", "--image", first, "--image", second, "--prompt", PROMPT, "--max-new-tokens", "6"]
     assert main([*given, "--out", str(tmp_path / "new" / "out"), "--room", "6,4,12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 4
     run = ["generate", str(tmp_path / "new" / "out"), "--prompt", "a cat ?", "--ignore-eos"]
-    assert main([*run, "--image", second, "--image", first, "--json"]) == 0
+    assert main([*run, "--image", third, "--image", fourth, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     model, processor = vlm(name)[0], AutoProcessor.from_pretrained(folder(name))
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a cat ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[Image.open(second), Image.open(first)], text=[text], return_tensors="pt")
+    inputs = processor(images=[Image.open(third), Image.open(fourth)], text=[text], return_tensors="pt")
     with torch.no_grad():
         want = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
     assert data["tokens"] == want[:, inputs["input_ids"].shape[1] :].tolist()

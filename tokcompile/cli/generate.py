@@ -59,7 +59,7 @@ def generate(args: argparse.Namespace) -> Result:
         option = "--image" if args.image else "--pixels"
         raise InputError(f"{args.folder} is a language model that takes no images: leave {option} out")
     if args.prompt is not None:
-        made = folder(**folder.text(args.prompt), **options)
+        made = folder(**{**folder.text(args.prompt), **options})
         return shown(args, folder, made, [folder.tokenizer.decode(row) for row in made.tokens.tolist()])
     inputs = embeddings(args.prompt_embeds, folder.wiring) if args.prompt_embeds else folder.padded(ids(args.ids))
     return shown(args, folder, folder(**inputs, **options), None)

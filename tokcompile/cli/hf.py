@@ -73,9 +73,10 @@ class Example:
         want = self.inputs["pixel_values"].float()
         try:
             made = preprocesses(self.processor.image_processor.to_dict(), parts)
-            for fit in dict.fromkeys([made[0].fit, *(FITS if made[0].patches is None else ())]):
+            patches = made[0].patches is not None  # of the size nearest to the image's own shape: that is what they stretch to
+            for fit in [made[0].fit] if patches else dict.fromkeys([made[0].fit, *FITS]):
                 how = [replace(one, fit=fit) for one in made]
-                if float((pixel_values(how, self.images, want.shape) - want).abs().mean()) <= NEAR:
+                if float((pixel_values(how, self.images, want.shape, patches) - want).abs().mean()) <= NEAR:
                     return how
         except InputError:
             return []

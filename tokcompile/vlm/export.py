@@ -93,7 +93,8 @@ def preprocesses(given: Preprocess | Sequence[Preprocess] | Mapping[str, Any] | 
             raise InputError(f"preprocess has {len(made)} entries, and a prompt {len(parts.prompt.full)} image(s)")
         return made
     pixels = parts.vision.args[0]
-    made = [Preprocess.from_config(given, pixels.shape, grid) for grid in parts.grids or [None]]
+    grids: Sequence[Sequence[int] | None] = parts.grids or [None]
+    made = [Preprocess.from_config(given, pixels.shape, grid) for grid in grids]
     return made if len(set(made)) > 1 else made[:1]
 
 

@@ -131,7 +131,8 @@ def pixel_values(
     how: one for each image of a prompt, or one for all; samples come one after the other. stretch: whatever the shape of an
     image. Raises: InputError.
     """
-    each = [replace(how[i % len(how)], **({"fit": "stretch"} if stretch else {})).values(path) for i, path in enumerate(paths)]
+    how = [replace(one, fit="stretch") for one in how] if stretch else how
+    each = [how[i % len(how)].values(path) for i, path in enumerate(paths)]
     patches = how[0].patches is not None
     joined = torch.cat(each) if patches else torch.stack(each)
     if not patches and math.prod(shape[:-3]) == len(each) and tuple(shape[-3:]) == tuple(joined.shape[1:]):

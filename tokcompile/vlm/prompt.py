@@ -59,7 +59,7 @@ class Prompt:
             if len(text) > room:
                 raise InputError(
                     f"the text {where} has {len(text)} tokens, and this model was made with room for {room}\n"
-                    "  what to do: a shorter text; or split and export again with more room"
+                    "  what to do: a shorter text; or split and export again with more room (--room)"
                 )
             if len(text) < room and not padded:
                 raise InputError(
