@@ -164,6 +164,7 @@ class Gatherer:
                 derive=lambda chosen: chosen(space)[i : i + 1],
                 positions=None if (many := self.several(space)) is None else take(many),
                 bands=bands_of(space),
+                groups=self.sample(space.groups, i) if space.groups else None,
             )
         return self._sample[space, i]
 

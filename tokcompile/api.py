@@ -38,8 +38,9 @@ class OptimizedModel(torch.nn.Module):
     plan: the reductions that were carried out. report: what was found, done and what it costs.
     """
 
-    def __init__(self, analysis: Analysis, compiled: Compiled, spec: dict[str, Any], recipes: dict[str, Recipe] | None = None):
+    def __init__(self, compiled: Compiled, spec: dict[str, Any], recipes: dict[str, Recipe] | None = None):
         super().__init__()
+        analysis = compiled.analysis
         traced = analysis.traced
         # without reductions the untouched traced graph is kept: bit for bit the original
         self.graph_module = compiled.rewritten.gm if compiled.rewritten else traced.gm
@@ -173,7 +174,7 @@ def optimize(
     analysis = first._analysis if first is not None else analyse(model, args, kwargs)
     compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
-    return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+    return OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
 
 
 def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:
