@@ -18,11 +18,12 @@ from torch.fx import GraphModule, Node
 from tokcompile.passes.find import Block, Stage, Structure
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import aten, propagate_shapes, shape
+from tokcompile.passes.graph import aten, is_tensor, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
-from tokcompile.passes.tokens import Label, Space, make_seq, normal, plain
+from tokcompile.passes.tokens import Seq, Space, make_seq, plain
+from tokcompile.passes.tokens import regroup as cut_anew
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def find_groupings(gm: GraphModule, structure: Structure) -> list[Grouping]:
         behind = reachable_from({blocks[0].out})
         exits: list[Exit] = []
         for movement in found:
-            if movement.source in behind and holds_tokens(movement.source, blocks[0]):
+            if movement.source in behind and is_tensor(movement.source) and length_in(movement.source, blocks[0]):
                 exits += exits_of(movement, blocks[0])
         exits.sort(key=lambda e: structure.order[e.node])
         exits = [e for e in exits if e.form.unit == exits[0].form.unit and torch.equal(e.form.order, exits[0].form.order)]
@@ -95,12 +96,26 @@ def needed(exits: list[Exit], stage: Stage) -> bool:
     return moved or form.mean > 1 or bool(stage.prefix % form.unit or stage.suffix % form.unit)
 
 
-def holds_tokens(node: Node, block: Block) -> bool:
-    """Whether a tensor is laid out as the stream of that block, with or without the tokens around the visual ones."""
-    sizes, stream, axis = list(shape(node)), list(shape(block.mid)), block.token_axis
-    if len(sizes) != len(stream) or sizes[axis] not in (block.stage.length, block.stage.n):
-        return False
-    return all(sizes[d] == stream[d] for d in range(len(sizes) - 1) if d != axis)
+def length_in(node: Node, block: Block) -> int | None:
+    """How many tokens of each sample a tensor holds that is laid out as the stream of that block, with or without those
+    around the visual ones; None for other tensors."""
+    sizes, batch = shape(node), samples(block)
+    for length in (block.stage.length, block.stage.n):
+        if tokens_first(block):
+            fits = sizes[:-1] == (length, batch)
+        else:
+            fits = sizes[:-1] in ((batch, length), (batch * length,))
+        if fits:
+            return length
+    return None
+
+
+def samples(block: Block) -> int:
+    return shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
+
+
+def tokens_first(block: Block) -> bool:
+    return block.batch_axis == 1 and samples(block) > 1
 
 
 def exits_of(movement: Movement, block: Block) -> list[Exit]:
@@ -111,14 +126,10 @@ def exits_of(movement: Movement, block: Block) -> list[Exit]:
     if not candidates:
         return []
     marks = torch.arange(prod(sizes), dtype=torch.int64 if prod(sizes) >= 1 << 31 else torch.int32)
-    batch = sizes[block.batch_axis] if block.batch_axis is not None else 1
-    length = sizes[block.token_axis]
-    if block.token_axis == 0 and block.batch_axis is not None:
-        laid = marks.reshape(batch, length, -1).transpose(0, 1)
-    else:
-        laid = marks.reshape(sizes)
+    batch, length = samples(block), length_in(source, block) or 0
+    laid = marks.reshape(batch, length, -1).transpose(0, 1).contiguous() if tokens_first(block) else marks.reshape(sizes)
     prefix = block.stage.prefix if length == block.stage.length else 0
-    for node, values in movement.run(laid.contiguous(), candidates).items():
+    for node, values in movement.run(laid, candidates).items():
         form = form_of(torch.stack(values, -1), batch, length, sizes[-1], prefix, block.stage.n)
         if form is not None:
             out.append(Exit(node, source, form))
@@ -173,7 +184,7 @@ class InGroupOrder(Rewriter):
         self.exits = {e.node: (g, e) for g in groupings for e in g.exits}
         first = {id(g): next(b for b in structure.blocks if b.stage is g.stage) for g in groupings}
         self.entries = {first[id(g)].entry: (g, first[id(g)]) for g in groupings}
-        self.placed: dict[int, tuple[Label, Block]] = {}
+        self.placed: dict[int, tuple[Seq, Block]] = {}
 
     def step(self, node: Node) -> None:
         if node in self.exits:
@@ -191,9 +202,9 @@ class InGroupOrder(Rewriter):
         place[order] = torch.arange(len(order))
         space = Space("order", len(order), len(order), index=self.builder.constant(order[None], "order"), ordered=False)
         space.assign = once(lambda: self.builder.constant(place[None], "places"))
-        label = list(plain(shape(x)))
-        label[axis] = normal((make_seq((stage.prefix, space, stage.suffix)),))
-        self.placed[id(grouping)] = tuple(label), block
+        label, seq = list(plain(shape(x))), make_seq((stage.prefix, space, stage.suffix))
+        label[axis] = (seq,)
+        self.placed[id(grouping)] = seq, block
         if torch.equal(order, torch.arange(len(order))):
             return
         edges = torch.arange(stage.prefix), torch.arange(stage.length - stage.suffix, stage.length)
@@ -204,18 +215,10 @@ class InGroupOrder(Rewriter):
     def grouped(self, grouping: Grouping, exit: Exit) -> Node:
         """What the movement gives, as a view of groups of neighbours."""
         stage, emit, form = grouping.stage, self.builder.emit, exit.form
-        label, block = self.placed[id(grouping)]
-        axis, sizes = block.token_axis, shape(exit.source)
-        x, have = self.env[exit.source], self.labels.get(exit.source) or plain(sizes)
-        if not torch.equal(form.order, torch.arange(len(form.order))):
-            tokens = label[axis] if sizes[axis] == stage.length else normal((space_of(label[axis]),))
-            want = (*have[:axis], tokens, *have[axis + 1 :])
-            x = self.gather.coerce(x, have, want, exit.node)
-        if sizes[axis] == stage.length and stage.prefix + stage.suffix:
-            x = emit(aten.slice.Tensor, x, axis, stage.prefix, stage.length - stage.suffix)
-        if axis == 0 and block.batch_axis is not None:
-            x = emit(aten.transpose.int, x, 0, 1)
-        lead, width = list(shape(exit.node)[:-1]), sizes[-1]
+        x, whole = self.standing(grouping, exit)
+        if whole and stage.prefix + stage.suffix:
+            x = emit(aten.slice.Tensor, x, 1, stage.prefix, stage.length - stage.suffix)
+        lead, width = list(shape(exit.node)[:-1]), shape(x)[-1]
         if form.mean > 1:
             x = emit(aten.reshape.default, x, [*lead, form.groups, form.mean, width])
             x = emit(aten.mean.dim, x, [len(lead) + 1])
@@ -228,8 +231,18 @@ class InGroupOrder(Rewriter):
         x = emit(aten.reshape.default, x, [*lead, form.groups * width])
         return emit(aten.index_select.default, x, -1, self.builder.constant(form.channels, "channels"))
 
-
-def space_of(axis: object) -> object:
-    """The tokens that change places, without those around them."""
-    (seq,) = axis  # type: ignore[misc]
-    return make_seq([p for p in seq.parts if not isinstance(p, int)])
+    def standing(self, grouping: Grouping, exit: Exit) -> tuple[Node, bool]:
+        """(B, tokens, D) what the movement starts from, in the order of the groups, and whether all tokens are in it."""
+        seq, block = self.placed[id(grouping)]
+        x, have = self.env[exit.source], self.labels.get(exit.source) or plain(shape(exit.source))
+        length = length_in(exit.source, block) or 0
+        if tokens_first(block):
+            x, have = self.builder.emit(aten.transpose.int, x, 0, 1), (have[1], have[0], have[2])
+        else:
+            sizes = (samples(block), length, shape(x)[-1])
+            x, have = self.gather.reshape(x, list(sizes)), cut_anew(have, sizes)
+        whole = length == grouping.stage.length
+        if not torch.equal(grouping.order, torch.arange(len(grouping.order))):
+            tokens = seq if whole else Seq(seq.spaces)
+            x = self.gather.coerce(x, have, (have[0], (tokens,), have[2]), exit.node)
+        return x, whole
