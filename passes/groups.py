@@ -34,12 +34,14 @@ def put_back(rw: Rewriter, x: Node, new: Node, start: int, stop: int) -> Node:
 
 def tokens_of_groups(rw: Rewriter, space: Space, unit: int, parent: Space | None) -> Space:
     """The tokens of reduced groups one by one. parent: those of the groups before this reduction, where it is not the first."""
-    assert space.index is not None
     emit = rw.builder.emit
-    tokens = Space(f"{space.name}_x{unit}", space.n * unit, space.k * unit, parent, ordered=space.ordered)
+    n = space.n if parent else space.root_n
+    tokens = Space(f"{space.name}_x{unit}", n * unit, space.k * unit, parent, ordered=space.ordered)
     tokens.groups, tokens.proportional = space, space.proportional
-    tokens.index = members(rw, space.index, unit)
-    tokens.assign = once(lambda: members(rw, space.assign(), unit))
+    index = space.index if parent else rw.gather.within(space.root_n, space)
+    assert index is not None
+    tokens.index = members(rw, index, unit)
+    tokens.assign = once(lambda: members(rw, space.assign() if parent else rw.gather.slots(space), unit))
     tokens.size = emit(aten.repeat_interleave.self_int, space.size, unit, 1) if space.size is not None else None
 
     def derive(chosen: Callable[[Space], Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.passes.find import Block, Stage, Structure
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import aten, is_tensor, propagate_shapes, shape
+from tokcompile.passes.graph import aten, get_attr, is_tensor, packet, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
@@ -169,10 +169,25 @@ def regroup(gm: GraphModule, structure: Structure, groupings: list[Grouping], in
     rewriter = InGroupOrder(gm, structure, groupings)
     made = rewriter.run().gm
     made.meta.update(gm.meta)
+    write_out_indices(made)
     fold_constants(made)
     propagate_shapes(made, inputs)
     made.recompile()
     return made
+
+
+def write_out_indices(gm: GraphModule) -> None:
+    """Constant indices that were only viewed anew become constants of that shape: rules read the order from them."""
+    for i, node in enumerate(list(gm.graph.nodes)):
+        index = node.args[2] if packet(node) == "aten.index_select" else None
+        if index is None or packet(index) != "aten.reshape" or index.args[0].op != "get_attr":
+            continue
+        gm.register_buffer(f"_tokcompile_index_{i}", get_attr(gm, index.args[0].target).reshape(index.args[1]))
+        with gm.graph.inserting_before(node):
+            flat = gm.graph.get_attr(f"_tokcompile_index_{i}")
+        flat.meta = dict(index.meta)
+        node.replace_input_with(index, flat)
+    gm.graph.eliminate_dead_code()
 
 
 class InGroupOrder(Rewriter):

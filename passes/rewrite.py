@@ -38,7 +38,6 @@ class Splice:
     k: int
     site: Site
     prefix: int = 0  # where the tokens start, in the original sequence
-    suffix: int = 0  # how many stand after them
     unit: int = 1
     tap_block: Block | None = None
     language: bool = False  # whether text stands around the tokens
@@ -289,7 +288,7 @@ class Rewriter:
                     )
                 return part, parts[:i], parts[i + 1 :]
             fits = isinstance(part, int) and at <= start and start + n <= at + width
-            if fits and s.prefix + s.site.n * s.unit + s.suffix == shape(s.at)[s.block.token_axis]:
+            if fits and (not s.aligned or start + n + s.site.suffix == shape(s.at)[s.block.token_axis] // unit):
                 rest = at + width - start - n
                 return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
             at += width

@@ -288,7 +288,7 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
         at = block.out if r.place == "attention" else block.entry
         tapped = block if r.place == "attention" or recipe.ahead else before(block, blocks)
         language = block.language or (settings.spans is not None and not block.stage.visual)
-        out.append(Splice(recipe, block, at, r.k, site, r.prefix, r.suffix, r.unit, tapped, language))
+        out.append(Splice(recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
     return out
 
 
