@@ -98,6 +98,7 @@ def kept_tokens(rw: Rewriter, space: Space) -> tuple[list[Node], list[str]]:
     """The extra outputs of a reduced program: which original tokens are left, and how many each one holds."""
     root: Any = space.lineage()[-1].n
     values, names = [rw.gather.within(root, space)], [f"{space.name}_index"]
+    rw.kept_of[names[0]] = root
     if space.size is not None:
         values.append(space.size)
         names.append(f"{space.name}_size")

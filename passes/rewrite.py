@@ -63,6 +63,7 @@ class Rewritten:
     recovered: set[Node]
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
+    kept_of: dict[str, int] = field(default_factory=dict)  # of how many tokens the indices among the extra outputs are
     overhead_flops: int = 0  # of the reductions themselves
 
 
@@ -95,6 +96,7 @@ class Rewriter:
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
+        self.kept_of: dict[str, int] = {}
         self.overhead_flops = 0
         self.positioned: set[Space] = set()  # whose several positions a rotary table was read at
         self.splices: dict[Node, list[Splice]] = {}
@@ -124,6 +126,7 @@ class Rewriter:
             self.recovered,
             output_labels,
             extra,
+            self.kept_of,
             self.overhead_flops,
         )
 
