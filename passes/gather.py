@@ -168,6 +168,10 @@ class Gatherer:
             )
         return self._sample[space, i]
 
+    def is_sample(self, part: Space, space: Space, i: int) -> bool:
+        """Whether a part is what sample i chose of a space, whose samples are as many as it has rows of indices."""
+        return self._sample.get((space, i)) is part
+
     def sample_of(self, seq: Seq, i: int) -> Seq:
         """The token axis of one sample."""
         return Seq(tuple(self.sample(p, i) if isinstance(p, Space) else p for p in seq.parts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from tokcompile.budget import Schedule
@@ -204,24 +205,32 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
     return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces), unit, offset)
 
 
-def after_others(slot: Slot, labels: Mapping[Any, Any]) -> Slot:
-    """The slot with what earlier reductions left of its spans, cut where those are cut. Raises: UnsupportedGraph."""
+def after_others(slot: Slot, labels: Mapping[Any, Any], spans: Sequence[tuple[int, int]] | None = None) -> Slot:
+    """The slot with what earlier reductions left of its spans, in their groups and cut where those are cut.
+
+    Raises: UnsupportedGraph.
+    """
     label = labels.get(slot.block.entry)
     axis = label[slot.block.token_axis] if label is not None else ()
     seq = next((a for a in axis if isinstance(a, Seq)), None)
     if seq is None:
         return slot
-    spans, left, at = [], [], 0
+    rows = prod(a for a in axis if isinstance(a, int))
+    unit = max(rows, *(s.unit for s in seq.spaces))
+    if unit != slot.unit:
+        slot = make_slot(slot.block, slot.place, spans, Layout(unit, (), True))
+    pieces, left, at = [], [], 0
     for part in seq.parts:
-        end = at + (part if isinstance(part, int) else part.root_n)
-        inside = [(max(start, at), min(stop, end)) for start, stop in slot.spans if start < end and stop > at]
+        end = at + rows * (part if isinstance(part, int) else part.root_n)
+        tokens = [(slot.token(start), slot.token(stop)) for start, stop in slot.spans]
+        inside = [(max(start, at), min(stop, end)) for start, stop in tokens if start < end and stop > at]
         if not isinstance(part, int) and inside not in ([], [(at, end)]):
             raise UnsupportedGraph(
                 f"the tokens {slot.spans} are not those that were reduced before, {at} to {end}",
                 slot.block.mid,
                 "leave spans out, or name the same ones",
             )
-        spans += inside
-        left += [stop - start if isinstance(part, int) else part.k for start, stop in inside]
+        pieces += [((start - slot.offset) // unit, (stop - slot.offset) // unit) for start, stop in inside]
+        left += [(stop - start) // unit if isinstance(part, int) else (part.groups or part).k for start, stop in inside]
         at = end
-    return replace(slot, spans=tuple(spans), left=tuple(left))
+    return replace(slot, spans=tuple(pieces), left=tuple(left))

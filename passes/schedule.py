@@ -34,7 +34,7 @@ def make_plan(
     Raises: BudgetError, MethodError, UnsupportedGraph.
     """
     budget, layout = as_budget(budget), layout or Layout()
-    slots = [after_others(s, labels or {}) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
+    slots = [after_others(s, labels or {}, spans) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
     if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
         return ()
     n = slots[0].n
