@@ -19,7 +19,7 @@ from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.placeholders import Fixed
-from tokcompile.passes.places import Layout, Slot, before
+from tokcompile.passes.places import Layout, Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
@@ -140,26 +140,38 @@ def compile_plan(
     before = named(earlier.plan) if earlier else ()
     given = analysis
 
+    def in_groups(error: BudgetError) -> Exception:
+        """A budget that single tokens cannot meet may be one for the groups that are made of them."""
+        stage = choose_slots(given.structure, settings.recipe, as_budget(budget), where, settings.spans, Layout())[0].stage
+        for grouping in given.groupings:
+            inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
+            if grouping.stage is stage and (inside or settings.outputs == "reduced"):
+                return NeedsLayout(Layout(grouping.unit, (), True), error)
+        return error
+
     def attempt(layout: Layout) -> Compiled:
         analysis = given.laid_out(layout)
         if plan is not None:
             chosen = fit_plan(plan, analysis.structure)
         else:
-            chosen = timed(
-                analysis.seconds,
-                "plan",
-                lambda: make_plan(
-                    analysis.structure,
-                    settings.recipe,
-                    budget,
-                    where=where,
-                    spans=settings.spans,
-                    options=settings.options,
-                    layout=layout,
-                    solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
-                    labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
-                ),
-            )
+            try:
+                chosen = timed(
+                    analysis.seconds,
+                    "plan",
+                    lambda: make_plan(
+                        analysis.structure,
+                        settings.recipe,
+                        budget,
+                        where=where,
+                        spans=settings.spans,
+                        options=settings.options,
+                        layout=layout,
+                        solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
+                        labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
+                    ),
+                )
+            except BudgetError as error:
+                raise error if layout != Layout() else in_groups(error) from None
             chosen = joined(before, settings, chosen)
         data = plan.budget if plan is not None else to_data(as_budget(budget))
         made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
