@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -97,7 +96,9 @@ def windows(node: Node) -> tuple[int, int] | None:
     """(height, width) of the windows of a pooling that covers its input with windows side by side; None for others."""
     a, sizes = bind(node), shape(node.all_input_nodes[0])[-2:]
     if "output_size" in a:
-        out = [o if o is not None else s for o, s in zip(list(a["output_size"]) * (2 if len(a["output_size"]) == 1 else 1), sizes)]
+        out = [
+            o if o is not None else s for o, s in zip(list(a["output_size"]) * (2 if len(a["output_size"]) == 1 else 1), sizes)
+        ]
         kernel = [s // o if s % o == 0 else 0 for s, o in zip(sizes, out)]
     else:
         kernel, stride = pair(a["kernel_size"]), pair(a["stride"] or a["kernel_size"])

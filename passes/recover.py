@@ -84,7 +84,9 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     names = []
     if rw.outputs == "reduced":
         parents = {s.parent for s in rw.spaces}
-        spaces = list(dict.fromkeys(s.groups or s for seq in seqs for s in seq.spaces)) or [s for s in rw.spaces if s not in parents]
+        spaces = list(dict.fromkeys(s.groups or s for seq in seqs for s in seq.spaces)) or [
+            s for s in rw.spaces if s not in parents
+        ]
         for space in spaces:
             extra, own = kept_tokens(rw, space)
             values += extra

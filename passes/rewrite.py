@@ -19,8 +19,8 @@ from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
-from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.groups import put_back, taken_out, tokens_of_groups
+from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.reduction import RESULTS, ReductionModule
 from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.taps import read_taps, taps_of

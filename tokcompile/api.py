@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tokcompile.compiler import Analysis, Compiled, Settings, analyse, compile_plan, settings_for
+from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, settings_for
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms

@@ -112,9 +112,7 @@ def unshuffled(h, w, r):
 
 def folded(h, w, r, s):
     """One view and one permutation of six axes."""
-    return lambda x: (
-        x.view(len(x), h // r, r, w // s, s, D).permute(0, 1, 3, 2, 4, 5).contiguous().view(len(x), -1, r * s * D)
-    )
+    return lambda x: x.view(len(x), h // r, r, w // s, s, D).permute(0, 1, 3, 2, 4, 5).contiguous().view(len(x), -1, r * s * D)
 
 
 CASES = {
@@ -152,7 +150,7 @@ def test_the_order_is_that_of_the_groups(name):
 @pytest.mark.parametrize("name", CASES)
 def test_in_group_order_the_model_is_the_same(name):
     """And what is left of the movement is views."""
-    model, image, want, mean = made(name, 2)
+    model, image, want, _ = made(name, 2)
     analysis = analyse(model, (image,), None)
     graph = regroup(analysis.graph, analysis.structure, analysis.groupings, analysis.traced.inputs)
     assert error(run(graph, image), run(model, image)) < 1e-5
@@ -184,7 +182,7 @@ def test_what_is_kept_are_whole_groups(name, batch):
 @pytest.mark.parametrize("name", ["shuffle behind a class token", "pool", "unfold"])
 def test_a_group_that_is_kept_is_what_it_would_be_alone(name):
     """Behind one reduction at the entrance of the language blocks: the same groups, by hand, from the original model."""
-    model, image, want, _ = made(name, 2)
+    model, image, *_ = made(name, 2)
     fast = tokcompile.optimize(model, (image,), method="random", budget=Tokens(3), where=[1], outputs="reduced")
     out, kept = run(fast, image)
     x = model.patch(image).flatten(2).transpose(1, 2)

@@ -22,7 +22,13 @@ LAYER = (("method", "dart"), ("budget", Tokens(9)), ("where", (2,)))
 LAST = (("method", "fastv"), ("budget", Tokens(7)), ("where", (3,)))
 SHORTER = (("method", "divprune"), ("budget", 0.5), ("where", (2,)))
 REDUCED_IN_VISION = ["llava", "qwen2_vl", "qwen3_vl", "paligemma"]
-REARRANGED = ["qwen2_5_vl", "internvl", "gemma3", "smolvlm", "mistral3"]  # after the tower: windows, shuffles, pools, patch merging
+REARRANGED = [
+    "qwen2_5_vl",
+    "internvl",
+    "gemma3",
+    "smolvlm",
+    "mistral3",
+]  # after the tower: windows, shuffles, pools, patch merging
 
 
 def positions_of(inputs, name, row):
@@ -94,7 +100,9 @@ BEHIND = [(name, language) for name in REDUCED_IN_VISION for language in ((), EN
 BEHIND += [(name, LAYER) for name in REARRANGED]
 
 
-@pytest.mark.parametrize(("name", "language"), BEHIND, ids=lambda v: v if isinstance(v, str) else dict(v).get("method", "whole"))
+@pytest.mark.parametrize(
+    ("name", "language"), BEHIND, ids=lambda v: v if isinstance(v, str) else dict(v).get("method", "whole")
+)
 def test_reduced_in_the_vision_part(name, language, generator):
     """What is left keeps its positions: the prompt is shorter, and the next position is that of the whole one."""
     language = tuple((k, Tokens(4) if k == "budget" else v) for k, v in language)

@@ -12,9 +12,7 @@ from tokcompile.errors import InputError
 from tokcompile.vlm.prompt import Prompt
 
 
-def seen_by(
-    prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], sizes: Mapping[str, int]
-) -> dict[str, Any]:
+def seen_by(prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The outputs of a vision part, sample by sample: features (B, k, D), deepstack alike, and kept (B, k), among the image's
     tokens, where not all are left. indices: its outputs s0_index and so on, sizes: of how many tokens each is. Raises:
     InputError."""
