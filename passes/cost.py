@@ -48,6 +48,8 @@ def axis_size(axis: Axis, counts: Mapping[Space, int]) -> int:
 def part_size(part: int | Space, counts: Mapping[Space, int]) -> int:
     if isinstance(part, int):
         return part
+    if part.groups is not None:
+        return part.unit * part_size(part.groups, counts)
     return sum(part_size(p, counts) for p in part.sources) if part.sources else counts.get(part, part.k)
 
 

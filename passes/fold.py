@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -41,9 +42,10 @@ def fold_constants(gm: GraphModule) -> None:
     for i, (node, value) in enumerate(taken.items()):
         if not torch.equal(value, values[node]) and not (value.is_floating_point() and value.isnan().any()):
             raise UnsupportedGraph("a constant is changed in place after it was used", node)
-        gm.register_buffer(f"_folded_{i}", value)
+        name = next(name for j in count(i) if not hasattr(gm, name := f"_folded_{j}"))
+        gm.register_buffer(name, value)
         with gm.graph.inserting_before(node):
-            folded = gm.graph.get_attr(f"_folded_{i}")
+            folded = gm.graph.get_attr(name)
         folded.meta = {k: v for k, v in node.meta.items() if k != "val"}
         node.replace_all_uses_with(folded)
     for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them

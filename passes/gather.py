@@ -164,8 +164,13 @@ class Gatherer:
                 derive=lambda chosen: chosen(space)[i : i + 1],
                 positions=None if (many := self.several(space)) is None else take(many),
                 bands=bands_of(space),
+                groups=self.sample(space.groups, i) if space.groups else None,
             )
         return self._sample[space, i]
+
+    def is_sample(self, part: Space, space: Space, i: int) -> bool:
+        """Whether a part is what sample i chose of a space, whose samples are as many as it has rows of indices."""
+        return self._sample.get((space, i)) is part
 
     def sample_of(self, seq: Seq, i: int) -> Seq:
         """The token axis of one sample."""

@@ -22,6 +22,7 @@ from tokcompile.passes.memory import ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
+SAMPLES = "samples"  # the key of a view that gives each sample of the batch its features
 WRITES = {"aten.masked_scatter", "aten.index_put"}
 
 
@@ -93,6 +94,7 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
     emit = emitter(gm, node)
     count = sum(stop - start for start, stop in spans)
     rows = emit(aten.reshape.default, features, [*lead, count, sizes[-1]])
+    rows.meta[SAMPLES] = True
     pieces, at, done = [], 0, 0
     for start, stop in spans:
         if start > at:

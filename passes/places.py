@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from tokcompile.budget import Schedule
@@ -21,26 +22,34 @@ NAME_THEM = "name them: spans=[(start, stop)]"
 @dataclass(frozen=True)
 class Layout:
     """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
-    into segments that are never mixed (images or windows in one sequence), each with its own quota."""
+    into segments that are never mixed (images or windows in one sequence), each with its own quota. regrouped: the tokens were
+    put into the order of their groups, which may begin after a class token."""
 
     unit: int = 1
     cuts: tuple[int, ...] = ()
+    regrouped: bool = False
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of the layout's unit,
-    `left`: how many of each earlier reductions left."""
+    """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of `unit`, counted from
+    token `offset` on, `left`: how many of each earlier reductions left."""
 
     block: Block
     place: str
     stage: Stage
     spans: tuple[tuple[int, int], ...]
     left: tuple[int, ...]
+    unit: int = 1
+    offset: int = 0
 
     @property
     def n(self) -> int:
         return sum(self.left)
+
+    def token(self, group: int) -> int:
+        """The position of a group's first token."""
+        return self.offset + group * self.unit
 
 
 def choose_slots(
@@ -177,6 +186,7 @@ def stage_blocks(structure: Structure) -> str:
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
     stage, unit = block.stage, layout.unit
     spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
+    offset = spans[0][0] % unit if layout.regrouped else 0
     at = 0
     for start, stop in spans:
         if not at <= start < stop <= stage.length:
@@ -184,34 +194,43 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
                 f"span ({start}, {stop}) does not lie within the {stage.length} tokens of block {block.index}, "
                 "or spans overlap or are out of order"
             )
-        if start % unit or stop % unit or stage.length % unit:
+        if (start - offset) % unit or (stop - offset) % unit or (stage.length % unit and not layout.regrouped):
             raise UnsupportedGraph(f"tokens {start} to {stop} of {stage.length} are not whole groups of {unit}", block.mid)
         at = stop
     pieces: list[tuple[int, int]] = []
     for start, stop in spans:
-        edges = [start // unit, *(c for c in layout.cuts if start < c * unit < stop), stop // unit]
+        first, last = (start - offset) // unit, (stop - offset) // unit
+        edges = [first, *(c for c in layout.cuts if first < c < last), last]
         pieces += list(zip(edges, edges[1:]))
-    return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces))
+    return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces), unit, offset)
 
 
-def after_others(slot: Slot, labels: Mapping[Any, Any]) -> Slot:
-    """The slot with what earlier reductions left of its spans, cut where those are cut. Raises: UnsupportedGraph."""
+def after_others(slot: Slot, labels: Mapping[Any, Any], spans: Sequence[tuple[int, int]] | None = None) -> Slot:
+    """The slot with what earlier reductions left of its spans, in their groups and cut where those are cut.
+
+    Raises: UnsupportedGraph.
+    """
     label = labels.get(slot.block.entry)
     axis = label[slot.block.token_axis] if label is not None else ()
     seq = next((a for a in axis if isinstance(a, Seq)), None)
     if seq is None:
         return slot
-    spans, left, at = [], [], 0
+    rows = prod(a for a in axis if isinstance(a, int))
+    unit = max(rows, *(s.unit for s in seq.spaces))
+    if unit != slot.unit:
+        slot = make_slot(slot.block, slot.place, spans, Layout(unit, (), True))
+    pieces, left, at = [], [], 0
     for part in seq.parts:
-        end = at + (part if isinstance(part, int) else part.root_n)
-        inside = [(max(start, at), min(stop, end)) for start, stop in slot.spans if start < end and stop > at]
+        end = at + rows * (part if isinstance(part, int) else part.root_n)
+        tokens = [(slot.token(start), slot.token(stop)) for start, stop in slot.spans]
+        inside = [(max(start, at), min(stop, end)) for start, stop in tokens if start < end and stop > at]
         if not isinstance(part, int) and inside not in ([], [(at, end)]):
             raise UnsupportedGraph(
                 f"the tokens {slot.spans} are not those that were reduced before, {at} to {end}",
                 slot.block.mid,
                 "leave spans out, or name the same ones",
             )
-        spans += inside
-        left += [stop - start if isinstance(part, int) else part.k for start, stop in inside]
+        pieces += [((start - slot.offset) // unit, (stop - slot.offset) // unit) for start, stop in inside]
+        left += [(stop - start) // unit if isinstance(part, int) else (part.groups or part).k for start, stop in inside]
         at = end
-    return replace(slot, spans=tuple(spans), left=tuple(left))
+    return replace(slot, spans=tuple(pieces), left=tuple(left))

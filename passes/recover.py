@@ -29,6 +29,7 @@ class Recovery:
 def recover_operands(rw: Rewriter, node: Node, reason: str, known: bool) -> None:
     """Copies `node` with all its operands at full length. Raises: UnsupportedGraph where the policy forbids it."""
     inside = not rw.after_last(node)
+    rw.met.append(node)
     if rw.recover == "never" or (inside and rw.recover != "anywhere"):
         labels = ", ".join(
             f"{n.name}: {describe(rw.labels[n])}"
@@ -83,7 +84,9 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     names = []
     if rw.outputs == "reduced":
         parents = {s.parent for s in rw.spaces}
-        spaces = list(dict.fromkeys(s for seq in seqs for s in seq.spaces)) or [s for s in rw.spaces if s not in parents]
+        spaces = list(dict.fromkeys(s.groups or s for seq in seqs for s in seq.spaces)) or [
+            s for s in rw.spaces if s not in parents
+        ]
         for space in spaces:
             extra, own = kept_tokens(rw, space)
             values += extra
@@ -97,6 +100,7 @@ def kept_tokens(rw: Rewriter, space: Space) -> tuple[list[Node], list[str]]:
     """The extra outputs of a reduced program: which original tokens are left, and how many each one holds."""
     root: Any = space.lineage()[-1].n
     values, names = [rw.gather.within(root, space)], [f"{space.name}_index"]
+    rw.kept_of[names[0]] = root
     if space.size is not None:
         values.append(space.size)
         names.append(f"{space.name}_size")

@@ -70,14 +70,19 @@ class ReductionModule(nn.Module):
     def restrict(self, tap: Tensor, name: str) -> Tensor:
         """A tap over the whole sequence as one over the reducible tokens."""
         site, u = self.site, self.unit
-        if name in NOT_RESTRICTED:
+        axis = tap_axis(name)
+        if axis is None:
             return tap
-        axis = {"normed": 1, "text_attention": 3}.get(name, 2)
         tap = tap.narrow(axis, self.tap_start, site.n * u)
         return tap if u == 1 else tap.unflatten(axis, (site.n, u)).mean(axis + 1)
 
     def extra_repr(self) -> str:
         return f"{self.recipe.name}, {self.site.n} -> {self.site.k}"
+
+
+def tap_axis(name: str) -> int | None:
+    """Which axis of a tap runs over the tokens of the sequence; None where it is what it is."""
+    return None if name in NOT_RESTRICTED else {"normed": 1, "text_attention": 3}.get(name, 2)
 
 
 def check_plan(plan: object, recipe: Recipe, site: Site, batch: int) -> None:

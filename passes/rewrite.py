@@ -19,6 +19,7 @@ from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
+from tokcompile.passes.groups import put_back, taken_out, tokens_of_groups
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.reduction import RESULTS, ReductionModule
 from tokcompile.passes.rules import RULES, Call, NeedsFull
@@ -42,6 +43,11 @@ class Splice:
     language: bool = False  # whether text stands around the tokens
 
     @property
+    def aligned(self) -> bool:
+        """Whether the whole token axis can be counted in groups of `unit`, with what stands around the tokens."""
+        return self.prefix % self.unit == 0 and shape(self.at)[self.block.token_axis] % self.unit == 0
+
+    @property
     def batch(self) -> int:
         return shape(self.at)[self.block.batch_axis] if self.block.batch_axis is not None else 1
 
@@ -57,6 +63,7 @@ class Rewritten:
     recovered: set[Node]
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
+    kept_of: dict[str, int] = field(default_factory=dict)  # of how many tokens the indices among the extra outputs are
     overhead_flops: int = 0  # of the reductions themselves
 
 
@@ -83,11 +90,13 @@ class Rewriter:
         self.labels: dict[Node, Any] = {}
         self.before: dict[Node, tuple[Node, Label | None]] = {}  # at a splice: the value as it was before the reduction
         self.full: dict[Node, Any] = {}
+        self.met: list[Node] = []  # ops that wanted the whole token axis
         self.splits: list[SplitsTokens] = []  # views that tear tokens apart, and slices that cut them: hints for
         self.cuts: set[int] = set()  # another try in groups or in segments
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
+        self.kept_of: dict[str, int] = {}
         self.overhead_flops = 0
         self.positioned: set[Space] = set()  # whose several positions a rotary table was read at
         self.splices: dict[Node, list[Splice]] = {}
@@ -117,6 +126,7 @@ class Rewriter:
             self.recovered,
             output_labels,
             extra,
+            self.kept_of,
             self.overhead_flops,
         )
 
@@ -183,23 +193,32 @@ class Rewriter:
         self.before.setdefault(s.at, (x, label))
         parent, before, after = self.body(s, label)
         name = f"reduction_{len(self.spaces)}_{s.recipe.name}"
-        start = make_seq(before).new * s.unit
-        tap_start = make_seq(self.body(s, self.before[s.at][1])[1]).new * s.unit
-        site = replace(s.site, start=tap_start // s.unit, text=self.text_ranges(s))
-        module = ReductionModule(s.recipe, site, s.unit, taps_of(self, s), start, tap_start)
+        rows = s.unit if s.aligned else 1
+        start = make_seq(before).new * rows
+        tap_start = make_seq(self.body(s, self.before[s.at][1])[1]).new * rows
+        site = replace(s.site, start=tap_start // s.unit if s.aligned else 0, text=self.text_ranges(s))
+        begins = (start, tap_start) if s.aligned else (0, 0)
+        module = ReductionModule(s.recipe, site, s.unit, taps_of(self, s), *begins)
         self.builder.root.add_module(name, module)
-        size = parent.size if parent else None
+        above = parent.groups if parent and not s.aligned else parent
+        size = above.size if above else None
         standard = self.standard(x, s.block)
         with look_ahead(self, s) if s.recipe.ahead else nullcontext(), FlopCounterMode(display=False) as counter:
             taps = read_taps(self, s)
         self.overhead_flops += counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            node = self.run_method(s, name, standard, size, taps)
+            if s.aligned:
+                node = self.run_method(s, name, standard, size, taps)
+            else:
+                stop = start + s.site.n * s.unit
+                body = self.builder.emit(aten.slice.Tensor, standard, 1, start, stop)
+                taps = taken_out(self, module.names, taps, tap_start, s.site.n * s.unit)
+                node = self.run_method(s, name, body, size, taps)
         self.overhead_flops += counter.get_total_flops()
         results = node.meta["val"]
         new = self.builder.emit(operator.getitem, node, 0)
         index = self.builder.emit(operator.getitem, node, 1)
-        space = Space(f"s{len(self.spaces)}", s.site.n, s.k, parent, index)
+        space = Space(f"s{len(self.spaces)}", s.site.n, s.k, above, index)
         space.size = self.builder.emit(operator.getitem, node, 2) if results[2] is not None else None
         space.assign = once(lambda: self.assignment_of(node, module, space.n))
         space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
@@ -208,8 +227,11 @@ class Rewriter:
             space.positions = self.builder.emit(operator.getitem, node, len(RESULTS))
             space.bands = tuple(s.site.options.get("sections") or ())
         self.spaces.append(space)
+        left = space if s.aligned else tokens_of_groups(self, space, s.unit, parent)
+        if not s.aligned:
+            new = put_back(self, standard, new, start, stop)
         self.env[s.at] = self.native(new, s.block)
-        self.labels[s.at] = self.label_after(s, make_seq([*before, space, *after]))
+        self.labels[s.at] = self.label_after(s, make_seq([*before, left, *after]))
         self.full.pop(s.at, None)
 
     def check_positions(self) -> None:
@@ -250,25 +272,27 @@ class Rewriter:
         return self.builder.emit(operator.getitem, node, 3)
 
     def body(self, s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:
-        """(the space to be reduced further or None, the parts before it, the parts after it), in groups of `unit`."""
+        """(the space to be reduced further or None, the parts before it, the parts after it), in groups of `unit` where these
+        can be counted through the whole axis."""
+        unit, n = (s.unit, s.site.n) if s.aligned else (1, s.site.n * s.unit)
         axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()
         seq = next((a for a in axis if isinstance(a, Seq)), None)
-        parts: list[Any] = list(seq.parts) if seq else [shape(s.at)[s.block.token_axis] // s.unit]
-        start, at = s.prefix // s.unit, 0
+        parts: list[Any] = list(seq.parts) if seq else [shape(s.at)[s.block.token_axis] // unit]
+        start, at = s.prefix // unit, 0
         for i, part in enumerate(parts):
             width = part if isinstance(part, int) else part.root_n
             if isinstance(part, Space) and at == start:
-                if part.k != s.site.n:
+                if part.k != n:
                     raise UnsupportedGraph(
-                        f"the plan expects {s.site.n} tokens here, but this stream still has {part.k}: it does not come from "
+                        f"the plan expects {n} tokens here, but this stream still has {part.k}: it does not come from "
                         "the block that was reduced before",
                         s.at,
                         "reduce within one stack of blocks: where=[...]",
                     )
                 return part, parts[:i], parts[i + 1 :]
-            fits = isinstance(part, int) and at <= start and start + s.site.n <= at + width
-            if fits and s.prefix // s.unit + s.site.n + s.site.suffix == shape(s.at)[s.block.token_axis] // s.unit:
-                rest = at + width - start - s.site.n
+            fits = isinstance(part, int) and at <= start and start + n <= at + width
+            if fits and (not s.aligned or start + n + s.site.suffix == shape(s.at)[s.block.token_axis] // unit):
+                rest = at + width - start - n
                 return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
             at += width
         raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
@@ -293,7 +317,7 @@ class Rewriter:
 
     def label_after(self, s: Splice, seq: Seq) -> Label:
         label = list(self.labels.get(s.at) or plain(shape(s.at)))
-        label[s.block.token_axis] = normal((seq, s.unit))
+        label[s.block.token_axis] = normal((seq, s.unit if s.aligned else 1))
         if s.block.batch_axis is not None and s.batch > 1:
             label[s.block.batch_axis] = (Batch(s.batch),)
         return tuple(label)

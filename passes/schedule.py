@@ -34,7 +34,7 @@ def make_plan(
     Raises: BudgetError, MethodError, UnsupportedGraph.
     """
     budget, layout = as_budget(budget), layout or Layout()
-    slots = [after_others(s, labels or {}) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
+    slots = [after_others(s, labels or {}, spans) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
     if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
         return ()
     n = slots[0].n
@@ -54,7 +54,7 @@ def make_plan(
         if final > n:
             raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
         counts = list(recipe.steps.counts(n, final, len(slots)))
-    return reductions(counts, slots, recipe, options or {}, layout.unit)
+    return reductions(counts, slots, recipe, options or {})
 
 
 def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
@@ -103,7 +103,7 @@ def apportion(k: int, sizes: Sequence[int]) -> list[int]:
 
 
 def reductions(
-    counts: Sequence[int], slots: Sequence[Slot], recipe: Recipe, options: Mapping[str, Any], unit: int
+    counts: Sequence[int], slots: Sequence[Slot], recipe: Recipe, options: Mapping[str, Any]
 ) -> tuple[Reduction, ...]:
     """The counts as reductions, one per segment; steps that remove nothing are left out. Raises: BudgetError."""
     out = []
@@ -119,8 +119,8 @@ def reductions(
                     f"{lowest}; spread the budget over more blocks (where=...) or raise it"
                 )
             if want < n:
-                tail = slot.stage.length - stop * unit
-                out.append(Reduction(slot.block.index, n, want, slot.place, start * unit, tail, unit, slot.block.path))
+                head, tail = slot.token(start), slot.stage.length - slot.token(stop)
+                out.append(Reduction(slot.block.index, n, want, slot.place, head, tail, slot.unit, slot.block.path))
             current[i] = want
     return tuple(out)
 
@@ -136,7 +136,7 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
         raise PlanError("the plan's reductions are not in the order of their blocks")
     for r in plan.reductions:
         block = one_block(structure.blocks, r.block)
-        if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or r.prefix % r.unit or block.stage.length % r.unit:
+        if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or (block.stage.length - r.prefix - r.suffix) % r.unit:
             raise PlanError(
                 f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its "
                 f"{block.stage.length} tokens"

@@ -27,6 +27,7 @@ class Space:
             anew: a sample of a batch, or an order of its own. derive(chosen): (B, k) the same from what the sources chose.
     positions: (B, k, P) tokens of the parent space that lend each new one P positions in rotary tables, in place of
             `index`; bands: how many frequencies each axis of such a table has, () for one axis.
+    groups: what was reduced, where these are its tokens one by one: groups of neighbours kept or dropped together.
     """
 
     name: str
@@ -42,10 +43,16 @@ class Space:
     derive: Any = None
     positions: Node | None = None
     bands: tuple[int, ...] = ()
+    groups: Space | None = None
 
     @property
     def root_n(self) -> int:
         return self.parent.root_n if self.parent else self.n
+
+    @property
+    def unit(self) -> int:
+        """How many neighbours are kept or dropped together."""
+        return self.root_n // self.groups.root_n if self.groups else 1
 
     def lineage(self) -> list[Space]:
         """This space and its ancestors, youngest first."""
@@ -82,6 +89,11 @@ class Seq:
     @property
     def spaces(self) -> tuple[Space, ...]:
         return tuple(p for p in self.parts if isinstance(p, Space))
+
+    def in_groups(self, unit: int) -> Seq | None:
+        """The same as groups of `unit` tokens, where they were reduced in such groups and nothing stands between them."""
+        groups = tuple(s.groups for s in self.spaces if s.groups is not None and s.unit == unit)
+        return Seq(groups) if groups and len(groups) == len(self.parts) else None
 
     def __repr__(self) -> str:
         return "Seq(" + " + ".join(map(str, self.parts)) + ")"
@@ -183,6 +195,8 @@ def regroup(label: Label, shape: Iterable[int]) -> Label:
                 got.append(want)
                 atoms.insert(0, atom // want)
                 want = 1
+            elif isinstance(atom, Seq) and atom.old % want == 0 and (groups := atom.in_groups(atom.old // want)) is not None:
+                atoms[:0] = [groups, atom.old // want]
             elif isinstance(atom, Seq):
                 # a view (N, D) -> (N/u, u*D) glues u neighbours together; anything else (a grid, windows) tears them apart
                 raise SplitsTokens(atom, atom.old // want if not got and atom.old % want == 0 else None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tokcompile.compiler import Analysis, Compiled, Settings, analyse, compile_plan, settings_for
+from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, settings_for
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms
@@ -38,8 +38,9 @@ class OptimizedModel(torch.nn.Module):
     plan: the reductions that were carried out. report: what was found, done and what it costs.
     """
 
-    def __init__(self, analysis: Analysis, compiled: Compiled, spec: dict[str, Any], recipes: dict[str, Recipe] | None = None):
+    def __init__(self, compiled: Compiled, spec: dict[str, Any], recipes: dict[str, Recipe] | None = None):
         super().__init__()
+        analysis = compiled.analysis
         traced = analysis.traced
         # without reductions the untouched traced graph is kept: bit for bit the original
         self.graph_module = compiled.rewritten.gm if compiled.rewritten else traced.gm
@@ -49,6 +50,7 @@ class OptimizedModel(torch.nn.Module):
         self.input_names = [n.name for n in traced.gm.graph.nodes if n.op == "placeholder"]
         self.example_inputs = traced.inputs
         self.extra_outputs = compiled.rewritten.extra_outputs if compiled.rewritten else []
+        self.kept_of = compiled.rewritten.kept_of if compiled.rewritten else {}  # index output -> tokens it is an index of
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
         self._fixed = analysis.fixed if compiled.rewritten else []
@@ -173,7 +175,7 @@ def optimize(
     analysis = first._analysis if first is not None else analyse(model, args, kwargs)
     compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
-    return OptimizedModel(analysis, compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+    return OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
 
 
 def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.placeholders import Fixed
-from tokcompile.passes.places import Layout, Slot, before
+from tokcompile.passes.places import Layout, Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
+from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
 from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reductions
 from tokcompile.passes.tokens import Space
@@ -39,6 +41,22 @@ class Analysis:
     graph: GraphModule
     structure: Structure
     seconds: dict[str, float] = field(default_factory=dict)
+    regrouped: Analysis | None = None  # the same with tokens in the order of the groups that are made of them later
+
+    @cached_property
+    def groupings(self) -> list[Grouping]:
+        """Where tokens are rearranged into groups; none where they are in that order."""
+        return find_groupings(self.graph, self.structure)
+
+    def laid_out(self, layout: Layout) -> Analysis:
+        """The analysis that a layout is about."""
+        if not layout.regrouped or not self.groupings:
+            return self
+        if self.regrouped is None:
+            graph = regroup(self.graph, self.structure, self.groupings, self.traced.inputs)
+            self.regrouped = Analysis(self.traced, graph, find(graph), self.seconds)
+            self.regrouped.groupings = []
+        return self.regrouped
 
     @property
     def fixed(self) -> list[Fixed]:
@@ -78,6 +96,7 @@ class Compiled:
     plan: Plan
     rewritten: Rewritten | None
     cost: list[Term]
+    analysis: Analysis
 
     @property
     def flops(self) -> int:
@@ -119,35 +138,50 @@ def compile_plan(
 ) -> Compiled:
     """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: reductions that are there already and stay."""
     before = named(earlier.plan) if earlier else ()
+    given = analysis
+
+    def in_groups(error: BudgetError) -> Exception:
+        """A budget that single tokens cannot meet may be one for the groups that are made of them."""
+        stage = choose_slots(given.structure, settings.recipe, as_budget(budget), where, settings.spans, Layout())[0].stage
+        for grouping in given.groupings:
+            inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
+            if grouping.stage is stage and (inside or settings.outputs == "reduced"):
+                return NeedsLayout(Layout(grouping.unit, (), True), error)
+        return error
 
     def attempt(layout: Layout) -> Compiled:
+        analysis = given.laid_out(layout)
         if plan is not None:
             chosen = fit_plan(plan, analysis.structure)
         else:
-            chosen = timed(
-                analysis.seconds,
-                "plan",
-                lambda: make_plan(
-                    analysis.structure,
-                    settings.recipe,
-                    budget,
-                    where=where,
-                    spans=settings.spans,
-                    options=settings.options,
-                    layout=layout,
-                    solve_flops=lambda *a: solve_flops(analysis, settings, layout, before, *a),
-                    labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
-                ),
-            )
+            try:
+                chosen = timed(
+                    analysis.seconds,
+                    "plan",
+                    lambda: make_plan(
+                        analysis.structure,
+                        settings.recipe,
+                        budget,
+                        where=where,
+                        spans=settings.spans,
+                        options=settings.options,
+                        layout=layout,
+                        solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
+                        labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
+                    ),
+                )
+            except BudgetError as error:
+                raise error if layout != Layout() else in_groups(error) from None
             chosen = joined(before, settings, chosen)
         data = plan.budget if plan is not None else to_data(as_budget(budget))
         made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
         if before and earlier:
             made = made.replace(method=earlier.plan.method, options=earlier.plan.options)
         if not chosen:
-            return Compiled(made, None, terms(analysis.graph.graph, {}))
+            return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
         rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen))
-        return Compiled(made, rewritten, terms(analysis.graph.graph, rewritten.labels, rewritten.recovered))
+        cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
+        return Compiled(made, rewritten, cost, analysis)
 
     return with_layout(attempt)
 
@@ -186,12 +220,17 @@ def with_layout(attempt: Callable[[Layout], Any]) -> Any:
         try:
             return attempt(layout)
         except NeedsLayout as needed:
-            unit = max(layout.unit, needed.layout.unit)
-            cuts = needed.layout.cuts or layout.cuts
-            layout = Layout(unit, tuple(sorted({*layout.cuts, *cuts})))
+            layout = joint(layout, needed.layout)
             if layout in tried:
                 raise needed.error from None
             tried.append(layout)
+
+
+def joint(layout: Layout, needed: Layout) -> Layout:
+    """A layout that does both; cuts found before tokens were regrouped are of no use after it."""
+    if needed.regrouped and not layout.regrouped:
+        return needed
+    return Layout(max(layout.unit, needed.unit), tuple(sorted({*layout.cuts, *needed.cuts})), layout.regrouped)
 
 
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
@@ -207,18 +246,25 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
     try:
         result = rewriter.run()
     except UnsupportedGraph as error:
-        layout = layout_hint(rewriter, chosen)
+        layout = layout_hint(analysis, rewriter, chosen)
         if layout is not None:
             raise NeedsLayout(layout, error) from error
         raise
-    layout = layout_hint(rewriter, chosen)
+    layout = layout_hint(analysis, rewriter, chosen)
     if layout is not None and (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)):
         raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
 
 
-def layout_hint(rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | None:
-    """Groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
+def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | None:
+    """Groups in an order of their own, where the grid is rearranged into them; groups, where a view tears a sequence without
+    prefix into small ones; segments, where slices cut the tokens."""
+    met = [n for n in rewriter.met if not rewriter.after_last(n)] or rewriter.met
+    if met:
+        stages = [analysis.structure.blocks[r.block].stage for r in chosen]
+        for grouping in analysis.groupings:
+            if met[0] in grouping.inside and any(s is grouping.stage for s in stages):
+                return Layout(grouping.unit, (), True)
     grids = [s.grid or () for s in rewriter.structure.stages]
     for split in rewriter.splits:
         unit = split.unit
@@ -261,7 +307,6 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
 def solve_flops(
     analysis: Analysis,
     settings: Settings,
-    layout: Layout,
     earlier: Sequence[Reduction],
     slots: list[Slot],
     counts: Callable[[int], list[int]],
@@ -275,7 +320,7 @@ def solve_flops(
     n, many = slots[0].n, len(slots[0].spans)
     stand_in = Recipe("probe", first_tokens)
     steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
-    probe = reductions(steps, slots, stand_in, {}, layout.unit)
+    probe = reductions(steps, slots, stand_in, {})
     recipes = {**settings.recipes, stand_in.name: stand_in}
     probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
     probed = rewrite(analysis, replace(settings, recipes=recipes), probing)
@@ -288,7 +333,7 @@ def solve_flops(
         for slot, k in zip(slots, counts(final)):
             current = apportion(k, current)
             for k_span, (start, _) in zip(current, slot.spans):
-                space = by_block.get((slot.block.index, start * layout.unit))
+                space = by_block.get((slot.block.index, slot.token(start)))
                 if space is not None:
                     wanted[space] = k_span
         return total(cost, wanted) / original

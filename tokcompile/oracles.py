@@ -23,7 +23,7 @@ from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
-from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blocks
+from tokcompile.passes.places import Layout, make_slot, no_blocks, one_block, visual_blocks
 from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import is_labelled
@@ -258,13 +258,17 @@ def compare(
     tolerance: float,
 ) -> None:
     """Fills in one row. A model that keeps tokens in groups or in segments is compared on whole groups and segments."""
-    with_layout(
-        lambda layout: oracle(result, analysis, make_slot(block, "attention", spans, layout), layout.unit, outputs, seed)
-    )
+
+    def attempt(layout: Layout) -> None:
+        laid = analysis.laid_out(layout)
+        slot = make_slot(one_block(laid.structure.blocks, block.index), "attention", spans, layout)
+        oracle(result, laid, slot, outputs, seed)
+
+    with_layout(attempt)
     result.ok = result.error is None or result.error <= tolerance
 
 
-def reduced_to(slot: Any, unit: int, share: float) -> list[Reduction]:
+def reduced_to(slot: Any, share: float) -> list[Reduction]:
     """One reduction per segment at that place, to `share` of its tokens."""
     return [
         Reduction(
@@ -272,9 +276,9 @@ def reduced_to(slot: Any, unit: int, share: float) -> list[Reduction]:
             stop - start,
             max(1, int((stop - start) * share)),
             "attention",
-            start * unit,
-            slot.stage.length - stop * unit,
-            unit,
+            slot.token(start),
+            slot.stage.length - slot.token(stop),
+            slot.unit,
         )
         for start, stop in slot.spans
     ]
@@ -296,15 +300,15 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         return out
 
 
-def permutation(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
+def permutation(result: Result, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
     settings = Settings(shuffled(seed), {})
-    out = rewritten(result, analysis, settings, reduced_to(slot, unit, 1.0))
+    out = rewritten(result, analysis, settings, reduced_to(slot, 1.0))
     result.error = worst(run(out.gm, analysis.traced.inputs), outputs)
 
 
-def masked_keys(result: Result, analysis: Analysis, slot: Any, unit: int, outputs: list[Any], seed: int) -> None:
+def masked_keys(result: Result, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
     settings = Settings(subset(seed), {}, outputs="reduced")
-    chosen = reduced_to(slot, unit, 0.5)
+    chosen = reduced_to(slot, 0.5)
     out = rewritten(result, analysis, settings, chosen)
     pairs = kept_pairs(analysis, out, seed)
     if not pairs:

@@ -7,8 +7,11 @@ from typing import Any
 from torch.fx import Node
 
 from tokcompile.passes.graph import get_attr, shape
+from tokcompile.passes.groups import tokens_of_groups
 from tokcompile.passes.order import permuted
-from tokcompile.passes.rules.core import Call, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Axis, Call, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.join import grouped
+from tokcompile.passes.tokens import make_seq
 
 
 @rule("aten.embedding")
@@ -35,6 +38,7 @@ def in_order(call: Call, dim: int, index: Node) -> Any:
     """Tokens put in another order by a constant: windows undone, rows of a mosaic."""
     label = call.label("self")
     order = get_attr(call.rewriter.old, index.target) if index.op == "get_attr" else None
+    label = (*label[:dim], one_by_one(call, label[dim]), *label[dim + 1 :])
     if order is None or order.is_meta or order.shape != (old(label[dim]),) or tokens_of(label[dim]) is None:
         raise NeedsFull("it picks tokens by position")
     if any(len(axis) > 1 for axis in label):
@@ -45,6 +49,15 @@ def in_order(call: Call, dim: int, index: Node) -> Any:
         raise NeedsFull("it picks some tokens by position")
     value, seq = found
     return call.typed(value, (*label[:dim], (seq,), *label[dim + 1 :]))
+
+
+def one_by_one(call: Call, axis: Axis) -> Axis:
+    """An axis of groups as the tokens in them."""
+    seq, unit = grouped(axis)
+    if seq is None or unit == 1:
+        return axis
+    parts = [p * unit if isinstance(p, int) else tokens_of_groups(call.rewriter, p, unit, None) for p in seq.parts]
+    return (make_seq(parts),)
 
 
 @rule("aten.index")

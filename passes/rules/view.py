@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from tokcompile.passes.batch import side_by_side
 from tokcompile.passes.graph import aten
+from tokcompile.passes.placeholders import SAMPLES
 from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_tokens, normal, old, plain, rule
 from tokcompile.passes.tokens import SplitsTokens, new, new_shape, regroup
 
@@ -22,6 +24,14 @@ def view(call: Call) -> Any:
     try:
         label = regroup(call.label(name), call.old_shape)
     except SplitsTokens as split:
+        batch = side_by_side(call.gather, call.label(name), call.old_shape)
+        if batch is None and SAMPLES in call.node.meta and len(call.old_shape) == 3:
+            count, length = call.old_shape[:2]
+            call.rewriter.cuts |= {i * length for i in range(1, count)}
+            raise NeedsFull(f"it gives {count} samples {length} tokens each, and they do not keep as many each") from split
+        if batch is not None:
+            label = regroup(batch, call.old_shape)
+            return call.typed(call.op(aten.reshape.default, call[name], list(new_shape(label))), label)
         call.rewriter.splits.append(split)
         raise NeedsFull("it views the tokens as a grid, as windows or as groups") from split
     except ValueError as error:

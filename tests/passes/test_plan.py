@@ -259,8 +259,8 @@ def test_spans_must_be_whole_groups(spans):
 
 def test_reductions_of_segments():
     found = model((2, 24, 0, 0))
-    slots = [Slot(b, "attention", b.stage, ((0, 2), (2, 5)), (2, 3)) for b in found.blocks]
-    got = reductions([4, 2], slots, recipe(), {}, 4)
+    slots = [Slot(b, "attention", b.stage, ((0, 2), (2, 5)), (2, 3), unit=4) for b in found.blocks]
+    got = reductions([4, 2], slots, recipe(), {})
     assert [(r.block, r.n, r.k, r.prefix, r.suffix, r.unit) for r in got] == [
         (0, 3, 2, 8, 4, 4), (1, 2, 1, 0, 16, 4), (1, 2, 1, 8, 4, 4)]  # fmt: skip
 

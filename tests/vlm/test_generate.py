@@ -22,6 +22,13 @@ LAYER = (("method", "dart"), ("budget", Tokens(9)), ("where", (2,)))
 LAST = (("method", "fastv"), ("budget", Tokens(7)), ("where", (3,)))
 SHORTER = (("method", "divprune"), ("budget", 0.5), ("where", (2,)))
 REDUCED_IN_VISION = ["llava", "qwen2_vl", "qwen3_vl", "paligemma"]
+REARRANGED = [
+    "qwen2_5_vl",
+    "internvl",
+    "gemma3",
+    "smolvlm",
+    "mistral3",
+]  # after the tower: windows, shuffles, pools, patch merging
 
 
 def positions_of(inputs, name, row):
@@ -89,8 +96,13 @@ def test_reduced_in_the_language_part(name, language, generator):
     assert lengths == [r.n + BEFORE + TEXT] * r.block + [r.k + BEFORE + TEXT] * (4 - r.block)
 
 
-@pytest.mark.parametrize("language", [(), ENTRANCE, LAYER], ids=["whole", "entrance", "layer"])
-@pytest.mark.parametrize("name", REDUCED_IN_VISION)
+BEHIND = [(name, language) for name in REDUCED_IN_VISION for language in ((), ENTRANCE, LAYER)]
+BEHIND += [(name, LAYER) for name in REARRANGED]
+
+
+@pytest.mark.parametrize(
+    ("name", "language"), BEHIND, ids=lambda v: v if isinstance(v, str) else dict(v).get("method", "whole")
+)
 def test_reduced_in_the_vision_part(name, language, generator):
     """What is left keeps its positions: the prompt is shorter, and the next position is that of the whole one."""
     language = tuple((k, Tokens(4) if k == "budget" else v) for k, v in language)
@@ -100,10 +112,10 @@ def test_reduced_in_the_vision_part(name, language, generator):
     assert made.text.wiring.length == BEFORE + left + TEXT
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "internvl"])
 def test_each_sample_keeps_its_own(name, generator):
     few = tuple((k, Tokens(4) if k == "budget" else v) for k, v in LAYER)
-    made, _, _ = compare(name, generator, few, SHORTER if name != "gemma3" else (), batch=2)
+    made, _, _ = compare(name, generator, few, SHORTER, batch=2)
     inputs = vlm(name, 2)[1]
     first, second = (what_is_left(made, inputs, row)[0] for row in range(2))
     assert first != second

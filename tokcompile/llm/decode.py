@@ -240,4 +240,4 @@ def untouched(module: nn.Module, kwargs: dict[str, Any]) -> OptimizedModel:
     traced = trace(module, (), kwargs)
     propagate_shapes(traced.gm, traced.inputs)
     plan = Plan("none", outputs="keep")
-    return OptimizedModel(Analysis(traced, traced.gm, Structure()), Compiled(plan, None, terms(traced.gm.graph, {})), {})
+    return OptimizedModel(Compiled(plan, None, terms(traced.gm.graph, {}), Analysis(traced, traced.gm, Structure())), {})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokcompile.api import OptimizedModel
 from tokcompile.errors import ExportError, InputError, PlanError
 from tokcompile.llm.folder import SPEC, Session
 from tokcompile.llm.folder import Folder as TextFolder
@@ -47,6 +48,7 @@ class Folder:
             data = self.text.data[KEY]
             self.prompt = Prompt.from_data(data["prompt"])
             self.plan = Plan.from_json(json.dumps(data["plan"]))
+            self.kept_of = {name: int(n) for name, n in data["kept"].items()}
             self.shape = tuple(data["shape"])
             self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
@@ -129,7 +131,7 @@ class Folder:
         deep = [made[name] for name in sorted(made) if name.startswith("deepstack_")]
         outputs: dict[str, Any] = {"features": made["features"]} | ({"deepstack": deep} if deep else {})
         indices = {name: value for name, value in made.items() if name.endswith("_index")}
-        seen = seen_by(self.prompt, outputs, indices, self.plan.reductions)
+        seen = seen_by(self.prompt, outputs, indices, self.kept_of)
         inputs = flat(self.prompt.inputs(self.embed(input_ids), seen, attention_mask, self.padded))
         dtypes = {name: getattr(torch, dtype) for name, (_, dtype) in self.text.wiring.inputs.items()}
         inputs = {name: value.to(dtypes[name]) for name, value in inputs.items()}
@@ -164,7 +166,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 
 def spec(
-    prompt: Prompt, plan: Plan, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
+    prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
     template: str | None, before: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
@@ -176,5 +178,6 @@ def spec(
         "prompt": prompt.data(),
         "template": template,
         "before": list(before),
-        "plan": json.loads(plan.json()),
+        "plan": json.loads(vision.plan.json()),
+        "kept": dict(vision.kept_of),
     }

@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import InputError
-from tokcompile.passes.plan import Reduction
 from tokcompile.vlm.prompt import Prompt
 
 
-def seen_by(
-    prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], reductions: Sequence[Reduction]
-) -> dict[str, Any]:
+def seen_by(prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The outputs of a vision part, sample by sample: features (B, k, D), deepstack alike, and kept (B, k), among the image's
-    tokens, where not all are left. indices: its outputs s0_index and so on. Raises: InputError."""
+    tokens, where not all are left. indices: its outputs s0_index and so on, sizes: of how many tokens each is. Raises:
+    InputError."""
     batch = prompt.position_ids.shape[-2]
     features, deep = (flat(value, batch) for value in (made["features"], made.get("deepstack", [])))
-    kept = kept_of(prompt, features, indices, reductions)
+    kept = kept_of(prompt, features, indices, sizes)
     out: dict[str, Any] = {"features": features}
     if "deepstack" in made:
-        out["deepstack"] = [like(prompt, one, kept, features.shape[1], indices, reductions) for one in deep]
+        out["deepstack"] = [like(prompt, one, kept, features.shape[1], indices, sizes) for one in deep]
     return out | ({"kept": kept} if kept is not None else {})
 
 
@@ -34,15 +32,16 @@ def flat(value: Any, batch: int) -> Any:
     return [flat(one, batch) for one in value]
 
 
-def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], reductions: Sequence[Reduction]) -> Tensor | None:
-    """(B, k), or None where all are there. Raises: InputError."""
+def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
+    """(B, k), or None where all are there. sizes: of how many tokens each of the indices is. Raises: InputError."""
     count, total = features.shape[1], sum(prompt.images)
     if count == total:
         return None
-    for blocks in reversed(list(dict.fromkeys(r.block for r in reductions))):
-        found = [(f"s{i}_index", n) for i, n in latest(reductions, blocks)]
-        if all(name in indices for name, _ in found):
-            kept = among_images([(indices[name], n) for name, n in found], features.shape[0], prompt.images)
+    names = [name for name in indices if name in sizes]
+    for first in range(len(names)):
+        for last in range(first + 1, len(names) + 1):
+            found = [(indices[name], sizes[name]) for name in names[first:last]]
+            kept = among_images(found, features.shape[0], total)
             if kept is not None and kept.shape[1] == count:
                 return kept
     shapes = ", ".join(f"{name} {tuple(index.shape)}" for name, index in indices.items())
@@ -53,31 +52,19 @@ def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], red
     )
 
 
-def latest(reductions: Sequence[Reduction], block: int) -> list[tuple[int, int]]:
-    """(number, tokens at the very start) of each run's last reduction up to a block, in order of the runs."""
-    last: dict[int, int] = {}
-    tokens: dict[int, int] = {}
-    for i, r in enumerate(reductions):
-        if r.block <= block:
-            last[r.prefix] = i
-        tokens.setdefault(r.prefix, r.n)
-    return [(last[prefix], tokens[prefix]) for prefix in sorted(last)]
-
-
-def among_images(found: Sequence[tuple[Tensor, int]], batch: int, images: Sequence[int]) -> Tensor | None:
-    """Indices (rows, k) into each run of n tokens as indices among all of a sample's image tokens, (B, sum k)."""
+def among_images(found: Sequence[tuple[Tensor, int]], batch: int, total: int) -> Tensor | None:
+    """Indices (rows, k) into runs of n tokens, which follow each other row by row, as indices among the `total` image tokens
+    of each sample, (B, k); None where the runs are no such tokens."""
     rows = {index.shape[0] for index, _ in found}
-    if len(rows) != 1:
+    if len(rows) != 1 or sum(n for _, n in found) * max(rows) != batch * total:
         return None
-    each = [(index[row], n) for row in range(rows.pop()) for index, n in found]
-    sizes = [n for _, n in each]
-    if sizes == [sum(images)] * batch:  # all images of a sample in one run
-        return torch.stack([index for index, _ in each])
-    if sizes != list(images) * batch:
-        return None
-    starts = [sum(images[:i]) for i in range(len(images))] * batch
-    moved = [index + start for (index, _), start in zip(each, starts)]
-    samples = [torch.cat(moved[b * len(images) : (b + 1) * len(images)]) for b in range(batch)]
+    pieces, start = [], 0
+    for row in range(rows.pop()):
+        for index, n in found:
+            pieces.append(index[row] + start)
+            start += n
+    positions = torch.cat(pieces)
+    samples = [positions[(positions >= b * total) & (positions < (b + 1) * total)] - b * total for b in range(batch)]
     return torch.stack(samples) if len({len(s) for s in samples}) == 1 else None
 
 
@@ -87,13 +74,13 @@ def like(
     kept: Tensor | None,
     count: int,
     indices: Mapping[str, Tensor],
-    reductions: Sequence[Reduction],
+    sizes: Mapping[str, int],
 ) -> Tensor:
     """Features that were taken at an earlier layer, of more tokens, at those that are left at the end. Raises: InputError."""
     if kept is None or deep.shape[1] == count:
         return deep
     rows = kept
-    there = kept_of(prompt, deep, indices, reductions)
+    there = kept_of(prompt, deep, indices, sizes)
     if there is not None:
         same = kept[:, :, None] == there[:, None]
         if not bool(same.any(-1).all()):

@@ -69,7 +69,8 @@ class Parts:
         with torch.no_grad():
             out = (self.optimized or self.vision.module)(pixel_values)
         made, indices = out if isinstance(out, ReducedOutput) else (out, {})
-        return seen_by(self.prompt, made, indices, self.optimized.plan.reductions if self.optimized is not None else ())
+        optimized = self.optimized
+        return seen_by(self.prompt, made, indices, optimized.kept_of if optimized is not None else {})
 
     def language_inputs(
         self, input_ids: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None = None

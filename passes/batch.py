@@ -1,0 +1,79 @@
+"""Batch: the images of several samples in one sequence, each with its own tokens left, as a batch of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokcompile.passes.gather import Gatherer, once
+from tokcompile.passes.graph import aten
+from tokcompile.passes.tokens import Batch, Label, Seq, Space, make_seq, tokens_of
+
+Run = list[int | Space]
+
+
+def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
+    """The label of (B * L, ..) tokens viewed as (B, L, ..); None where the samples are not cut alike, or keep other numbers."""
+    seq = tokens_of(label[0]) if label else None
+    if seq is None or len(sizes) < 2 or sizes[0] < 2 or seq.old != sizes[0] * sizes[1]:
+        return None
+    runs = runs_of(seq, sizes[0])
+    if runs is None:
+        return None
+    columns = [stacked(g, column) for column in zip(*runs)]
+    if any(c is None for c in columns):
+        return None
+    return (Batch(sizes[0]),), (make_seq(c for c in columns if c is not None),), *label[1:]
+
+
+def runs_of(seq: Seq, count: int) -> list[Run] | None:
+    """The parts of `count` equal runs."""
+    length, runs, at = seq.old // count, [Run()], 0
+    todo: Run = list(seq.parts)
+    while todo:
+        part = todo.pop(0)
+        size = part if isinstance(part, int) else part.root_n
+        if at + size > length:
+            if isinstance(part, Space):
+                return None
+            todo.insert(0, at + size - length)
+            part = size = length - at
+        runs[-1].append(part)
+        at += size
+        if at == length and todo:
+            runs.append([])
+            at = 0
+    same = {tuple(p if isinstance(p, int) else (p.root_n, p.k) for p in run) for run in runs}
+    return runs if len(runs) == count and len(same) == 1 else None
+
+
+def stacked(g: Gatherer, column: tuple[int | Space, ...]) -> int | Space | None:
+    """The same part of each sample as one part of a batch."""
+    spaces = [p for p in column if isinstance(p, Space)]
+    if not spaces:
+        return column[0]
+    first, source = spaces[0], spaces[0].sources[0] if spaces[0].sources else None
+    if isinstance(source, Space) and all(g.is_sample(s, source, i) for i, s in enumerate(spaces)):
+        return source
+    if any(s.index is None or s.index.meta["val"].shape[0] != 1 or g.several(s) is not None for s in spaces):
+        return None
+    cat = lambda values: g.b.emit(aten.cat.default, values, 0)  # noqa: E731
+    space = Space(f"{'_'.join(s.name for s in spaces)}_b", first.root_n, first.k, ordered=all(map(in_order, spaces)))
+    space.index = cat([g.within(s.root_n, s) for s in spaces])
+    space.assign = once(lambda: cat([g.slots(s) for s in spaces]))
+    if any(s.size is not None for s in spaces):
+        space.size = cat([g.sizes(Seq((s,))) for s in spaces])
+    space.proportional = any(s.proportional for s in spaces)
+    space.sources = (first,)  # they are as many in each sample
+
+    def derive(chosen: Callable[[Space], Tensor]) -> Tensor:
+        return torch.cat([chosen(s) for s in spaces])
+
+    space.derive = derive
+    return space
+
+
+def in_order(space: Space) -> bool:
+    return all(s.ordered for s in space.lineage())
