@@ -172,11 +172,12 @@ def constant(group: Group, values: list[np.ndarray], made: dict[Any, ir.Node]) -
 
 
 def constant_attribute(name: str, value: np.ndarray) -> ir.Attr:
-    """A constant as an attribute, named as Constant wants it where no name is given."""
+    """A constant as an attribute, named as Constant wants it where no name is given.
+
+    Lists of integers are tensors: onnxruntime 1.23, the last one for Python 3.10, infers no shapes from `value_ints`.
+    """
     if value.dtype == np.int64 and value.ndim == 0:
         return ir.AttrInt64(name or "value_int", int(value))
-    if value.dtype == np.int64 and value.ndim == 1:
-        return ir.AttrInt64s(name or "value_ints", value.tolist())
     if value.dtype == np.float32 and value.ndim == 0:
         return ir.AttrFloat32(name or "value_float", float(value))
     return ir.AttrTensor(name or "value", ir.tensor(value))
