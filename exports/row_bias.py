@@ -31,30 +31,30 @@ def row_bias_channel(graph: ir.Graph) -> int:
     count = 0
     for add in list(graph):
         if add.op_type == "Add" and only_user(add.outputs[0], "Softmax") and (found := match(add)) is not None:
-            widen(graph, add, *found)
+            widen(graph, add.outputs[0], *found)
             count += 1
     if count:
         graph.sort()  # the bias may be computed after what now reads it
     return count
 
 
-def match(add: ir.Node) -> tuple[Operand, Operand, ir.Value] | None:
-    """q, k and the bias of such an Add."""
+def match(add: ir.Node) -> tuple[ir.Value, Operand, Operand, ir.Value] | None:
+    """The scores before such an Add, q, k and the bias."""
     at = next((i for i, value in enumerate(add.inputs) if maker(value, "MatMul")), None)
     if at is None:
         return None
     product, bias = maker(add.inputs[at], "MatMul"), add.inputs[1 - at]
     if product is None or only_user(product.outputs[0], "Add") is None or bias is None or constant(bias) is not None:
         return None
-    scores = product.outputs[0].shape
-    if scores is None or bias.shape is None or len(bias.shape) != len(scores) or bias.dtype is None:
+    shape = product.outputs[0].shape
+    if shape is None or bias.shape is None or len(bias.shape) != len(shape) or bias.dtype is None:
         return None
-    *outer, _, keys = scores.numpy()
+    *outer, _, keys = shape.numpy()
     small, (*wide, queries, columns) = len(outer) - 1, bias.shape.numpy()
     if keys < LEAST or columns != keys or queries != 1 or wide[small] != 1 or list(wide[:small]) != list(outer[:small]):
         return None
     q, k = operand(product, 0, channels=-1), operand(product, 1, channels=-2)
-    return None if q is None or k is None else (q, k, bias)
+    return None if q is None or k is None else (product.outputs[0], q, k, bias)
 
 
 def operand(product: ir.Node, side: int, channels: int) -> Operand | None:
@@ -89,10 +89,11 @@ def scalar(node: ir.Node) -> int | None:
     return next((i for i, number in enumerate(numbers) if number is not None and number.size == 1 and number.item()), None)
 
 
-def widen(graph: ir.Graph, add: ir.Node, q: Operand, k: Operand, bias: ir.Value) -> None:
-    """Gives k a channel of the bias, and q one that cancels the factors which both meet later."""
+def widen(graph: ir.Graph, added: ir.Value, scores: ir.Value, q: Operand, k: Operand, bias: ir.Value) -> None:
+    """Gives k a channel of the bias, and q one that cancels the factors which both meet later; the scores are then what was
+    added up."""
     assert bias.dtype is not None
-    dtype, name = bias.dtype.numpy(), add.outputs[0].name
+    dtype, name = bias.dtype.numpy(), added.name
     assert q.value.shape is not None
     assert k.value.shape is not None
     ones = np.full([*q.value.shape.numpy()[:-1], 1], 1 / (q.factor * k.factor), dtype)
@@ -109,10 +110,7 @@ def widen(graph: ir.Graph, add: ir.Node, q: Operand, k: Operand, bias: ir.Value)
         nodes.append(ir.Node("", "Expand", [nodes[-1].outputs[0], named(graph, f"{name}_heads", np.array(whole))]))
         nodes[-1].outputs[0].shape = ir.Shape(whole)
     insert(graph, k, nodes[-1].outputs[0], f"{name}.k", nodes)
-
-    scores = next(v for v in add.inputs if maker(v, "MatMul"))
-    assert scores is not None
-    add.outputs[0].replace_all_uses_with(scores)
+    added.replace_all_uses_with(scores)
 
 
 def insert(graph: ir.Graph, side: Operand, channel: ir.Value, name: str, nodes: list[ir.Node]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import aten
@@ -59,7 +60,10 @@ def stacked(g: Gatherer, column: tuple[int | Space, ...]) -> int | Space | None:
         return source
     if any(s.index is None or s.index.meta["val"].shape[0] != 1 or g.several(s) is not None for s in spaces):
         return None
-    cat = lambda values: g.b.emit(aten.cat.default, values, 0)  # noqa: E731
+
+    def cat(values: list[Node]) -> Node:
+        return g.b.emit(aten.cat.default, values, 0)
+
     space = Space(f"{'_'.join(s.name for s in spaces)}_b", first.root_n, first.k, ordered=all(map(in_order, spaces)))
     space.index = cat([g.within(s.root_n, s) for s in spaces])
     space.assign = once(lambda: cat([g.slots(s) for s in spaces]))

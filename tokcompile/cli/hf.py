@@ -17,7 +17,7 @@ from tokcompile.llm.tokenizer import TOKENIZER, encoded, read_tokenizer
 from tokcompile.models import require
 from tokcompile.vlm import Parts, Preprocess
 from tokcompile.vlm.export import preprocesses
-from tokcompile.vlm.image import pixel_values
+from tokcompile.vlm.image import opened, pixel_values
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}  # those that onnxruntime computes in on a CPU
 NEAR = 0.05  # mean distance of normalised pixel values: what two ways to resample differ by is less, another crop is more
@@ -194,8 +194,6 @@ def text_of(processor: Any, folder: str, count: int, prompt: str, template: str 
 
 def call(processor: Any, folder: str, images: Sequence[str], text: str) -> Mapping[str, Any]:
     """What the processor makes of image files and a text. Raises: InputError."""
-    from tokcompile.vlm.image import opened
-
     pictures = [opened(path) for path in images]
     bos = getattr(processor.tokenizer, "bos_token", None)
     options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # a chat template writes its own

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from tokcompile.errors import ExportError, InputError, PlanError
 from tokcompile.llm.folder import SPEC, Session
 from tokcompile.llm.folder import Folder as TextFolder
 from tokcompile.llm.generate import Generated
-from tokcompile.llm.tokenizer import encoded, read_tokenizer
+from tokcompile.llm.tokenizer import encoded
 from tokcompile.passes.plan import Plan
 from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
@@ -66,10 +65,10 @@ class Folder:
         """Whether texts may be shorter than there is room for."""
         return "attention_mask" in self.text.wiring.inputs
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """Of tokenizer.json. Raises: InputError."""
-        return read_tokenizer(self.path)
+        return self.text.tokenizer
 
     @property
     def count(self) -> int:
