@@ -64,7 +64,8 @@ def stacked(g: Gatherer, column: tuple[int | Space, ...]) -> int | Space | None:
     def cat(values: list[Node]) -> Node:
         return g.b.emit(aten.cat.default, values, 0)
 
-    space = Space(f"{'_'.join(s.name for s in spaces)}_b", first.root_n, first.k, ordered=all(map(in_order, spaces)))
+    ordered, renumber = all(s.in_order for s in spaces), any(s.renumber for s in spaces)
+    space = Space(f"{'_'.join(s.name for s in spaces)}_b", first.root_n, first.k, ordered=ordered, renumber=renumber)
     space.index = cat([g.within(s.root_n, s) for s in spaces])
     space.assign = once(lambda: cat([g.slots(s) for s in spaces]))
     if any(s.size is not None for s in spaces):
@@ -77,7 +78,3 @@ def stacked(g: Gatherer, column: tuple[int | Space, ...]) -> int | Space | None:
 
     space.derive = derive
     return space
-
-
-def in_order(space: Space) -> bool:
-    return all(s.ordered for s in space.lineage())

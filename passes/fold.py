@@ -28,7 +28,7 @@ def fold_constants(gm: GraphModule) -> None:
     frontier = {n for n in constant if foldable(n) and computed(n) and any(u in dependent or u.op == "output" for u in n.users)}
     frontier |= {n for n in written if n in set(constant) and n.op != "get_attr" and foldable(n)}
     needed = ancestors_of(frontier | {n for n in constant if mutates(n)}) if frontier else set()
-    if any(n.op == "get_attr" and not_real(get_attr(gm, n.target)) for n in needed):
+    if any(not_real(get_attr(gm, n.target)) if n.op == "get_attr" else on_meta(n) for n in needed):
         return
     values: dict[Node, Any] = {}
     taken: dict[Node, torch.Tensor] = {}
@@ -55,6 +55,10 @@ def fold_constants(gm: GraphModule) -> None:
 
 def not_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (isinstance(value, FakeTensor) or value.is_meta)
+
+
+def on_meta(node: Node) -> bool:
+    return isinstance(value := node.meta.get("val"), torch.Tensor) and value.device.type == "meta"
 
 
 def foldable(node: Node) -> bool:

@@ -36,6 +36,7 @@ class Gatherer:
         self._size: dict[Seq, Node] = {}
         self._sample: dict[tuple[Space, int], Space] = {}
         self._by_channel: dict[tuple[Seq, int, bool], Node] = {}
+        self.twins: dict[Space, Space] = {}  # see passes/renumber.py
 
     # -- index tensors of whole token axes ---------------------------------------------------------------------------
 
@@ -160,6 +161,7 @@ class Gatherer:
                 size=take(space.size) if space.size is not None else None,
                 proportional=space.proportional,
                 ordered=space.ordered,
+                renumber=space.renumber,
                 sources=(space,),
                 derive=lambda chosen: chosen(space)[i : i + 1],
                 positions=None if (many := self.several(space)) is None else take(many),

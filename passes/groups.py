@@ -36,7 +36,7 @@ def tokens_of_groups(rw: Rewriter, space: Space, unit: int, parent: Space | None
     """The tokens of reduced groups one by one. parent: those of the groups before this reduction, where it is not the first."""
     emit = rw.builder.emit
     n = space.n if parent else space.root_n
-    tokens = Space(f"{space.name}_x{unit}", n * unit, space.k * unit, parent, ordered=space.ordered)
+    tokens = Space(f"{space.name}_x{unit}", n * unit, space.k * unit, parent, ordered=space.ordered, renumber=space.renumber)
     tokens.groups, tokens.proportional = space, space.proportional
     index = space.index if parent else rw.gather.within(space.root_n, space)
     assert index is not None

@@ -71,6 +71,7 @@ def laid_out(g: Gatherer, group: Parts, order: Tensor) -> tuple[Space, Node]:
     proportional = any(s.proportional for s in seq.spaces)
     space = Space(f"{name}_p", seq.old, seq.new, None, index, once(assign), size, proportional)
     space.sources, space.derive = group, derive
+    space.renumber = any(s.renumber for s in seq.spaces)
     return space, rank
 
 

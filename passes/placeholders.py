@@ -197,5 +197,7 @@ def program_of(gm: GraphModule, node: Node) -> GraphModule:
     for n in gm.graph.nodes:
         if n in wanted or n.op == "placeholder":
             env[n] = graph.node_copy(n, env.__getitem__)
+            if env[n].kwargs.get("device") == torch.device("meta"):  # what no weight goes into can be computed all the same
+                env[n].update_kwarg("device", torch.device("cpu"))
     graph.output(env[node])
     return GraphModule(gm, graph)

@@ -22,6 +22,7 @@ from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
 from tokcompile.passes.groups import put_back, taken_out, tokens_of_groups
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.reduction import RESULTS, ReductionModule
+from tokcompile.passes.renumber import Consecutive, numbers_anew
 from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.taps import read_taps, taps_of
 from tokcompile.passes.tokens import Batch, Label, Seq, Space, SplitsTokens, is_labelled, make_seq, normal, plain
@@ -65,6 +66,7 @@ class Rewritten:
     extra_outputs: list[str] = field(default_factory=list)
     kept_of: dict[str, int] = field(default_factory=dict)  # of how many tokens the indices among the extra outputs are
     overhead_flops: int = 0  # of the reductions themselves
+    checks: list[Consecutive] = field(default_factory=list)  # what is right only for some inputs
 
 
 class Rewriter:
@@ -76,12 +78,13 @@ class Rewriter:
         structure: Structure,
         splices: Sequence[Splice],
         *,
+        inputs: Sequence[Any] = (),
         outputs: str = "keep",
         recover: str = "end",
         size_weighted_mean: bool = True,
     ):
         self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
-        self.size_weighted_mean = size_weighted_mean
+        self.size_weighted_mean, self.inputs = size_weighted_mean, inputs
         mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         assert mode is not None, "propagate_shapes comes before"
         self.builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
@@ -98,7 +101,9 @@ class Rewriter:
         self.spaces: list[Space] = []
         self.kept_of: dict[str, int] = {}
         self.overhead_flops = 0
-        self.positioned: set[Space] = set()  # whose several positions a rotary table was read at
+        self.positioned: set[Space] = set()  # whose several positions, or new numbers, a rotary table was read at
+        self.in_sequence: dict[Node, bool] = {}  # rotary tables: whether their positions go on by one
+        self.checks: dict[Node, Consecutive] = {}
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:
             self.splices.setdefault(splice.at, []).append(splice)
@@ -128,6 +133,7 @@ class Rewriter:
             extra,
             self.kept_of,
             self.overhead_flops,
+            list(self.checks.values()),
         )
 
     # -- one node --------------------------------------------------------------------------------------------------
@@ -223,6 +229,7 @@ class Rewriter:
         space.assign = once(lambda: self.assignment_of(node, module, space.n))
         space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
         space.ordered = bool(module.ordered)
+        space.renumber = numbers_anew(self, s)
         if len(results) > len(RESULTS):
             space.positions = self.builder.emit(operator.getitem, node, len(RESULTS))
             space.bands = tuple(s.site.options.get("sections") or ())
@@ -235,7 +242,7 @@ class Rewriter:
         self.full.pop(s.at, None)
 
     def check_positions(self) -> None:
-        """Raises: UnsupportedGraph where a language model has no rotary tables for tokens with several positions."""
+        """Raises: UnsupportedGraph where no rotary table was found for tokens with several positions, or with new ones."""
         lost = next((s for s in self.spaces if s.positions is not None and s not in self.positioned), None)
         texts = [s for many in self.splices.values() for s in many if s.language]
         if lost is not None and texts:
@@ -244,6 +251,14 @@ class Rewriter:
                 "the tokens after it",
                 texts[0].at,
                 "positions=1 gives each token one position",
+            )
+        asked = [s for many in self.splices.values() for s in many if s.site.options.get("renumber")]
+        if asked and not any(space.renumber and space in self.positioned for space in self.spaces):
+            raise UnsupportedGraph(
+                f"{asked[0].recipe.name} was asked to number the tokens that it leaves anew, and no rotary table over "
+                "consecutive positions is multiplied to them afterwards",
+                asked[0].at,
+                "leave renumber out: tokens then keep their positions",
             )
 
     def run_method(self, s: Splice, name: str, x: Node, size: Node | None, taps: list[Node]) -> Node:

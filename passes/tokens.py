@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -28,6 +29,7 @@ class Space:
     positions: (B, k, P) tokens of the parent space that lend each new one P positions in rotary tables, in place of
             `index`; bands: how many frequencies each axis of such a table has, () for one axis.
     groups: what was reduced, where these are its tokens one by one: groups of neighbours kept or dropped together.
+    renumber: whether all tokens of the stream are numbered anew after this reduction, in the order they then have.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Space:
     positions: Node | None = None
     bands: tuple[int, ...] = ()
     groups: Space | None = None
+    renumber: bool = False
 
     @property
     def root_n(self) -> int:
@@ -57,6 +60,15 @@ class Space:
     def lineage(self) -> list[Space]:
         """This space and its ancestors, youngest first."""
         return [self, *(self.parent.lineage() if self.parent else [])]
+
+    def anchor(self) -> Space | None:
+        """The last reduction, this one or an ancestor, after which the tokens were numbered anew."""
+        return next((s for s in self.lineage() if s.renumber), None)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the positions of its tokens ascend."""
+        return all(s.ordered for s in takewhile(lambda s: not s.renumber, self.lineage()))
 
     def __repr__(self) -> str:
         return f"{self.name}:{self.root_n}->{self.k}"

@@ -107,6 +107,8 @@ def reduction_node(module: ReductionModule, outputs: tuple[str, ...]) -> Reducti
     attributes["grid"] = tuple(site.grid or (0,))
     attributes["text"] = tuple(edge for span in site.text for edge in span) or (0,)
     for name, value in site.options.items():
+        if name == "renumber":  # what becomes of positions is no matter of the reduction itself
+            continue
         if isinstance(value, (bool, int)):
             attributes[f"option_{name}"] = int(value)
         elif isinstance(value, (float, str)):

@@ -16,7 +16,9 @@ from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, setti
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms
+from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
+from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.trace import flat_caller
 from tokcompile.recipe import Recipe
 from tokcompile.report import Report, make_report
@@ -53,7 +55,8 @@ class OptimizedModel(torch.nn.Module):
         self.kept_of = compiled.rewritten.kept_of if compiled.rewritten else {}  # index output -> tokens it is an index of
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
-        self._fixed = analysis.fixed if compiled.rewritten else []
+        checks: list[Fixed | Consecutive] = [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []
+        self._checks = checks
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
         self._source, self._spec = traced.program, spec
         self._analysis, self._compiled, self._recipes = analysis, compiled, recipes or {}
@@ -64,8 +67,8 @@ class OptimizedModel(torch.nn.Module):
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
         inputs = self._flatten(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            for fixed in self._fixed:
-                fixed.check(inputs)
+            for one in self._checks:
+                one.check(inputs)
         values = self.graph_module(*inputs)
         count = len(values) - len(self.extra_outputs)
         output = pytree.tree_unflatten(values[:count], self._out_spec)
@@ -78,6 +81,11 @@ class OptimizedModel(torch.nn.Module):
         if mode:
             raise InputError("an optimized model is compiled for inference; train the original and optimize it again")
         return super().train(False)
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether tokens get new positions, without gaps, after a reduction."""
+        return self._compiled.rewritten is not None and any(s.renumber for s in self._compiled.rewritten.spaces)
 
     @property
     def exported_program(self) -> ExportedProgram:
@@ -142,7 +150,9 @@ def optimize(
     spans: the (start, stop) of the visual tokens, where the graph does not say. outputs: "keep" (names, order and shapes
     of the original) or "reduced" (short, with kept indices and sizes). plan: a Plan (or its file) instead of a method and
     budget. recover: "end" (give dropped tokens back only after the last block), "anywhere" or "never".
-    size_weighted_mean: whether mean pooling over merged tokens weighs them by size.
+    size_weighted_mean: whether mean pooling over merged tokens weighs them by size. method_options: the method's own; and
+    renumber=True or False, whether the tokens of a language model get positions without gaps after a reduction, or keep
+    theirs; by default as the method is published, where all positions are one number each.
 
     Raises: InputError, MethodError, BudgetError, PlanError, TraceError, UnsupportedGraph.
 

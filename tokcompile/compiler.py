@@ -239,6 +239,7 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
         analysis.graph,
         analysis.structure,
         splices(analysis, settings, chosen),
+        inputs=analysis.traced.inputs,
         outputs=settings.outputs,
         recover=settings.recover,
         size_weighted_mean=settings.size_weighted_mean,

@@ -123,9 +123,10 @@ class Recipe:
     entrance, whether attention is that of this block, computed beforehand, instead of the block before's. opening:
     whether it may stand before any attention; `plan` then gets `x` alone. earlier(depth, options): the block whose
     attention is `earlier_attention`. steps: at which blocks, and how the budget spreads over them. track_size: whether
-    tokens carry how many original ones they hold. proportional: whether attention weighs keys by that size. options:
-    names and defaults of the method's own options; `least(n, options)` says how few of n tokens one step may leave.
-    paper: the source.
+    tokens carry how many original ones they hold. proportional: whether attention weighs keys by that size.
+    renumber(step, options): whether, in a language model, tokens get new positions without gaps after that reduction, if
+    the user does not say by renumber=True or False. options: names and defaults of the method's own options;
+    `least(n, options)` says how few of n tokens one step may leave. paper: the source.
 
     Example:
         >>> import torch, tokcompile
@@ -145,6 +146,7 @@ class Recipe:
     steps: Steps = field(default_factory=Steps)
     track_size: bool = False
     proportional: bool = False
+    renumber: Callable[[int, Mapping[str, Any]], bool] = lambda step, options: False
     options: Mapping[str, Any] = field(default_factory=dict)
     least: Callable[[int, Mapping[str, Any]], int] = lambda n, options: 1
     paper: str = ""
@@ -173,8 +175,10 @@ class Recipe:
 
     def with_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options with defaults filled in. Raises: MethodError for names the method does not have."""
+        if not isinstance(given.get("renumber", True), bool):
+            raise MethodError(f"renumber={given['renumber']!r} is neither True nor False")
         for name in given:
-            if name not in self.options:
+            if name not in (*self.options, "renumber"):
                 near = difflib.get_close_matches(name, self.options, 3)
                 known = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.options) or 'none'}"
                 raise MethodError(f"method {self.name!r} has no option {name!r}; {known}")

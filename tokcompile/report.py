@@ -91,6 +91,6 @@ def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) ->
         rewritten.overhead_flops if rewritten else 0,
         [asdict(r) for r in rewritten.recoveries] if rewritten else [],
         analysis.structure.unrecognised,
-        analysis.guards,
+        [*analysis.guards, *(check.guard for check in (rewritten.checks if rewritten else ()))],
         dict(analysis.seconds),
     )

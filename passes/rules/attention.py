@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.renumber import as_numbered
 from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
 from tokcompile.passes.tokens import Seq, new
 
@@ -46,7 +47,7 @@ def mask(call: Call, scores: Label) -> Node | None:
     out: Node | None = None
     if given is not None:
         have = call.label("attn_mask")
-        out = call.coerce_node(given, have, scores)
+        out = call.coerce_node(given, have, as_numbered(call.gather, scores))
     elif call["is_causal"] and not sorted_tokens(scores):
         n, m = old(scores[-2]), old(scores[-1])
         causal = call.rewriter.builder.constant(torch.ones(n, m, dtype=torch.bool).tril(), "causal")
@@ -75,7 +76,7 @@ def sorted_tokens(scores: Label) -> bool:
     if not has_tokens(scores[-2]) and not has_tokens(scores[-1]):
         return True
     seq = tokens_of(scores[-1])
-    return scores[-2] == scores[-1] and seq is not None and all(s.ordered for one in seq.spaces for s in one.lineage())
+    return scores[-2] == scores[-1] and seq is not None and all(s.in_order for s in seq.spaces)
 
 
 def log_sizes(call: Call, keys: Axis, scores: Label) -> Node | None:

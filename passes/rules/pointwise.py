@@ -8,6 +8,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, get_attr, packet, shape
+from tokcompile.passes.heads import is_table
+from tokcompile.passes.renumber import as_numbered, last_rows
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 
 UNARY = [
@@ -33,7 +35,13 @@ def pointwise(call: Call) -> Any:
     if call.node.target in (aten.type_as.default,):
         names = names[:1]
     label = call.join(call.label(name) for name in names)
-    return call.emit(label, **{name: rotary(call, name, label) or call.coerce(name, label) for name in names})
+    return call.emit(label, **{name: operand(call, name, label) for name in names})
+
+
+def operand(call: Call, name: str, label: Label) -> Node:
+    """An operand at the tokens that are left; tables over positions may stand for other ones than the tokens themselves."""
+    table = rotary(call, name, label) or last_rows(call, name, label)
+    return table or call.coerce(name, label if call.labelled(name) else as_numbered(call.gather, label))
 
 
 def rotary(call: Call, name: str, label: Label) -> Node | None:
@@ -44,7 +52,7 @@ def rotary(call: Call, name: str, label: Label) -> Node | None:
     node = call.old_args[name]
     sizes = shape(node)
     lead = [size for size in sizes[:-2] if size != 1]  # a batch of its own at most, where the label has it too
-    if call.labelled(name) or len(sizes) < 2 or sizes[-2] != seq.old or not is_rotary_table(node):
+    if call.labelled(name) or len(sizes) < 2 or sizes[-2] != seq.old or sizes[-1] < 2 or not is_table(node):
         return None
     if lead not in ([], [old(label[0])][: len(sizes) == len(label)]) or (has_batch(label[0]) and len(label[0]) > 1):
         return None
@@ -62,22 +70,6 @@ def holds_pairs(call: Call, node: Node) -> bool:
         return False
     halves = torch.equal(value[..., : width // 2], value[..., width // 2 : width])
     return not halves and torch.equal(value[..., 0::2], value[..., 1::2])
-
-
-def is_rotary_table(node: Node) -> bool:
-    """Whether a tensor is a cosine or a sine that has an entry for each channel, and comes from positions alone."""
-    if shape(node)[-1] < 2:
-        return False
-    todo, seen = [node], {node}
-    while todo:
-        n = todo.pop()
-        if n.op == "placeholder" and n.meta["val"].is_floating_point():
-            return False
-        if packet(n) in ("aten.linear", "aten.embedding", "aten.conv2d"):
-            return False
-        todo += [i for i in n.all_input_nodes if i not in seen]
-        seen.update(n.all_input_nodes)
-    return True
 
 
 @rule(

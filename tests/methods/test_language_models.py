@@ -1,7 +1,7 @@
 """The methods inside a language model against its own layers run by hand, with each selection made by plain loops.
 
 One sample at a time, on whatever tokens are left: kept tokens stay at their original positions (GAP), new ones at those of
-the tokens that they are made of.
+the tokens that they are made of; or all are numbered anew from 0, as some methods are published.
 """
 
 import numpy as np
@@ -31,6 +31,7 @@ class ByHand:
         self.base, self.calls = model.model, calls
         self.embeds = self.x = embeds
         self.places, self.n = [[i] for i in range(len(embeds))], N
+        self.came_from = list(range(N))  # which image tokens those that are left stand for
         self.table = self.base.rotary_emb(embeds[None], torch.arange(len(embeds))[None])
 
     def rotary(self):
@@ -71,6 +72,10 @@ class ByHand:
         self.x = torch.cat([self.x[: SPAN[0]], rows, self.x[stop:]])
         self.places = [*self.places[: SPAN[0]], *new, *self.places[stop:]]
         self.n = len(new)
+        self.came_from = [self.came_from[many[0]] for many in places]
+
+    def number_anew(self):
+        self.places = [[i] for i in range(len(self.places))]
 
     def keep(self, chosen):
         self.replace(self.x[self.image][chosen], [[i] for i in chosen])
@@ -149,19 +154,22 @@ CASES = {
 }
 
 
-def through_the_layers(model, embeds, choose, steps, monkeypatch, prompt=None):
+def through_the_layers(model, embeds, choose, steps, monkeypatch, prompt=None, anew=()):
     """The logits of all tokens that are left, and the original positions of the image's, the first one of each; what comes
-    after the prompt has no say in what is kept."""
+    after the prompt has no say in what is kept. anew: the steps after which all tokens get new positions."""
     state = ByHand(model, embeds, recorded(monkeypatch), prompt or len(embeds))
     for number in range(len(state.base.layers)):
         for step, (block, k) in enumerate(steps):
             if block == number:
                 choose(state, block, k, step)
+                if step in anew:
+                    state.number_anew()
         state.x = state.layer(number)
     norm = state.base.norm if hasattr(state.base, "norm") else state.base.final_layernorm
-    return model.lm_head(norm(state.x)), [p[0] - SPAN[0] for p in state.places[state.image]]
+    return model.lm_head(norm(state.x)), state.came_from
 
 
+ANEW = {"pyramiddrop": (0, 1, 2), "sparsevlm": (0, 1), "aim": (0,)}  # after which of its steps tokens get new positions
 ROTARY = ("pyramiddrop", "sparsevlm", "ppe")  # what reads, or changes, how positions enter: on more models
 
 
@@ -178,7 +186,8 @@ def test_equals_the_layers_run_by_hand(case, name, family, program, monkeypatch)
     logits = out["logits"] if "logits" in out else out[0]
     for b in range(2):
         with monkeypatch.context() as patch:
-            want, places = run(through_the_layers, model, kwargs["inputs_embeds"][b], choose, steps, patch)
+            anew = ANEW.get(case, ())
+            want, places = run(through_the_layers, model, kwargs["inputs_embeds"][b], choose, steps, patch, anew=anew)
         assert extra[f"s{len(steps) - 1}_index"][b].tolist() == places
         assert error(logits[b], want) < 1e-5
 
@@ -192,7 +201,7 @@ def test_the_onnx_file_equals_the_model(case, program, tmp_path):
     assert sum(report.nodes.values()) == len(steps)
 
 
-@pytest.mark.parametrize("case", ["pyramiddrop", "aim", "ppe"])
+@pytest.mark.parametrize("case", ["pyramiddrop", "sparsevlm", "aim", "ppe"])
 def test_generation_goes_on_from_what_is_left(case, family, monkeypatch):
     """Greedy tokens of the decode graph against the prompt with the tokens so far, run anew without caches."""
     choose, options, steps = CASES[case]
@@ -204,7 +213,7 @@ def test_generation_goes_on_from_what_is_left(case, family, monkeypatch):
     for t in range(1, 6):
         start = torch.cat([inputs["inputs_embeds"], model.model.embed_tokens(got.tokens[:, :t])], 1)
         with monkeypatch.context() as patch, torch.no_grad():
-            want, _ = through_the_layers(model, start[0], choose, steps, patch, prompt=40)
+            want, _ = through_the_layers(model, start[0], choose, steps, patch, prompt=40, anew=ANEW.get(case, ()))
         assert int(want[-1].argmax()) == int(got.tokens[0, t])
         assert error(got.logits[t][0], want[-1]) < 1e-4
 

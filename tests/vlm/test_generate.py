@@ -15,6 +15,7 @@ from tokcompile.llm import Sampling
 from tokcompile.llm.decode import Decode
 from tokcompile.llm.layout import layout
 from tokcompile.vlm import Generator, split
+from tokcompile.vlm.prompt import Prompt
 
 COUNT, BEFORE, TEXT = 32, 5, 7
 ENTRANCE = (("method", "divprune"), ("budget", Tokens(9)), ("where", (0,)))
@@ -238,6 +239,35 @@ def test_windows_and_positions_of_several_axes():
     with pytest.raises(InputError, match="a position has 3 numbers in this model, and its sliding windows count in one"):
         step.visible(1, 4, torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
     assert made.text.wiring.placed is False
+
+
+def test_positions_without_gaps():
+    """As the model itself on the embeddings of a shorter prompt; padding changes nothing."""
+    model, inputs = vlm("llava")
+    parts = split(model, inputs)
+    vision = tokcompile.optimize(*parts.vision, outputs="reduced", **dict(SHORTER))
+    made = []
+    for room in (None, [BEFORE + 3, TEXT + 4]):
+        behind = split(model, inputs, room=room).after(vision, renumber=True)
+        whole = tokcompile.optimize(*behind.language, spans=behind.spans, outputs="reduced", method="random", budget=1.0)
+        ids = inputs["input_ids"][0].tolist()
+        prompt = behind.prompt.lay_out([ids[:BEFORE], ids[-TEXT:]], padded=room is not None)
+        made.append(Generator(behind, whole, max_new_tokens=8)(inputs["pixel_values"], *prompt, eos=()).tokens.tolist())
+    behind = parts.after(vision, renumber=True)
+    embeds = behind.language_inputs(inputs["input_ids"], behind.see(inputs["pixel_values"]))["inputs_embeds"]
+    want = run(
+        model.generate, inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=8, min_new_tokens=8,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert made == [want.tolist(), want.tolist()]
+    assert (
+        Prompt.from_data(behind.prompt.data()).placed(parts.position_ids, None).tolist()
+        == behind.language.kwargs["position_ids"].tolist()
+    )
+    model, inputs = vlm("qwen2_vl")
+    parts = split(model, inputs)
+    with pytest.raises(InputError, match=r"(?s)renumber=True.*rows and columns.*leave renumber out"):
+        parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **dict(SHORTER)), renumber=True)
 
 
 def test_tiles_that_are_arranged_anew_are_given_back():

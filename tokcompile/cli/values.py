@@ -105,7 +105,7 @@ def options(texts: Sequence[str]) -> dict[str, Any]:
 def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Refuses values of another type than the default. Raises: MethodError."""
     for name, value in recipe.with_options(given).items():
-        default = recipe.options[name]
+        default = recipe.options.get(name)
         allowed = (int, float) if isinstance(default, float) else type(default)
         right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
         if default is not None and not right:

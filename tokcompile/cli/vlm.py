@@ -45,6 +45,7 @@ def add_vlm(parser: argparse.ArgumentParser) -> None:
     vision.add_argument("--vision-budget", metavar="BUDGET", help="(default 0.5)")
     vision.add_argument("--vision-where", metavar="B,B,...", help="blocks, the method's own by default")
     vision.add_argument("--vision-option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+    vision.add_argument("--renumber", action="store_true", help="the tokens left by it get positions without gaps")
     example = parser.add_argument_group("example call, for hf:FOLDER")
     example.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
     example.add_argument("--prompt", metavar="TEXT", help="the words of a user, or a whole text with {image} in it")
@@ -76,7 +77,7 @@ def vlm(args: argparse.Namespace) -> Result:
     if args.vision_method:
         asked = reduction(args.vision_method, args.vision_budget, args.vision_where, args.vision_option)
         vision = tokcompile.optimize(*parts.vision, outputs="reduced", **asked)
-        parts, plans["vision"] = parts.after(vision), vision.plan
+        parts, plans["vision"] = parts.after(vision, renumber=args.renumber), vision.plan
     asked = reduction(args.method, args.budget, args.where, args.option) if args.method else {"method": "random", "budget": 1.0}
     prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **asked)
     plans["language"] = prefill.plan

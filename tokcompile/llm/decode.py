@@ -165,6 +165,11 @@ def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: i
     step = Decode(model, plan).eval()
     example = example_inputs(step)
     rehearse(step, example)
+    if step.bound and plan.renumbered:
+        raise InputError(
+            f"{prefill.plan.method} numbers tokens anew, and sliding windows, which count in positions, end within "
+            "the prompt\n  what to do: optimize with renumber=False, which keeps positions as they are"
+        )
     example["kept"] = {name: example["kept"][name] for name in step.needed()} or None
     if not step.bound:
         example["positions"] = None

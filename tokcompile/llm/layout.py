@@ -65,7 +65,7 @@ class Layout:
     length: of the prompt before any reduction; without position_ids the next token stands at this position. prompt: the
     input that holds it. axes: of position_ids in front of the batch, (3,) where a position has three numbers.
     keys, values: output names by layer. shapes: of the keys and of the values by layer. kept: how many indices each output
-    of them holds.
+    of them holds. renumbered: whether tokens got new positions after a reduction.
     """
 
     length: int
@@ -80,6 +80,7 @@ class Layout:
     stages: tuple[Stage, ...]
     kept: dict[str, int]
     axes: tuple[int, ...] = ()
+    renumbered: bool = False
 
     @property
     def placed(self) -> bool:
@@ -137,6 +138,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
         made,
         {cut.index: shapes[cut.index][1] for stage in made for cut in stage.cuts},
         tuple(shape[:-2]) if "position_ids" in inputs else (),
+        prefill.renumbered,
     )
 
 

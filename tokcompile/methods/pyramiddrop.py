@@ -20,6 +20,7 @@ PYRAMIDDROP = register_method(
         taps=("x", "last_attention"),
         place="block",
         ahead=True,
+        renumber=lambda step, options: True,
         steps=stages(rate=int_of_first),
         paper="PyramidDrop: Accelerating Your LVLMs via Pyramid Visual Redundancy Reduction, arXiv 2410.17247",
     )

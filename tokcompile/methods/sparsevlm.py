@@ -75,6 +75,7 @@ SPARSEVLM = register_method(
         taps=("x", "text_attention", "embeds", "text_embeds"),
         place="block",
         steps=stages(3 / 32, 7 / 32, 16 / 32),
+        renumber=lambda step, options: bool(options["recycle"]),  # as its first version; the second one keeps positions
         options={"recycle": 0.3, "per_cluster": 10},
         least=least,
         paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417",

@@ -69,6 +69,14 @@ class Positions:
             place[:, :, start:stop] = place[:, :, start : start + 1] + offsets[:, None].to(place.device)
         return (place if self.several else place[0]), after[:, -1:]
 
+    @property
+    def by_one(self) -> bool:
+        """Whether positions are one number each, and go on by one through the images too."""
+        return not self.several and all(
+            torch.equal(offsets, torch.arange(offsets.shape[1])[None]) and step == offsets.shape[1]
+            for offsets, step in zip(self.offsets, self.steps)
+        )
+
     def data(self) -> dict[str, Any]:
         """For JSON."""
         return {

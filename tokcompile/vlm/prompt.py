@@ -19,7 +19,7 @@ from tokcompile.vlm.positions import Positions
 class Prompt:
     """full: spans of the image placeholders in the ids. spans: those of the features in what the language part takes, of
     `length` tokens. position_ids: (B, L) or (axes, B, L), of the whole example. next_position: (B, 1). rule: behind these
-    positions, where they follow one."""
+    positions, where they follow one. renumber: whether the tokens that are left have positions without gaps."""
 
     image_token: int
     full: tuple[Span, ...]
@@ -30,6 +30,7 @@ class Prompt:
     next_position: Tensor
     mask: Tensor
     rule: Positions | None
+    renumber: bool = False
 
     @staticmethod
     def of(ids: Tensor, token: int, spans: Sequence[Span], positions: Tensor, mask: Tensor | None) -> Prompt:
@@ -132,7 +133,7 @@ class Prompt:
         return {
             "image_token": self.image_token, "placeholders": list(self.full), "spans": list(self.spans),
             "length_of_ids": self.full_length, "length": self.length, "attention_mask": self.mask.tolist(), **rule,
-            "next_position": self.next_position.tolist(),
+            "next_position": self.next_position.tolist(), "renumber": self.renumber,
         }  # fmt: skip
 
     @staticmethod
@@ -144,7 +145,7 @@ class Prompt:
         positions = rule(mask, full)[0] if rule is not None else torch.tensor(data["position_ids"])
         return Prompt(
             int(data["image_token"]), full, spans, int(data["length_of_ids"]), int(data["length"]), positions,
-            torch.tensor(data["next_position"]), mask, rule,
+            torch.tensor(data["next_position"]), mask, rule, bool(data.get("renumber", False)),
         )  # fmt: skip
 
     def positions(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,8 +164,13 @@ class Prompt:
         """How many tokens each span has in the ids."""
         return [stop - start for start, stop in self.full]
 
-    def shortened(self, kept: Tensor | None) -> Prompt:
+    def shortened(self, kept: Tensor | None, renumber: bool = False) -> Prompt:
         """With as many tokens in each span as are kept. kept: (B, k). Raises: InputError."""
+        if renumber and not (self.rule is not None and self.rule.by_one):
+            raise InputError(
+                "renumber=True, and the positions of this prompt do not go on by one token by token: an image has rows and "
+                "columns, or an order of its own\n  what to do: leave renumber out, tokens then keep their positions"
+            )
         if kept is None:
             return self
         edges = [sum(self.images[:i]) for i in range(len(self.images) + 1)]
@@ -178,7 +184,7 @@ class Prompt:
         for (start, stop), left in zip(self.full, each):
             spans.append((start - removed, start - removed + left))
             removed += stop - start - left
-        return replace(self, spans=tuple(spans), length=self.full_length - removed)
+        return replace(self, spans=tuple(spans), length=self.full_length - removed, renumber=renumber)
 
     def check(self, input_ids: Tensor) -> Tensor:
         """Raises: InputError for ids whose placeholders are elsewhere."""
@@ -228,7 +234,7 @@ class Prompt:
             at, used = stop, used + last - first
         made: dict[str, Any] = {
             "inputs_embeds": torch.cat([*pieces, embeds[:, at:]], 1),
-            "position_ids": self.chosen(position_ids, kept),
+            "position_ids": self.placed(position_ids, kept),
         }
         if attention_mask is not None:  # methods that look for the largest embeddings must not find padding
             made["attention_mask"] = self.chosen(attention_mask, kept)
@@ -244,6 +250,17 @@ class Prompt:
             )
         mask = self.mask if attention_mask is None else attention_mask
         return self.assemble(embeds, seen, self.positions(mask)[0], mask if padded else None)
+
+    def placed(self, positions: Tensor, kept: Tensor | None) -> Tensor:
+        """The positions of the tokens that are left: their own; or without gaps, so that the text after the images keeps its
+        own and all before moves up."""
+        if not self.renumber:
+            return self.chosen(positions, kept)
+        left = [last - first for first, last in self.spans]
+        gone = [n - k for n, k in zip(self.images, left)]
+        counts = [*(c for text, k in zip(self.room, left) for c in (text, k)), self.room[-1]]
+        moves = [sum(gone[i // 2 :]) for i in range(len(counts))]  # by how much each text and each image moves up
+        return self.chosen(positions, None) + torch.tensor(moves).repeat_interleave(torch.tensor(counts)).to(positions)
 
     def chosen(self, values: Tensor, kept: Tensor | None) -> Tensor:
         """(..., B, L) over the ids at the tokens that are left."""

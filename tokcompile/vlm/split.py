@@ -96,17 +96,17 @@ class Parts:
             inputs = self.language_inputs(input_ids, self.see(pixel_values), attention_mask)
             return dict(self.language.module(**inputs))
 
-    def after(self, vision: OptimizedModel) -> Parts:
-        """The parts behind a vision part that gives fewer features: the prompt shrinks to the tokens that are left, which
-        keep their positions.
+    def after(self, vision: OptimizedModel, *, renumber: bool = False) -> Parts:
+        """The parts behind a vision part that gives fewer features: the prompt shrinks to the tokens that are left.
 
-        vision: what `tokcompile.optimize(*parts.vision, outputs="reduced", ...)` gave.
+        vision: what `tokcompile.optimize(*parts.vision, outputs="reduced", ...)` gave. renumber: whether the tokens get
+        positions without gaps, as VisionZip or PruMerge are published; by default they keep their positions.
 
         Raises: InputError, UnsupportedGraph.
         """
         first = replace(self, optimized=vision)
         features = first.see(self.vision.args[0])
-        prompt = self.prompt.shortened(features.get("kept"))
+        prompt = self.prompt.shortened(features.get("kept"), renumber)
         short = replace(first, prompt=prompt, view=self.view.shortened(self.prompt.spans, prompt.rows(None)[0].tolist()))
         return short.with_language(self.embeddings.kwargs["input_ids"], features, self.prompt.mask if self.padded else None)
 
