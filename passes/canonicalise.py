@@ -12,6 +12,7 @@ from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
 from tokcompile.passes.graph import bind, copy_graph, get_attr, packet, propagate_shapes
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
+from tokcompile.passes.mosaic import write_mosaics
 from tokcompile.passes.placeholders import fix_placeholders
 from tokcompile.passes.rejoin import rejoin
 from tokcompile.passes.vmap import flatten_vmap
@@ -52,6 +53,8 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     gm.meta[FIXED] = fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)
+    if write_mosaics(gm):
+        propagate_shapes(gm, inputs)
     gm.recompile()
     return gm
 

@@ -35,8 +35,6 @@ ANYWHERE = [
     "timm/xcit",
     "hf/eomt",
     "hf/groupvit_vision",
-    "hf/llava_next",
-    "hf/llava_onevision",
     "hf/pvt",
     "hf/sam_vision",
     "hf/segformer",

@@ -1,0 +1,71 @@
+"""Maps of tiles with newline tokens, written as an order: read off against a model that does it step by step."""
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import error, run
+from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.graph import packet
+from tokcompile.passes.trace import trace
+
+
+class Tiles(nn.Module):
+    """A base view and rows x columns tiles of 4 x 4 tokens through an encoder, then one map with a newline token a row."""
+
+    def __init__(self, rows, columns, cut=0, cast=False, twice=False):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.tower = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.newline = nn.Parameter(torch.randn(16))
+        self.head = nn.Linear(16, 8)
+        self.rows, self.columns, self.cut, self.cast, self.twice = rows, columns, cut, cast, twice
+
+    def forward(self, x):
+        x = self.tower(x)
+        base, tiles = x[0], x[1:]
+        tiles = tiles.view(self.rows, self.columns, 4, 4, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
+        tiles = tiles[:, self.cut : tiles.shape[1] - self.cut]
+        newline = self.newline[:, None, None].expand(*tiles.shape[:2], 1).to(x.dtype)
+        tiles = torch.cat([tiles, *[newline] * (2 if self.twice else 1)], -1).flatten(1, 2).T
+        return self.head(torch.cat([base, tiles]))
+
+
+@pytest.mark.parametrize(("rows", "columns", "more"), [(1, 1, {}), (2, 2, {}), (1, 3, {}), (2, 1, {"twice": True})])
+def test_the_map_is_shorter(rows, columns, more):
+    """Each kept token of a tile, and every newline token, in the order of the map."""
+    model, x = Tiles(rows, columns, **more).eval(), torch.randn(1 + rows * columns, 16, 16)
+    whole = run(model, x)
+    optimized = tokcompile.optimize(model, (x,), method="random", where=[1], budget=tokcompile.Tokens(5), outputs="reduced")
+    out, kept = run(optimized, x)
+    newlines = whole.shape[0] - 16 * (1 + rows * columns)
+    assert out.shape == (5 * (1 + rows * columns) + newlines, 8)
+    assert not optimized.report.recoveries
+    # both layers are behind what is kept: the model itself on the tokens of each view that the indices name
+    base, rest = (kept[name][0] for name in kept)
+    where = torch.cat([base, rest + 16])
+    assert sorted(where.tolist()) == where.tolist()
+    fill = run(model.head, model.newline[None])
+    assert torch.equal((whole - fill).abs().amax(-1)[where] < 1e-6, (out - fill).abs().amax(-1) < 1e-6)
+    again = tokcompile.optimize(model, (x,), method="random", where=[1], budget=tokcompile.Tokens(5))
+    assert run(again, x).shape == whole.shape
+    assert tokcompile.check(model, (x,)).ok
+
+
+def test_written_as_an_order_it_is_the_same():
+    model, x = Tiles(2, 2).eval(), torch.randn(5, 16, 16)
+    flat = trace(model, (x,), {})
+    graph = canonicalise(flat.gm, flat.inputs)
+    orders = [n for n in graph.graph.nodes if packet(n) == "aten.index_select"]
+    assert len(orders) == 1
+    assert error(run(graph, x)[0], run(model, x)) == 0
+
+
+def test_a_map_that_is_cut_is_left_as_it_is():
+    model, x = Tiles(2, 1, cut=1).eval(), torch.randn(3, 16, 16)
+    flat = trace(model, (x,), {})
+    assert not [n for n in canonicalise(flat.gm, flat.inputs).graph.nodes if packet(n) == "aten.index_select"]
+    with pytest.raises(tokcompile.UnsupportedGraph, match="it takes some of the samples"):
+        tokcompile.optimize(model, (x,), method="random", where=[0], budget=0.5, outputs="reduced", recover="never")
