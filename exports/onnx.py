@@ -119,7 +119,7 @@ def export_onnx(
 
         opt = convert(opt, precision)
         flat = flatten(opt)
-        model = build(flat, row, opset, report)
+        model = build(flat, row, opset, report, flat_batch=PLUGIN not in files)  # the plugin is given its batch
         set_metadata(model, opt, row)
         tolerance = default_tolerance(precision) if tolerance is None else tolerance
         for form, name in temporary.items():
@@ -167,10 +167,11 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:
+def build(flat: Flat, target: Target, opset: int, report: ExportReport, flat_batch: bool) -> Any:
     """The model as onnx_ir, with one node and a function for each reduction."""
     import onnx_ir.passes.common as passes
 
+    from tokcompile.exports.flat_calls import flat_calls
     from tokcompile.exports.functions import attach, describe
     from tokcompile.exports.names import rename_outputs
     from tokcompile.exports.simplify import simplify
@@ -181,6 +182,8 @@ def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:
         forms = replace(forms, merge="onehot")  # onnxruntime adds while scattering in float32 only
     with use_forms(forms):
         model = to_onnx(flat.gm, [*flat.inputs, *bodies], opset)
+    if flat_batch and "drop_batch" in target.rules:
+        flat_calls(model, flat.reductions)
     simplify(model, target.rules)
     if flat.reductions:
         report.nodes = attach(model, flat.reductions)

@@ -148,8 +148,11 @@ def reshape_once(graph: ir.Graph) -> int:
             node.replace_input_with(0, before.inputs[0])
             count += 1
         source, out = node.inputs[0], node.outputs[0]
-        if source is not None and source.shape is not None and source.shape == out.shape and not out.is_graph_output():
-            out.replace_all_uses_with(source)
+        if source is not None and source.shape is not None and source.shape == out.shape:
+            given = source.producer() is None or source.is_graph_output()
+            if given and out.is_graph_output():
+                continue
+            out.replace_all_uses_with(source, replace_graph_outputs=True)
             count += 1
     return count
 

@@ -69,6 +69,25 @@ def check_static(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> No
     assert written.producer_name == "tokcompile"
 
 
+@pytest.mark.parametrize("method", ["tome", "dart"])
+def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
+    """Nothing is reshaped before and after a call; several samples, and other runtimes, see the batch."""
+    ranks = {}
+    for batch, target in ((1, "onnxruntime"), (2, "onnxruntime"), (1, "tensorrt")):
+        model, args, kwargs = FAMILIES["timm/vit"].build(batch)
+        opt = tokcompile.optimize(shake(model), args, kwargs, method=method, budget=0.6)
+        report = opt.export_onnx(tmp_path / "m.onnx", target=target)
+        graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx")).graph
+        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+        makers = {name: node for node in graph.node for name in node.output}
+        called = reductions(onnx.load(tmp_path / "m.onnx"))
+        ranks[batch, target] = {len(shapes[node.output[0]]) for node in called}
+        assert [row["shape"] for row in report.reductions] == [shapes[node.output[0]] for node in called]
+        if target == "onnxruntime" and batch == 1:
+            assert all(makers[node.input[0]].op_type == "Add" for node in called)  # the residual add itself
+    assert ranks == {(1, "onnxruntime"): {2}, (2, "onnxruntime"): {3}, (1, "tensorrt"): {3}}
+
+
 def test_later_nodes_of_a_method_share_one_function_with_constants_as_attributes(tmp_path):
     opt = tiny(method="tome", where=[0, 1], budget=tokcompile.Remove(8))
     report = opt.export_onnx(tmp_path / "m.onnx")

@@ -26,10 +26,9 @@ def gone_by_reference(model, embeds, method, monkeypatch):
 
 
 def gone_at_random(generator, inputs):
-    """`random` drops after the attention of layers 1, 2 and 3, and has no reference but its own choice. The MLP sees each
-    token by itself: what is gone before it is gone from the next layer on."""
+    """`random` drops at the entrance of layers 1, 2 and 3, and has no reference but its own choice."""
     kept = run(generator.prefill, **inputs).kept
-    return {layer: dropped(kept[name][0], *SPAN) for layer, name in ((2, "s0_index"), (3, "s1_index"))}
+    return {layer: dropped(kept[name][0], *SPAN) for layer, name in ((1, "s0_index"), (2, "s1_index"), (3, "s2_index"))}
 
 
 @pytest.mark.parametrize("method", ["dart", "fastv", "random"])
@@ -39,7 +38,7 @@ def test_equals_the_layers_run_by_hand(name, method, generator, monkeypatch):
     embeds = inputs["inputs_embeds"]
     if method == "random":
         gone = gone_at_random(made, inputs)
-        assert [(s.first, s.last, s.length) for s in made.wiring.stages] == [(0, 1, 40), (2, 2, 35), (3, 3, 30)]
+        assert [(s.first, s.last, s.length) for s in made.wiring.stages] == [(0, 0, 40), (1, 1, 35), (2, 2, 30), (3, 3, 26)]
     else:
         gone = gone_by_reference(model, embeds, method, monkeypatch)
     got = made(**inputs, eos=(), keep_logits=True)

@@ -21,4 +21,13 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     return Keep(torch.tensor([draw(site.n, site.k, seed) for seed in seeds], device=tokens.x.device))
 
 
-RANDOM = register_method(Recipe("random", plan, steps=stages(), options={"seed": 0}, paper="baseline: a seeded uniform draw"))
+RANDOM = register_method(
+    Recipe(
+        "random",
+        plan,
+        language_place="block",
+        steps=stages(),
+        options={"seed": 0},
+        paper="baseline: a seeded uniform draw",
+    )
+)
