@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
-from tokcompile.passes.graph import bind, get_attr, packet, shape, to_int, user_dependent
-from tokcompile.passes.placeholders import SPANS, WRITES
+from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
+from tokcompile.passes.stages import Stage, make_stage
 
 SDPA = "aten.scaled_dot_product_attention"
 SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax"}
@@ -25,10 +25,6 @@ BETWEEN = {
     "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
     "aten.slice_scatter",
 }  # fmt: skip
-LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
-          "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
-INDEX = {"aten.index", "aten.index_select", "aten.gather"}
-VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
 
 
 @dataclass
@@ -43,26 +39,6 @@ class Attention:
     scale: float | None = None
     mask: Node | None = None
     causal: bool = False
-
-
-@dataclass
-class Stage:
-    """A run of blocks over the same tokens: `length` in all, of which `n` between prefix and suffix are visual.
-
-    text: whether it is the stream of a language model; spans: where image features were written into it, if anywhere.
-    """
-
-    length: int
-    prefix: int
-    suffix: int
-    grid: tuple[int, ...] | None
-    visual: bool
-    text: bool = False
-    spans: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def n(self) -> int:
-        return self.length - self.prefix - self.suffix
 
 
 @dataclass
@@ -118,7 +94,9 @@ def find(gm: GraphModule) -> Structure:
     dependent = user_dependent(graph)
     structure = Structure(order=order)
     by_mid: dict[Node, Block] = {}
-    for attention in attentions(graph, dependent):
+    found_attentions = list(attentions(graph, dependent))
+    laid_out = streams(graph, found_attentions)
+    for attention in found_attentions:
         attention.causal = attention.causal or hides_the_future(gm, attention)
         found = residual(attention, order, dependent)
         name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
@@ -127,7 +105,7 @@ def find(gm: GraphModule) -> Structure:
         elif found[1] in by_mid:
             by_mid[found[1]].attentions.append(attention)
         else:
-            block = make_block(attention, *found, structure, dependent)
+            block = make_block(attention, *found, structure, dependent, found[0] not in laid_out)
             by_mid[block.mid] = block
             structure.blocks.append(block)
     set_ends(structure)
@@ -253,14 +231,32 @@ def sorted_users(node: Node, order: dict[Node, int]) -> Iterator[Node]:
         n = n.next
 
 
-def make_block(attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node]) -> Block:
+def streams(graph: Graph, found: Sequence[Attention]) -> set[Node]:
+    """What the inputs reach without going through the keys, values or mask of an attention: streams whose tokens come from
+    the inputs. The queries of a decoder are weights, and only look at these."""
+    queries = {a.node: a.q for a in found}
+    values = {a.v for a in found if not a.fused}
+    reached: set[Node] = set()
+    for node in graph.nodes:
+        inputs = [queries[node]] if node in queries else node.all_input_nodes
+        if packet(node) in MATMUL:
+            inputs = [n for n in inputs if n not in values]
+        if node.op == "placeholder" or any(n in reached for n in inputs):
+            reached.add(node)
+    return reached
+
+
+def make_block(
+    attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node], queries: bool
+) -> Block:
     token_axis, batch_axis, why_not = axes(attention, mid)
     length = shape(mid)[token_axis]
     last = structure.blocks[-1] if structure.blocks else None
     if last is not None and shape(last.mid) == shape(mid) and follows(last, entry, dependent, structure.order):
         stage = last.stage
     else:
-        stage = make_stage(entry, token_axis, length, dependent)
+        upstream = ancestors(entry, dependent, 0, structure.order)
+        stage = make_stage(entry, token_axis, length, dependent, upstream, queries)
         stage = next((one for one in structure.stages if one == stage), stage)
     if stage not in structure.stages:
         structure.stages.append(stage)
@@ -322,107 +318,3 @@ def common_path(*nodes: Node) -> str:
             break
         out.append(names[0])
     return ".".join(out)
-
-
-def make_stage(entry: Node, axis: int, length: int, dependent: set[Node]) -> Stage:
-    upstream = ancestors(entry, dependent, 0, {n: i for i, n in enumerate(entry.graph.nodes)})
-    spans = placeholder_spans(upstream, length)
-    if spans:
-        return Stage(length, spans[0][0], length - spans[-1][1], None, visual=False, text=True, spans=spans)
-    prefix, suffix, grid, source = origin(entry, axis, dependent)
-    body = length - prefix - suffix
-    if grid is not None and body != _prod(grid):
-        grid = None
-    above = {packet(n) for n in upstream}
-    # in a language model that image features were written into, nothing says which positions are visual
-    text = packet(source) == "aten.embedding" or bool(above & WRITES)
-    visual = not text and bool(above & {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"})
-    return Stage(length, prefix, suffix, grid, visual, text)
-
-
-def placeholder_spans(upstream: set[Node], length: int) -> tuple[tuple[int, int], ...]:
-    """The places of image features in a prompt of that length, from all writes that lie before."""
-    written = [n for n in upstream if SPANS in n.meta and shape(n)[-2] == length]
-    return tuple(sorted({span for n in written for span in n.meta[SPANS]}))
-
-
-def _prod(sizes: tuple[int, ...]) -> int:
-    out = 1
-    for s in sizes:
-        out *= s
-    return out
-
-
-def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple[int, ...] | None, Node]:
-    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it)."""
-    prefix = suffix = 0
-    while node in dependent and node.op == "call_function":
-        name, a = packet(node), bind(node)
-        rank = len(shape(node)) if isinstance(node.meta["val"], torch.Tensor) else 0
-        if name == "aten.cat" and (to_int(a["dim"]) or 0) % rank == axis:
-            tensors = a["tensors"]
-            user = [t for t in tensors if t in dependent] or list(tensors)
-            body = max(user, key=lambda t: shape(t)[axis])
-            at = tensors.index(body)
-            prefix += sum(shape(t)[axis] for t in tensors[:at])
-            suffix += sum(shape(t)[axis] for t in tensors[at + 1 :])
-            node = body
-        elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
-            size = shape(a["self"])[axis]
-            start, end = slice_bounds(a["start"], a["end"], size)
-            prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
-        elif name in LAYOUT:
-            axis, node = moved(node, axis), node.all_input_nodes[0]
-        elif name in VIEWS:
-            source = node.all_input_nodes[0]
-            before = view_sources(shape(source), shape(node), axis)
-            if before is None:
-                break
-            if len(before) > 1:
-                # what an index laid out is no raster: groups of neighbours in the order of windows
-                grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in before)
-                return max(prefix, 0), max(suffix, 0), grid, source
-            axis, node = before[0], source
-        else:
-            length = shape(node)[axis] if rank else None
-            follow = [
-                n
-                for n in node.all_input_nodes
-                if n in dependent
-                and isinstance(n.meta["val"], torch.Tensor)
-                and len(shape(n)) == rank
-                and shape(n)[axis] == length
-            ]
-            if not follow:
-                break
-            node = follow[0]
-    return max(prefix, 0), max(suffix, 0), None, node
-
-
-def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
-    start, stop, _ = slice(start, end).indices(size)
-    return start, stop
-
-
-def moved(node: Node, axis: int) -> int:
-    """The axis of the input that axis `axis` of a permuted tensor came from: the op is run on strides that tell them apart."""
-    source = node.all_input_nodes[0]
-    rank = len(shape(source))
-    if packet(node) in ("aten.contiguous", "aten.clone"):
-        return axis
-    marks = torch.empty_strided([2] * rank, list(range(1, rank + 1)), device="meta")
-    args = [marks if a is source else a for a in node.args]
-    return int(node.target(*args, **node.kwargs).stride()[axis]) - 1
-
-
-def view_sources(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> list[int] | None:
-    """The axes that a view joined into axis `axis`, or None where it cut one apart."""
-    lead = _prod(after[:axis])
-    total, out, product = 1, [], 1
-    for i, size in enumerate(before):
-        if total == lead and product < after[axis] and size > 1:
-            out.append(i)
-            product *= size
-        elif total < lead:
-            total *= size
-    return out if total == lead and product == after[axis] and out else None

@@ -69,7 +69,7 @@ def ends(gm: GraphModule) -> dict[Node, tuple[Node, Node]]:
 
 
 def read(gm: GraphModule, node: Node, source: Node, filler: Node) -> Mosaic | None:
-    """None where a node is no mosaic of whole rows, all of them, in some order."""
+    """None where a node is no mosaic of whole rows, all of them, in some order; nor where only a class token stands before."""
     width = shape(source)[-1]
     if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
         return None
@@ -84,6 +84,9 @@ def read(gm: GraphModule, node: Node, source: Node, filler: Node) -> Mosaic | No
     whole = torch.where(fills[:, None], -1 - columns, first[:, None] + columns)
     tokens = first[~fills]
     if not torch.equal(marks, whole) or not torch.equal(tokens.sort().values, torch.arange(rows) * width):
+        return None
+    inside = (~fills).nonzero()[:, 0]
+    if int(inside[-1] - inside[0]) == rows - 1 and bool((tokens.diff() > 0).all()):
         return None
     return Mosaic(node, source, filler, torch.where(fills, rows + fills.cumsum(0) - 1, first // width))
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from tokcompile.budget import Schedule
 from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
-from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import shape
+from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Seq
 from tokcompile.recipe import Recipe
 

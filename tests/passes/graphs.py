@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
+from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Batch, Label, Seq, Space
 from tokcompile.passes.trace import trace
 from tokcompile.recipe import Keep, Merge, Recipe, Site

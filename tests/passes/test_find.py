@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tokcompile
 from tests.conftest import export
 from tests.passes.graphs import Function, canonical
 from tokcompile.compiler import analyse
-from tokcompile.passes.find import find, slice_bounds, view_sources
+from tokcompile.passes.find import find
 from tokcompile.passes.graph import packet, shape
+from tokcompile.passes.stages import slice_bounds, view_sources
 
 # name: (blocks, length, prefix, suffix, grid) of each stage, in order
 STAGES = {
@@ -305,3 +307,28 @@ def test_slice_bounds_are_pythons():
     assert slice_bounds(1, None, 10) == (1, 10)
     assert slice_bounds(-4, -1, 10) == (6, 9)
     assert slice_bounds(None, 1 << 62, 10) == (0, 10)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_learned_queries_are_no_patches(zeros):
+    """The queries of a decoder are more blocks over image features than the encoder has: still the patches are reduced."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 16, 4, 4)
+            encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+            decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+            self.decoder = nn.TransformerDecoder(decoder, 4)
+            self.queries = nn.Parameter(torch.zeros(1, 10, 16) if zeros else torch.randn(1, 10, 16))
+
+        def forward(self, image):
+            memory = self.encoder(self.patch(image).flatten(2).transpose(1, 2))
+            return self.decoder(self.queries.expand(len(image), -1, -1), memory)
+
+    model, image = Detector().eval(), torch.randn(2, 3, 24, 24)
+    optimized = tokcompile.optimize(model, (image,), method="random", budget=0.5)
+    assert {r.n for r in optimized.plan.reductions} <= set(range(18, 37))
+    assert [r.path.split(".")[0] for r in optimized.plan.reductions] == ["encoder"] * len(optimized.plan.reductions)
+    assert len(optimized.plan.reductions) > 0

@@ -14,9 +14,10 @@ from tests.conftest import TOLD, export
 from tokcompile import Flops, KeepRate, Plan, Recipe, Reduction, Remove, Schedule, Share, Tokens, steps
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
-from tokcompile.passes.find import Block, Stage, Structure
+from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.places import Layout, Slot, choose_slots, visual_blocks
 from tokcompile.passes.schedule import apportion, make_plan, reductions
+from tokcompile.passes.stages import Stage
 from tokcompile.recipe import methods
 
 DRAWS = settings(max_examples=300, deadline=None, derandomize=True)

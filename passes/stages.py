@@ -1,0 +1,136 @@
+"""Stages: runs of blocks over the same tokens, and where these were laid out, read off the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from tokcompile.passes.graph import bind, packet, shape, to_int
+from tokcompile.passes.placeholders import SPANS, WRITES
+
+LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
+          "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
+INDEX = {"aten.index", "aten.index_select", "aten.gather"}
+VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
+PATCHES = {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"}
+
+
+@dataclass
+class Stage:
+    """A run of blocks over the same tokens: `length` in all, of which `n` between prefix and suffix are visual.
+
+    text: whether it is the stream of a language model; spans: where image features were written into it, if anywhere.
+    """
+
+    length: int
+    prefix: int
+    suffix: int
+    grid: tuple[int, ...] | None
+    visual: bool
+    text: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def n(self) -> int:
+        return self.length - self.prefix - self.suffix
+
+
+def make_stage(entry: Node, axis: int, length: int, dependent: set[Node], upstream: set[Node], queries: bool) -> Stage:
+    """The stage whose tokens come in at `entry`. dependent: what depends on the inputs; upstream: what of it comes before;
+    queries: whether the tokens are weights that look at image features, as in a decoder, and no patches."""
+    spans = placeholder_spans(upstream, length)
+    if spans:
+        return Stage(length, spans[0][0], length - spans[-1][1], None, visual=False, text=True, spans=spans)
+    prefix, suffix, grid, source = origin(entry, axis, dependent)
+    body = length - prefix - suffix
+    if grid is not None and body != prod(grid):
+        grid = None
+    above = {packet(n) for n in upstream}
+    # in a language model that image features were written into, nothing says which positions are visual
+    text = packet(source) == "aten.embedding" or bool(above & WRITES)
+    visual = not text and not queries and bool(above & PATCHES)
+    return Stage(length, prefix, suffix, grid, visual, text)
+
+
+def placeholder_spans(upstream: set[Node], length: int) -> tuple[tuple[int, int], ...]:
+    """The places of image features in a prompt of that length, from all writes that lie before."""
+    written = [n for n in upstream if SPANS in n.meta and shape(n)[-2] == length]
+    return tuple(sorted({span for n in written for span in n.meta[SPANS]}))
+
+
+def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple[int, ...] | None, Node]:
+    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it)."""
+    prefix = suffix = 0
+    while node in dependent and node.op == "call_function":
+        name, a = packet(node), bind(node)
+        rank = len(shape(node)) if isinstance(node.meta["val"], torch.Tensor) else 0
+        if name == "aten.cat" and (to_int(a["dim"]) or 0) % rank == axis:
+            tensors = a["tensors"]
+            user = [t for t in tensors if t in dependent] or list(tensors)
+            body = max(user, key=lambda t: shape(t)[axis])
+            at = tensors.index(body)
+            prefix += sum(shape(t)[axis] for t in tensors[:at])
+            suffix += sum(shape(t)[axis] for t in tensors[at + 1 :])
+            node = body
+        elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
+            size = shape(a["self"])[axis]
+            start, end = slice_bounds(a["start"], a["end"], size)
+            prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
+        elif name in LAYOUT:
+            axis, node = moved(node, axis), node.all_input_nodes[0]
+        elif name in VIEWS:
+            source = node.all_input_nodes[0]
+            before = view_sources(shape(source), shape(node), axis)
+            if before is None:
+                break
+            if len(before) > 1:
+                # what an index laid out is no raster: groups of neighbours in the order of windows
+                grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in before)
+                return max(prefix, 0), max(suffix, 0), grid, source
+            axis, node = before[0], source
+        else:
+            length = shape(node)[axis] if rank else None
+            follow = [
+                n
+                for n in node.all_input_nodes
+                if n in dependent
+                and isinstance(n.meta["val"], torch.Tensor)
+                and len(shape(n)) == rank
+                and shape(n)[axis] == length
+            ]
+            if not follow:
+                break
+            node = follow[0]
+    return max(prefix, 0), max(suffix, 0), None, node
+
+
+def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
+    start, stop, _ = slice(start, end).indices(size)
+    return start, stop
+
+
+def moved(node: Node, axis: int) -> int:
+    """The axis of the input that axis `axis` of a permuted tensor came from: the op is run on strides that tell them apart."""
+    source = node.all_input_nodes[0]
+    rank = len(shape(source))
+    if packet(node) in ("aten.contiguous", "aten.clone"):
+        return axis
+    marks = torch.empty_strided([2] * rank, list(range(1, rank + 1)), device="meta")
+    args = [marks if a is source else a for a in node.args]
+    return int(node.target(*args, **node.kwargs).stride()[axis]) - 1
+
+
+def view_sources(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> list[int] | None:
+    """The axes that a view joined into axis `axis`, or None where it cut one apart."""
+    lead = prod(after[:axis])
+    total, out, product = 1, [], 1
+    for i, size in enumerate(before):
+        if total == lead and product < after[axis] and size > 1:
+            out.append(i)
+            product *= size
+        elif total < lead:
+            total *= size
+    return out if total == lead and product == after[axis] and out else None
