@@ -67,6 +67,8 @@ def operand(product: ir.Node, side: int, channels: int) -> Operand | None:
         if axes[channels] == len(axes) - 1:
             best = Operand(value, factor, reader, list(axes))
         node = value.producer()
+        if node is not None and node.op_type == "Transpose" and len(list(value.consumers())) > 1:
+            node, value = own_copy(node, reader)
         if node is None or len(list(value.consumers())) != 1 or value.is_graph_output():
             break
         if node.op_type == "Transpose":
@@ -81,6 +83,18 @@ def operand(product: ir.Node, side: int, channels: int) -> Operand | None:
         else:
             break
     return best
+
+
+def own_copy(node: ir.Node, reader: tuple[ir.Node, int]) -> tuple[ir.Node, ir.Value]:
+    """The same node once more, for one reader: the others (a reduction that reads the keys) go on with the old one."""
+    made, old = ir.Node("", node.op_type, node.inputs, list(node.attributes.values())), node.outputs[0]
+    made.name, value = f"{node.name}.own", made.outputs[0]
+    value.name, value.shape, value.type = f"{old.name}.own", old.shape, old.type
+    at, place = reader
+    assert at.graph is not None
+    at.graph.insert_before(at, made)
+    at.replace_input_with(place, value)
+    return made, value
 
 
 def scalar(node: ir.Node) -> int | None:
