@@ -93,7 +93,7 @@ def vatp_by_hand(state, block, k, step):
 
 
 def sparsevlm_by_hand(state, block, k, step, recycle=0.3, per_cluster=10):
-    text = state.embeds[-TEXT:].numpy()
+    text = state.embeds[state.prompt - TEXT : state.prompt].numpy()
     rows = sparsevlm.raters(state.embeds[slice(*SPAN)].numpy(), text)
     attention = state.scores(state.calls[-1]).softmax(-1)[:, -TEXT:, state.image]
     options = {"recycle": recycle, "per_cluster": per_cluster}

@@ -44,6 +44,7 @@ def test_a_folder_that_generates(tmp_path, capsys):
         (["tests.vlm.test_command:bare"], "has to return (model, (), inputs)"),
         ([MODEL, "--room", "5"], "room=[5], and the example has [5, 7] tokens"),
         ([MODEL, "--room", "a,b"], "is not a list of numbers"),
+        ([MODEL, "--renumber"], "--renumber is about tokens that --vision-method leaves, and there is none"),
         ([MODEL, "--method", "darts"], "unknown method 'darts'"),
         ([MODEL, "--method", "dart", "--budget", "tokens:60"], "60"),
         ([MODEL, "--preprocessor", "missing.json"], "cannot read 'missing.json'"),

@@ -66,6 +66,11 @@ def add_vlm(parser: argparse.ArgumentParser) -> None:
 def vlm(args: argparse.Namespace) -> Result:
     """Splits, reduces, exports, and shows what was done."""
     values.check_folder(args.out, args.overwrite)
+    if args.renumber and not args.vision_method:
+        raise InputError(
+            "--renumber is about tokens that --vision-method leaves, and there is none\n  what to do: -o renumber=true for a "
+            "method in the language part"
+        )
     example = folder_of(args)
     model, inputs = (example.model, example.inputs) if example else function_of(args)
     room = None if args.room in (None, "exact") else numbers(args.room)
