@@ -1,0 +1,369 @@
+"""Small transformers models that take images and text."""
+
+from __future__ import annotations
+
+import torch
+
+from .family import Family, noise, tokens
+from .hf_base import DECODER, QWEN, VIT, Inputs, qwen, row
+
+_LLAMA = ("LlamaConfig", DECODER)
+_MROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2])
+_QWEN_IDS = dict(image_token_id=60, video_token_id=59, vision_start_token_id=61, vision_end_token_id=62)
+
+
+def _prompt(image_tokens: int, size: int = 56, type_ids: bool = False) -> Inputs:
+    """An image and a prompt: 5 text tokens, the image's placeholders (id 60), 7 text tokens."""
+
+    def make(batch: int) -> dict:
+        ids = _prompt_ids(batch, image_tokens)
+        more = dict(token_type_ids=torch.zeros_like(ids)) if type_ids else {}
+        return dict(
+            input_ids=ids,
+            pixel_values=noise(batch, 3, size, size),
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            **more,
+        )
+
+    return make
+
+
+def _prompt_ids(batch: int, image_tokens: int) -> torch.Tensor:
+    """5 text tokens, placeholders (id 60), 7 text tokens."""
+    text = tokens(batch, 12, 60)
+    return torch.cat([text[:, :5], torch.full((batch, image_tokens), 60), text[:, 5:]], dim=1)
+
+
+def _qwen_prompt(batch: int) -> dict:
+    """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
+    ids = _prompt_ids(batch, 12)
+    vision = qwen(batch)
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == 60).int(),
+        pixel_values=vision["hidden_states"],
+        image_grid_thw=vision["grid_thw"],
+        use_cache=False,
+    )
+
+
+def _qwen_two_images(batch: int) -> dict:
+    """Two images a sample, of 8 x 6 and 4 x 6 patches: 12 and 6 placeholders, with text around both."""
+    ids = torch.cat([_prompt_ids(batch, 12), _prompt_ids(batch, 6)], dim=1)
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == 60).int(),
+        pixel_values=noise(batch, 48 + 24, 3 * 2 * 8 * 8).flatten(0, 1),
+        image_grid_thw=torch.tensor([[1, 8, 6], [1, 4, 6]] * batch),
+        use_cache=False,
+    )
+
+
+def _smolvlm_prompt(batch: int) -> dict:
+    """A prompt with 16 placeholders and one image (the second axis counts images) a sample."""
+    return _prompt(16, 64)(batch) | dict(pixel_values=noise(batch, 1, 3, 64, 64))
+
+
+def _gemma3_prompt(batch: int) -> dict:
+    """A prompt with 16 placeholders a sample, marked as image tokens."""
+    inputs = _prompt(16, 64)(batch)
+    return inputs | dict(token_type_ids=(inputs["input_ids"] == 60).long())
+
+
+def _onevision_prompt(batch: int) -> dict:
+    """A prompt for one image given as a base view and one tile of 7 x 7 patches, with a newline token a row."""
+    ids = _prompt_ids(batch, 49 + 49 + 7)
+    return dict(
+        input_ids=ids,
+        pixel_values=noise(batch, 2, 3, 56, 56),
+        image_sizes=torch.tensor([[56, 56]] * batch),
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+    )
+
+
+def _anyres_prompt(batch: int) -> dict:
+    """A prompt for one wide image: a base view of 7 x 7 patches and two tiles side by side, with a newline token a row."""
+    ids = _prompt_ids(batch, 49 + 7 * (14 + 1))
+    return dict(
+        input_ids=ids,
+        pixel_values=noise(batch, 3, 3, 56, 56),
+        image_sizes=torch.tensor([[56, 112]] * batch),
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+    )
+
+
+def _mistral3_prompt(batch: int) -> dict:
+    """A prompt with 16 placeholders a sample and the size of each image."""
+    return _prompt(16, 64)(batch) | dict(image_sizes=torch.tensor([[64, 64]] * batch))
+
+
+def _idefics2_prompt(batch: int) -> dict:
+    """A prompt with 8 placeholders, one for each latent of the resampler, and one image a sample."""
+    return _prompt(8)(batch) | dict(pixel_values=noise(batch, 1, 3, 56, 56))
+
+
+LANGUAGE: tuple[Family, ...] = (
+    # vision and language in one model
+    row(
+        "llava",
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        dict(vision_config=("CLIPVisionConfig", VIT), text_config=_LLAMA, image_token_index=60, image_seq_length=49),
+        _prompt(49),
+        depth=8,
+        note="49 image tokens between 5 and 7 text tokens",
+    ),
+    row(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        "InternVLConfig",
+        dict(
+            vision_config=("InternVLVisionConfig", VIT | dict(image_size=[64, 64], patch_size=[8, 8])),
+            text_config=("Qwen2Config", DECODER),
+            image_token_id=60,
+            image_seq_length=16,
+        ),
+        _prompt(16, 64),
+        depth=8,
+        note="pixel shuffle merges 2 x 2 patches: 16 image tokens",
+    ),
+    row(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        dict(
+            vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
+            text_config=("GemmaConfig", DECODER | dict(head_dim=16)),
+            image_token_index=60,
+            projection_dim=48,
+        ),
+        _prompt(49, type_ids=True),
+        depth=8,
+        note="the prompt attends both ways",
+    ),
+    row(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        dict(
+            vision_config=("SiglipVisionConfig", VIT | dict(image_size=64, vision_use_head=False)),
+            text_config=("Gemma3TextConfig", DECODER | dict(head_dim=16, sliding_window=16)),
+            mm_tokens_per_image=16,
+            image_token_index=60,
+            boi_token_index=61,
+            eoi_token_index=62,
+        ),
+        _gemma3_prompt,
+        depth=8,
+        note="patches are pooled 2 x 2; image tokens attend both ways",
+    ),
+    row(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        dict(
+            vision_config=("Qwen2VLVisionConfig", QWEN | dict(embed_dim=64, hidden_size=48)),
+            text_config=("Qwen2VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
+            **_QWEN_IDS,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="2 x 2 merger, 3-axis rope",
+    ),
+    row(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        dict(
+            vision_config=(
+                "Qwen2_5_VLVisionConfig",
+                QWEN
+                | dict(
+                    hidden_size=64,
+                    intermediate_size=112,
+                    out_hidden_size=48,
+                    window_size=32,
+                    fullatt_block_indexes=[1, 3],
+                ),
+            ),
+            text_config=("Qwen2_5_VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
+            **_QWEN_IDS,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="window attention, 2 x 2 merger, 3-axis rope",
+    ),
+    row(
+        "qwen2_5_vl_two_images",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        dict(
+            vision_config=(
+                "Qwen2_5_VLVisionConfig",
+                QWEN
+                | dict(
+                    hidden_size=64,
+                    intermediate_size=112,
+                    out_hidden_size=48,
+                    window_size=32,
+                    fullatt_block_indexes=[1, 3],
+                ),
+            ),
+            text_config=("Qwen2_5_VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
+            **_QWEN_IDS,
+        ),
+        _qwen_two_images,
+        depth=8,
+        note="images of 12 and 6 tokens",
+    ),
+    row(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        dict(
+            vision_config=(
+                "Qwen3VLVisionConfig",
+                QWEN
+                | dict(
+                    hidden_size=64,
+                    intermediate_size=112,
+                    out_hidden_size=48,
+                    num_position_embeddings=64,
+                    deepstack_visual_indexes=[0, 2],
+                ),
+            ),
+            text_config=("Qwen3VLTextConfig", DECODER | dict(head_dim=12, rope_parameters=_MROPE)),
+            **_QWEN_IDS,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="DeepStack features, 2 x 2 merger, 3-axis rope",
+    ),
+    row(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        dict(
+            vision_config=("SmolVLMVisionConfig", VIT | dict(image_size=64)),
+            text_config=_LLAMA,
+            image_token_id=60,
+            scale_factor=2,
+        ),
+        _smolvlm_prompt,
+        depth=8,
+        note="pixel shuffle: 16 image tokens",
+    ),
+    row(
+        "idefics3",
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        dict(
+            vision_config=("Idefics3VisionConfig", VIT | dict(image_size=64)),
+            text_config=_LLAMA,
+            image_token_id=60,
+            scale_factor=2,
+        ),
+        _smolvlm_prompt,
+        depth=8,
+        note="pixel shuffle: 16 image tokens",
+    ),
+    row(
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevisionConfig",
+        dict(
+            vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
+            text_config=("Qwen2Config", DECODER),
+            image_token_index=60,
+            video_token_index=59,
+            image_grid_pinpoints=[[56, 56]],
+        ),
+        _onevision_prompt,
+        depth=8,
+        note="base view, tile and newline tokens",
+    ),
+    row(
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextConfig",
+        dict(
+            vision_config=("CLIPVisionConfig", VIT),
+            text_config=_LLAMA,
+            image_token_index=60,
+            image_seq_length=49,
+            image_grid_pinpoints=[[56, 56], [56, 112]],
+        ),
+        _anyres_prompt,
+        depth=8,
+        note="base view, two tiles and newline tokens",
+    ),
+    row(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        dict(
+            vision_config=("PixtralVisionConfig", VIT | dict(image_size=64)),
+            text_config=("MistralConfig", DECODER | dict(head_dim=12)),
+            image_token_index=60,
+        ),
+        _mistral3_prompt,
+        depth=8,
+        note="Pixtral's tower, 2 x 2 merger",
+    ),
+    row(
+        "idefics2",
+        "Idefics2ForConditionalGeneration",
+        "Idefics2Config",
+        dict(
+            vision_config=("Idefics2VisionConfig", VIT),
+            perceiver_config=(
+                "Idefics2PerceiverConfig",
+                dict(
+                    hidden_size=48,
+                    resampler_n_latents=8,
+                    resampler_depth=2,
+                    resampler_n_heads=4,
+                    resampler_head_dim=12,
+                    num_key_value_heads=2,
+                ),
+            ),
+            text_config=("MistralConfig", DECODER | dict(head_dim=12)),
+            image_token_id=60,
+        ),
+        _idefics2_prompt,
+        depth=8,
+        note="a resampler makes 8 tokens of an image",
+    ),
+    row(
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        "Glm4vConfig",
+        dict(
+            vision_config=(
+                "Glm4vVisionConfig",
+                dict(
+                    depth=4,
+                    hidden_size=48,
+                    num_heads=4,
+                    image_size=64,
+                    patch_size=8,
+                    out_hidden_size=48,
+                    intermediate_size=96,
+                ),
+            ),
+            text_config=("Glm4vTextConfig", DECODER | dict(rope_parameters=_MROPE)),
+            image_token_id=60,
+            video_token_id=59,
+            image_start_token_id=61,
+            image_end_token_id=62,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="position table is resampled in the graph, 2 x 2 merger",
+    ),
+)
