@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.errors import InputError
 from tokcompile.passes.gather import Gatherer, samples
 from tokcompile.passes.graph import aten, packet, shape
-from tokcompile.passes.heads import is_table
+from tokcompile.passes.heads import is_table, rotates
 from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.placeholders import program_of, value_of
 from tokcompile.passes.tokens import Label, Seq, Space, plain, tokens_of
@@ -126,7 +126,7 @@ def numbers_anew(rw: Rewriter, s: Splice) -> bool:
         return bool(asked)
     length = shape(s.at)[s.block.token_axis]
     here = rw.structure.order[s.at]
-    later = (n for n in rw.old.graph.nodes if packet(n) == "aten.mul" and rw.structure.order[n] > here)
+    later = (n for n in rw.old.graph.nodes if packet(n) == "aten.mul" and rw.structure.order[n] > here and rotates(n))
     tables = {(n, axis) for node in later for n in node.all_input_nodes for axis in [rows_axis(n, length)] if axis is not None}
     return bool(tables) and all(in_sequence(rw, n, axis) for n, axis in tables)
 

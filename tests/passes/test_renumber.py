@@ -46,6 +46,13 @@ def test_padding_and_masks_that_are_written_out(method, options, attention):
     assert error(got["logits"], want["logits"]) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["hf/llama_eager", "hf/llama_padded", "hf/gemma3_text", "hf/qwen2", "hf/mistral"])
+def test_the_published_default_finds_rotary_tables(name):
+    model, args, kwargs = build(name)
+    optimized = tokcompile.optimize(model, args, kwargs, method="pyramiddrop", spans=[SPAN], budget=Tokens(8))
+    assert optimized.renumbered
+
+
 def test_positions_that_are_an_input_must_go_on_by_one():
     model, _, kwargs = build("hf/llama")
     x, places = kwargs["inputs_embeds"], torch.arange(40)[None]
