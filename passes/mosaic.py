@@ -39,18 +39,42 @@ def write_mosaics(gm: GraphModule) -> bool:
     found = [m for node, (source, filler) in ends(gm).items() if (m := read(gm, node, source, filler)) is not None]
     for m in found:
         emit, (*lead, width) = emitter(gm, m.node), shape(m.source)
-        count = len(m.order) - prod(lead)
+        rows = prod(lead)
+        runs, places = apart(m.order, rows, int(lead[-1]))
         name = f"_mosaic_{m.node.name}"
-        gm.register_buffer(name, m.order.to(m.node.meta["val"].device), persistent=False)
+        gm.register_buffer(name, places.to(m.node.meta["val"].device), persistent=False)
         with gm.graph.inserting_before(m.node):
             order = gm.graph.get_attr(name)
-        tiles = emit(aten.reshape.default, m.source, [prod(lead), width])
+        tiles = emit(aten.reshape.default, m.source, [rows, width])
         newline = emit(aten.to.dtype, emit(aten.reshape.default, m.filler, [1, width]), m.source.meta["val"].dtype)
-        rows = emit(aten.cat.default, [tiles, emit(aten.expand.default, newline, [count, width])], 0)
-        new = emit(aten.reshape.default, emit(aten.index_select.default, rows, 0, order), list(shape(m.node)))
+        pieces = []
+        for start, stop, count in runs:
+            pieces.append(tiles if (start, stop) == (0, rows) else emit(aten.slice.Tensor, tiles, 0, start, stop))
+            pieces += [emit(aten.expand.default, newline, [count, width])] if count else []
+        joined = emit(aten.cat.default, pieces, 0)
+        new = emit(aten.reshape.default, emit(aten.index_select.default, joined, 0, order), list(shape(m.node)))
         m.node.replace_all_uses_with(new)
     gm.graph.eliminate_dead_code()
     return bool(found)
+
+
+def apart(order: Tensor, rows: int, tile: int) -> tuple[list[tuple[int, int, int]], Tensor]:
+    """(start, stop, newline tokens) of runs of tiles that make a map of their own, so that the images of several prompts stay
+    apart; and the order among these runs, the newline tokens behind each."""
+    places, runs = order.clone(), []
+    at = start = seen = 0
+    for i in range(len(order)):
+        seen = max(seen, int(order[i]) + 1) if order[i] < rows else seen
+        last = i + 1 == len(order)
+        tokens = int((order[at : i + 1] < rows).sum())
+        if (seen == start + tokens and seen % tile == 0 and seen > start and (last or order[i + 1] < rows)) or last:
+            part = order[at : i + 1]
+            fills = part >= rows
+            base = at  # as many rows as the map had before
+            places[at : i + 1] = torch.where(fills, base + tokens + fills.cumsum(0) - 1, base + part - start)
+            runs.append((start, seen, int(fills.sum())))
+            at, start = i + 1, seen
+    return runs, places
 
 
 def ends(gm: GraphModule) -> dict[Node, tuple[Node, Node]]:
