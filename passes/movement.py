@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tokcompile.passes.graph import bind, get_attr, is_tensor, packet, shape
-from tokcompile.passes.memory import ancestors_of
+from tokcompile.passes.memory import CASTS, ancestors_of
 
 MOVES = {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten.reshape_as",
@@ -37,11 +37,14 @@ class Movement:
         inside = set(self.nodes)
         return [n for n in self.nodes if is_tensor(n) and any(u not in inside for u in n.users)]
 
-    def run(self, marks: Tensor, wanted: Iterable[Node]) -> dict[Node, list[Tensor]]:
-        """The wanted nodes computed from `marks` in the place of the source: one tensor, or the several whose mean it is."""
+    def run(
+        self, marks: Tensor, wanted: Iterable[Node], weights: Mapping[Node, Tensor] | None = None
+    ) -> dict[Node, list[Tensor]]:
+        """The wanted nodes computed from `marks` in the place of the source: one tensor, or the several whose mean it is.
+        weights: what stands in the place of weights that are moved too."""
         wanted = list(wanted)
         needed = ancestors_of(set(wanted))
-        env: dict[Node, Any] = {self.source: [marks]}
+        env: dict[Node, Any] = {self.source: [marks], **{node: [value] for node, value in (weights or {}).items()}}
         for node in self.nodes:
             if node in needed and (made := self.step(node, env)) is not None:
                 env[node] = made
@@ -49,9 +52,11 @@ class Movement:
 
     def step(self, node: Node, env: dict[Node, Any]) -> list[Any] | None:
         """None where the movement cannot be followed."""
-        given = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        given = [n for n in node.all_input_nodes if n.op != "get_attr" or n in env]
         if any(n not in env for n in given) or len({len(env[n]) for n in given}) != 1:
             return None
+        if packet(node) in CASTS:
+            return list(env[given[0]])
         if packet(node) in POOLS:
             return [piece for one in env[given[0]] for piece in pooled(node, one)]
         return [self.call(node, {n: env[n][i] for n in given}) for i in range(len(env[given[0]]))]
