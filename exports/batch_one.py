@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from tokcompile.exports.rewriting import constant, is_full, maker, named, replace
+from tokcompile.exports.rewriting import constant, is_full, maker, named, replace, reshaped
 
 ELEMENTWISE = frozenset(
     ("Abs", "Add", "Cast", "Clip", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Gelu", "Log", "Max", "Min", "Mul", "Neg")
@@ -99,8 +99,5 @@ def without(graph: ir.Graph, node: ir.Node, value: ir.Value, flat: dict[ir.Value
         if known is not None:
             flat[value] = named(graph, f"{value.name}_flat", known[0])
         else:
-            made = ir.Node("", "Reshape", [value, named(graph, f"{value.name}_flat_shape", np.array(shape))])
-            made.name, flat[value] = f"node_{value.name}.flat", made.outputs[0]
-            flat[value].shape, flat[value].type, flat[value].name = ir.Shape(shape), value.type, f"{value.name}.flat"
-            graph.insert_before(node, made)
+            flat[value] = reshaped(graph, node, value, shape, f"{value.name}.flat")
     return flat[value]

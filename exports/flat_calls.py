@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from tokcompile.exports.flat import Reduction
-from tokcompile.exports.rewriting import named
+from tokcompile.exports.rewriting import reshaped
 from tokcompile.plugins.contract import DOMAIN
 
 
@@ -27,7 +26,7 @@ def flat_calls(model: ir.Model, reductions: Sequence[Reduction]) -> None:
             call = calls[number]
             for i, value in enumerate(call.inputs):
                 assert value is not None
-                call.replace_input_with(i, reshape(graph, call, value, r.inputs[i].shape[1:]))
+                call.replace_input_with(i, resized(graph, call, value, r.inputs[i].shape[1:]))
             for output, result in zip(call.outputs, r.outputs):
                 widen(graph, call, output, result.shape)
             for value, given in zip(graph.inputs[start_in:end_in], r.inputs):
@@ -35,25 +34,20 @@ def flat_calls(model: ir.Model, reductions: Sequence[Reduction]) -> None:
             for i, given in zip(range(start_out, end_out), r.outputs):
                 value, made = graph.outputs[i], graph.outputs[i].producer()
                 # where all even tokens merge, the kept ones are a constant
-                graph.outputs[i] = reshape(graph, made or first, value, given.shape[1:], after=made is not None)
+                graph.outputs[i] = resized(graph, made or first, value, given.shape[1:], after=made is not None)
         end_in, end_out = start_in, start_out
 
 
-def reshape(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], after: bool = False) -> ir.Value:
-    """The value in another shape, made beside a node."""
-    name = f"{value.name}_{'x'.join(map(str, shape))}"
-    node = ir.Node("", "Reshape", [value, named(graph, f"{name}_shape", np.array(shape, np.int64))], name=f"node_{name}")
-    out = node.outputs[0]
-    out.name, out.shape, out.type = name, ir.Shape(shape), value.type
-    graph.insert_after(at, node) if after else graph.insert_before(at, node)
-    return out
+def resized(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], after: bool = False) -> ir.Value:
+    """The value in another shape, by which it is named."""
+    return reshaped(graph, at, value, shape, f"{value.name}_{'x'.join(map(str, shape))}", after)
 
 
 def widen(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], after: bool = True) -> None:
     """Makes a value one without its leading 1; those that read it get it back in its old shape."""
     users = list(value.uses())
     value.shape = ir.Shape(shape[1:])
-    wide = reshape(graph, at, value, shape, after)
+    wide = resized(graph, at, value, shape, after)
     for node, i in users:
         node.replace_input_with(i, wide)
     for i, output in enumerate(graph.outputs):

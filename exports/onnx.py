@@ -119,7 +119,7 @@ def export_onnx(
 
         opt = convert(opt, precision)
         flat = flatten(opt)
-        model = build(flat, row, opset, report, flat_batch=PLUGIN not in files)  # the plugin is given its batch
+        model = build(flat, row, opset, report)
         set_metadata(model, opt, row)
         tolerance = default_tolerance(precision) if tolerance is None else tolerance
         for form, name in temporary.items():
@@ -167,7 +167,7 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def build(flat: Flat, target: Target, opset: int, report: ExportReport, flat_batch: bool) -> Any:
+def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:
     """The model as onnx_ir, with one node and a function for each reduction."""
     import onnx_ir.passes.common as passes
 
@@ -182,7 +182,7 @@ def build(flat: Flat, target: Target, opset: int, report: ExportReport, flat_bat
         forms = replace(forms, merge="onehot")  # onnxruntime adds while scattering in float32 only
     with use_forms(forms):
         model = to_onnx(flat.gm, [*flat.inputs, *bodies], opset)
-    if flat_batch and "drop_batch" in target.rules:
+    if PLUGIN not in report.files and "drop_batch" in target.rules:  # the plugin is given its batch
         flat_calls(model, flat.reductions)
     simplify(model, target.rules)
     if flat.reductions:

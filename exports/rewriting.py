@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,6 +39,15 @@ def named(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
     made = ir.Value(name=name, const_value=tensor, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(made)
     return made
+
+
+def reshaped(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], name: str, after: bool = False) -> ir.Value:
+    """The value in another shape, under that name, made before a node or after it."""
+    node = ir.Node("", "Reshape", [value, named(graph, f"{name}_shape", np.array(shape, np.int64))], name=f"node_{name}")
+    out = node.outputs[0]
+    out.name, out.shape, out.type = name, ir.Shape(shape), value.type
+    graph.insert_after(at, node) if after else graph.insert_before(at, node)
+    return out
 
 
 def replace(graph: ir.Graph, old: ir.Value, nodes: list[ir.Node]) -> None:
