@@ -134,7 +134,7 @@ def numbers_anew(rw: Rewriter, s: Splice) -> bool:
 def rows_axis(node: Node, length: int) -> int | None:
     """Along which axis a rotary table has a row for each of so many tokens; None where it is no such table."""
     sizes = shape(node)
-    axis = next((i for i in range(len(sizes) - 1) if sizes[i] == length), None)
+    axis = next((i for i in reversed(range(len(sizes) - 1)) if sizes[i] == length), None)  # the batch may be as large
     return axis if axis is not None and sizes[-1] > 1 and is_table(node) else None
 
 

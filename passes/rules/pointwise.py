@@ -8,8 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, get_attr, packet, shape
-from tokcompile.passes.heads import is_table
-from tokcompile.passes.renumber import as_numbered, last_rows
+from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 
 UNARY = [
@@ -52,7 +51,7 @@ def rotary(call: Call, name: str, label: Label) -> Node | None:
     node = call.old_args[name]
     sizes = shape(node)
     lead = [size for size in sizes[:-2] if size != 1]  # a batch of its own at most, where the label has it too
-    if call.labelled(name) or len(sizes) < 2 or sizes[-2] != seq.old or sizes[-1] < 2 or not is_table(node):
+    if call.labelled(name) or rows_axis(node, seq.old) != len(sizes) - 2:
         return None
     if lead not in ([], [old(label[0])][: len(sizes) == len(label)]) or (has_batch(label[0]) and len(label[0]) > 1):
         return None
