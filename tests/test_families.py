@@ -81,6 +81,7 @@ HARD = [
     "timm/xcit",
     "hf/eomt",
     "hf/llama_padded",
+    "hf/llava_next",
     "hf/pixtral_vision",
     "hf/qwen2_5_vl_vision",
     "hf/siglip2_vision",
