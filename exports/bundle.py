@@ -128,12 +128,13 @@ def fill(
 ) -> None:  # fmt: skip
     """Everything but the binaries; manifest.json without the checksums."""
     from tokcompile.exports import bundle_texts
+    from tokcompile.exports.host import on_cpu
     from tokcompile.exports.onnx import export_onnx
     from tokcompile.exports.precision import convert
 
     file = folder / ("model.onnx" if form == BOTH else f"model.{form}.onnx")
     exported = export_onnx(opt, file, target=device.target, form=form, precision=precision)
-    opt = convert(opt, precision)
+    opt = on_cpu(convert(opt, precision))
     models = {kind: os.path.basename(written) for kind, written in exported.files.items()}
     if PLUGIN in models and not any(r["fused"] for r in exported.reductions):
         drop_plugin(opt, folder, models, report)

@@ -40,7 +40,7 @@ def flat_calls(model: ir.Model, reductions: Sequence[Reduction]) -> None:
 
 def resized(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], after: bool = False) -> ir.Value:
     """The value in another shape, by which it is named."""
-    return reshaped(graph, at, value, shape, f"{value.name}_{'x'.join(map(str, shape))}", after)
+    return reshaped(graph, at, value, shape, f"{value.name}.{'x'.join(map(str, shape))}", after)
 
 
 def widen(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], after: bool = True) -> None:

@@ -115,9 +115,10 @@ def export_onnx(
         temporary = {form: stack.enter_context(atomic(name)) for form, name in files.items()}
         stack.enter_context(quiet())
         from tokcompile.exports.flat import flatten
+        from tokcompile.exports.host import on_cpu
         from tokcompile.exports.precision import convert, default_tolerance
 
-        opt = convert(opt, precision)
+        opt = on_cpu(convert(opt, precision))
         flat = flatten(opt)
         model = build(flat, row, opset, report)
         set_metadata(model, opt, row)

@@ -42,8 +42,11 @@ def named(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
 
 
 def reshaped(graph: ir.Graph, at: ir.Node, value: ir.Value, shape: Sequence[int], name: str, after: bool = False) -> ir.Value:
-    """The value in another shape, under that name, made before a node or after it."""
-    node = ir.Node("", "Reshape", [value, named(graph, f"{name}_shape", np.array(shape, np.int64))], name=f"node_{name}")
+    """The value in another shape, under that name, made before a node or after it; a second one has another name."""
+    to = named(graph, f"{name}_shape", np.array(shape, np.int64))
+    assert to.name is not None
+    name += to.name.removeprefix(f"{name}_shape")
+    node = ir.Node("", "Reshape", [value, to], name=f"node_{name}")
     out = node.outputs[0]
     out.name, out.shape, out.type = name, ir.Shape(shape), value.type
     graph.insert_after(at, node) if after else graph.insert_before(at, node)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 import tokcompile
 from tests.exports.models import DYNAMIC, all_nodes, attributes, reductions, run, same, session, tiny
 from tests.models import FAMILIES, shake
+from tokcompile.exports import host
 from tokcompile.plugins.contract import ATTRIBUTES, INPUTS, OUTPUTS, op_type
 
 CASES = [
@@ -86,6 +87,48 @@ def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
         if target == "onnxruntime" and batch == 1:
             assert all(makers[node.input[0]].op_type == "Add" for node in called)  # the residual add itself
     assert ranks == {(1, "onnxruntime"): {2}, (2, "onnxruntime"): {3}, (1, "tensorrt"): {3}}
+
+
+def test_two_reductions_may_read_the_same_value(tmp_path):
+    """Two images in one sequence: in each block their reductions read the same keys and sizes."""
+    model, args, kwargs = FAMILIES["hf/qwen2_vl_vision"].build(2)
+    opt = tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6)
+    report = opt.export_onnx(tmp_path / "m.onnx")
+    called = reductions(onnx.load(tmp_path / "m.onnx"))
+    assert len(called) == len(report.reductions) == 2 * len({row["block"] for row in report.reductions})
+
+
+def copied_weights(opt, monkeypatch):
+    """The model on "the CPU", where what is here counts as elsewhere."""
+    monkeypatch.setattr(host, "elsewhere", lambda device: True)
+    return host.on_cpu(opt)
+
+
+def test_a_model_elsewhere_is_copied_and_stays_where_it_is(tmp_path, monkeypatch):
+    opt = tiny(method="grid")
+    assert host.on_cpu(opt) is opt
+    weights, graph = dict(opt.named_parameters()), opt.graph_module
+    copied = copied_weights(opt, monkeypatch)
+    assert copied is not opt
+    assert opt.graph_module is graph
+    assert all(weights[name] is value for name, value in opt.named_parameters())
+    assert [name for name, _ in copied.named_parameters()] == list(weights)
+    assert not {id(value) for value in copied.parameters()} & {id(value) for value in weights.values()}
+    assert all(torch.equal(value, weights[name]) for name, value in copied.named_parameters())
+    assert torch.equal(copied(*opt.example_inputs), opt(*opt.example_inputs))
+    assert opt.export_onnx(tmp_path / "m.onnx").errors
+
+
+def test_devices_that_nodes_name_become_the_cpu(monkeypatch):
+    opt = tiny()
+    graph = opt.graph_module.graph
+    with graph.inserting_before(graph.output_node()):
+        there = graph.call_function(torch.ops.aten.arange.default, (3,), {"device": torch.device("meta")})
+    monkeypatch.setattr(host, "elsewhere", lambda device: device.type == "meta")
+    copied = host.on_cpu(opt)
+    assert [str(device) for device in host.named(copied.graph_module)].count("cpu") >= 1
+    assert there.kwargs["device"].type == "meta"
+    assert "meta" not in {device.type for device in host.named(copied.graph_module)}
 
 
 def test_later_nodes_of_a_method_share_one_function_with_constants_as_attributes(tmp_path):

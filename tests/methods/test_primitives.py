@@ -11,6 +11,7 @@ from tokcompile.primitives import (
     apply,
     ascending,
     complement,
+    constant,
     cosine,
     farthest_points,
     first_argmax,
@@ -22,6 +23,7 @@ from tokcompile.primitives import (
     use_forms,
 )
 from tokcompile.primitives.combine import assignment
+from tokcompile.primitives.constant import copied, on_device
 from tokcompile.recipe import Keep, Merge, Mix
 
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38, 0.5])
@@ -29,6 +31,17 @@ FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45,
 
 def stable(row, k):
     return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+
+
+def test_a_constant_is_copied_to_a_gpu_once_and_is_one_for_the_compiler():
+    values = ((1.0, 2.0), (3.0, 4.0))
+    assert torch.equal(constant([[1.0, 2.0], [3.0, 4.0]], torch.zeros(1)), torch.tensor(values))
+    here = torch.device("cpu")
+    assert copied(values, here) is copied(values, here)
+    with torch.inference_mode():
+        assert not copied(((5,),), here).is_inference()
+    compiled = torch.compile(lambda x: x + on_device(values, x.device), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2, 2)), torch.tensor(values) + 1)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

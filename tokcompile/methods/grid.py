@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from tokcompile.errors import MethodError
+from tokcompile.primitives import constant
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
 from tokcompile.steps import once
 
@@ -52,7 +51,7 @@ def chosen(site: Site) -> list[int]:
 
 def plan(tokens: Tokens, site: Site) -> Keep:
     """A sub-grid of exactly k patches where k allows one, else k positions at equal distances in raster order."""
-    return Keep(torch.tensor(chosen(site), device=tokens.x.device).expand(tokens.x.shape[0], -1))
+    return Keep(constant(chosen(site), tokens.x).expand(tokens.x.shape[0], -1))
 
 
 GRID = register_method(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokcompile.errors import MethodError
-from tokcompile.primitives import identity, keep_best, top_k
+from tokcompile.primitives import constant, identity, keep_best, top_k
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
 from tokcompile.steps import last_block
 
@@ -42,7 +42,7 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     count = round(site.k * site.options["alpha"] / 5)
     if count:
         anchors = top_k(tokens.earlier_attention.float().mean(1), count)
-        steps = torch.tensor(neighbours(site), device=anchors.device)
+        steps = constant(neighbours(site), anchors)
         around = (anchors[..., None] + steps).clamp(0, site.n - 1).flatten(1)  # past the ends: the first or last token
         deep = deep + torch.zeros_like(deep).scatter(1, around, 2.0)  # attention is below 1: these come first
     return Keep(keep_best(deep, site.k))

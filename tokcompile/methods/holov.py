@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import MethodError
-from tokcompile.primitives import ascending, identity, top_k, unit
+from tokcompile.primitives import ascending, constant, identity, top_k, unit
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
 from tokcompile.steps import last_block
 
@@ -52,10 +52,10 @@ def plan(tokens: Tokens, site: Site) -> Keep:
         raise MethodError(f"holov needs at least one group, not {site.options['groups']}")
     if site.k == site.n:
         return Keep(identity(tokens.x))
-    runs, device = chunks(site.n, site.options["groups"]), tokens.x.device
+    runs = chunks(site.n, site.options["groups"])
     longest = len(runs[0])
-    table = torch.tensor([[*run, *[run[0]] * (longest - len(run))] for run in runs], device=device)
-    valid = torch.tensor([[1.0] * len(run) + [0.0] * (longest - len(run)) for run in runs], device=device)
+    table = constant([[*run, *[run[0]] * (longest - len(run))] for run in runs], tokens.x)
+    valid = constant([[1.0] * len(run) + [0.0] * (longest - len(run)) for run in runs], tokens.x)
     score = tokens.cls_attention.float().mean(1)
     order = top_k(score, site.n)
     rank = torch.zeros_like(order).scatter(1, order, identity(score))  # 0 for the most attended token
@@ -66,7 +66,7 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     count = allot(chunk_scores(chunked(tokens.x), chunked(score), valid, site.options["alpha"]), site.k)
     ranks = chunked(rank)
     within = ((ranks[..., None, :] < ranks[..., None]) * valid[:, None]).sum(-1)
-    inside = torch.tensor([g * longest + i for g, run in enumerate(runs) for i in range(len(run))], device=device)
+    inside = constant([g * longest + i for g, run in enumerate(runs) for i in range(len(run))], tokens.x)
     chosen = (within < count[..., None]).flatten(1).index_select(1, inside)
     return Keep(ascending(top_k(chosen * site.n - rank, site.k)))
 

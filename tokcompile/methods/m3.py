@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokcompile.methods.grid import raster, sub_grid
-from tokcompile.primitives import identity
+from tokcompile.primitives import constant, identity
 from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
 from tokcompile.steps import last_block
 
@@ -28,11 +28,11 @@ def plan(tokens: Tokens, site: Site) -> Keep | Mix:
     """Means over the cells of a grid of exactly k; the token in the middle lends its position."""
     if site.k == site.n:
         return Keep(identity(tokens.x))
-    parts, (batch, n, _), device = pools(site), tokens.x.shape, tokens.x.device
+    parts, (batch, n, _) = pools(site), tokens.x.shape
     owner = {j: i for i, part in enumerate(parts) for j in part}
-    slots = torch.tensor([owner[j] for j in range(n)], device=device)
-    member = (slots == torch.arange(site.k, device=device)[:, None]).float()
-    middle = torch.tensor([part[(len(part) - 1) // 2] for part in parts], device=device)
+    slots = constant([owner[j] for j in range(n)], tokens.x)
+    member = (slots == torch.arange(site.k, device=slots.device)[:, None]).float()
+    middle = constant([part[(len(part) - 1) // 2] for part in parts], tokens.x)
     return Mix(middle.expand(batch, -1), (member / member.sum(-1, keepdim=True)).expand(batch, -1, -1))
 
 

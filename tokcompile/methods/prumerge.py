@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import MethodError
-from tokcompile.primitives import gather_rows, identity, top_k, unit
+from tokcompile.primitives import constant, gather_rows, identity, top_k, unit
 from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
 from tokcompile.steps import last_block
 
@@ -44,7 +44,7 @@ def plan(tokens: Tokens, site: Site) -> Keep | Mix:
     if site.k == site.n:
         return Keep(identity(tokens.x))
     weight = attention(tokens, site)
-    even = torch.tensor(grid_positions(site.n, int((site.k - 1) * share + 0.5)), dtype=torch.int64, device=weight.device)
+    even = constant(grid_positions(site.n, int((site.k - 1) * share + 0.5)), weight).long()  # which may be none
     even = even.expand(weight.shape[0], -1)
     best = top_k(weight.scatter(1, even, float("-inf")), site.k - even.shape[1])
     kept = torch.cat([best[:, :-1], even], 1)  # by attention, then the grid: the published order

@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from tokcompile.primitives import constant
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
 from tokcompile.steps import stages
 
@@ -18,7 +19,7 @@ def draw(n: int, k: int, seed: int) -> list[int]:
 def plan(tokens: Tokens, site: Site) -> Keep:
     """The same seeded draw for every input, another one at every step and for every sample of the batch."""
     seeds = [site.options["seed"] * 7919 + site.step * 101 + b for b in range(tokens.x.shape[0])]
-    return Keep(torch.tensor([draw(site.n, site.k, seed) for seed in seeds], device=tokens.x.device))
+    return Keep(constant([draw(site.n, site.k, seed) for seed in seeds], tokens.x))
 
 
 RANDOM = register_method(

@@ -2,6 +2,7 @@
 
 from tokcompile.primitives.cluster import density_peaks, members
 from tokcompile.primitives.combine import apply, gather_rows
+from tokcompile.primitives.constant import constant
 from tokcompile.primitives.forms import FORMS, Forms, current_forms, use_forms
 from tokcompile.primitives.score import cosine, unit
 from tokcompile.primitives.select import (
@@ -20,6 +21,7 @@ __all__ = [
     "apply",
     "ascending",
     "complement",
+    "constant",
     "cosine",
     "current_forms",
     "density_peaks",
