@@ -186,6 +186,7 @@ def targets(session: Session) -> list[dict[str, Any]]:
         ("match and merge: >= 5x faster than eager", merging, "eager over kernel", lambda r: r["eager over kernel"] >= 5),
         ("whole model, batch >= 8: within 5 % of the FLOPs ratio", large, "over flops", lambda r: r["over flops"] <= 0.05),
         ("prefill, 88.9 % removed: within 5 % of the FLOPs ratio", long, "over flops", lambda r: r["over flops"] <= 0.05),
+        ("prefill: within 3 % of what its layers take alone", long, "over layers", lambda r: r["over layers"] <= 0.03),
     ]
     return [
         {"target": text, "met": sum(map(test, rows)), "of": len(rows), "measured": sorted(round(r[key], 3) for r in rows)}

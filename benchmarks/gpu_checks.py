@@ -75,11 +75,19 @@ def check_case(session: Session, case: Case, dtype: torch.dtype) -> None:
         replay()
         got = module(*given)
         row = compare(got, module, given)
-        row["graph"] = all(g is None or torch.equal(g, o) for g, o in zip(got, out[-1]))
+        row["graph"] = all(g is None or same(case, g, o) for g, o in zip(got, out[-1]))
         row["ok"] = row["ok"] and row["graph"]
         about = {"method": case.method, "text": case.text, "dtype": str(dtype)[6:]}
         about |= {"B": case.batch, "N": case.length, "D": case.dim, "k": case.k}
         session.add("check", {**about, "data": "ties" if ties else "random", **row})
+
+
+def same(case: Case, a: Tensor, b: Tensor) -> bool:
+    """Bit by bit from a kernel. Plain PyTorch, which runs where more than every second token is merged away, adds rows in
+    another order each time."""
+    if case.method in ("tome", "pitome") and case.n - case.k > case.n // 2 and a.is_floating_point():
+        return bool((a - b).abs().max() <= TOLERANCE[a.dtype] * b.abs().max())
+    return torch.equal(a, b)
 
 
 def power_of_4(value: int) -> bool:

@@ -63,7 +63,8 @@ class Case:
         return ReductionModule(recipe, site, 1, recipe.taps_read())
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0, ties: bool = False) -> tuple[Tensor | None, ...]:
-        """(x, size, *taps). ties: few different rows of equal norm, whose products are exact and often equal."""
+        """(x, size, *taps). Keys share a direction, each more or less: with none in common PiToMe's energies lie closer than
+        float32 tells apart. ties: few different rows of equal norm, whose products are exact and often equal."""
         b, heads, length = self.batch, self.dim // self.head_dim, self.length + self.text
         g = torch.Generator(device).manual_seed(seed)
 
@@ -75,6 +76,10 @@ class Case:
 
         x = rows(b, length, self.dim)
         keys = rows(b, heads, length, self.head_dim)
+        if not ties:
+            share = torch.rand(b, 1, length, 1, generator=g, device=device)
+            common = torch.randn(b, heads, 1, self.head_dim, generator=g, device=device)
+            keys = (share * common + (1 - share**2).sqrt() * keys).to(dtype)
         score = torch.rand(b, heads, length, generator=g, device=device)
         if ties:
             keys = keys[:, None].expand(b, heads, length, self.head_dim).contiguous()

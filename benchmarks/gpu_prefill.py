@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import tokcompile
 from benchmarks.gpu_models import pair, times
-from benchmarks.gpu_session import Session, captured
+from benchmarks.gpu_session import Run, Session, captured
 from tokcompile.passes.trace import trace
 
 BEFORE, AFTER = 35, 64  # text around the visual tokens: LLaVA-1.5's prompt, and a question
@@ -105,46 +105,63 @@ def made_on(device: str, dtype: torch.dtype, size: Size, length: int) -> Decoder
         torch.set_default_dtype(before)
 
 
-def setups(session: Session) -> list[tuple[str, int]]:
+def setups(session: Session) -> list[tuple[str, int, str]]:
+    """(model, visual tokens, runtime): graph (eager ops in a CUDA graph) or compiled (inductor's code in one)."""
     if session.dry:
-        return [("tiny", 40)]
+        return [("tiny", 40, "graph")]
     counts = (2880,) if session.args.quick else (576, 2880, 8192)
-    return [(name, n) for n in counts for name in MODELS if name != "tiny"]
+    found = [(name, n, "graph") for n in counts for name in MODELS if name != "tiny"]
+    return found if session.args.quick else [*found, ("llama-7b", 2880, "compiled")]
 
 
 def prefill(session: Session) -> None:
-    """Every model and count of visual tokens; eager ops in a CUDA graph."""
-    for name, visual in setups(session):
+    """Every model and count of visual tokens."""
+    for name, visual, runtime in setups(session):
         if session.left() <= 0:
             session.part("prefill")["errors"].append({"error": f"{name}, {visual} visual tokens: the time was up"})
             continue
         try:
-            time_prefill(session, name, visual)
+            time_prefill(session, name, visual, runtime)
         except Exception as error:
             session.fail("prefill", f"{name}, {visual} visual tokens", error)
+        torch._dynamo.reset()
         if session.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def time_prefill(session: Session, name: str, visual: int) -> None:
-    """The unreduced model against itself, then with DART, and with random selection at the same place."""
+def time_prefill(session: Session, name: str, visual: int, runtime: str) -> None:
+    """The unreduced model against itself, then with DART, and with random selection at the same place.
+
+    by layers: the ratio that the layers by themselves would give: those before the reduction as the whole prompt takes
+    them, the others as a prompt takes them that was that short from the start.
+    """
     size, length = MODELS[name], BEFORE + visual + AFTER
     dtype = torch.float32 if session.dry else torch.bfloat16
     x = torch.randn(1, length, size.width, device=session.device, dtype=dtype)
     source: Any = trace(made_on(session.device, dtype, size, length), (x,), None).program
     place: Any = {"spans": [(BEFORE, BEFORE + visual)], "where": [LAYER]}
     plain = tokcompile.optimize(source, (x,), method="dart", budget=1.0, **place)
-    unreduced = captured(session.device, functools.partial(plain.graph_module, x))
-    about = {"model": name, "visual": visual, "text": BEFORE + AFTER, "layer": LAYER}
+    run = functools.partial(running, session, runtime)
+    unreduced = run(plain.graph_module, x)
+    about = {"model": name, "visual": visual, "text": BEFORE + AFTER, "layer": LAYER, "runtime": runtime}
     same = pair(session, unreduced, unreduced)
     session.add(
         "prefill", {**about, "method": "A/A", "kept": visual, "flops": 1.0, **times(same), "over flops": same.median - 1}
     )
     kept = tokcompile.Tokens(max(1, round((1 - REMOVED) * visual)))
     made = tokcompile.optimize(source, (x,), method="dart", budget=kept, **place)
+    left = made.plan.reductions[-1].k
+    short = x[:, : length - visual + left].contiguous()
+    brief = pair(session, unreduced, run(made_on(session.device, dtype, size, short.shape[1]), short)).median
+    by_layers = (LAYER + (size.depth - LAYER) * brief) / size.depth
     at_random = tokcompile.optimize(source, (x,), plan=made.plan.replace(method="random", options={}), spans=place["spans"])
     for method, reduced in (("dart", made), ("random", at_random)):
-        ratio = pair(session, unreduced, captured(session.device, functools.partial(reduced.graph_module, x)))
+        ratio = pair(session, unreduced, run(reduced.graph_module, x))
         flops = reduced.report.flops_ratio
-        row = {"method": method, "kept": reduced.plan.reductions[-1].k, "flops": flops, **times(ratio)}
-        session.add("prefill", {**about, **row, "over flops": ratio.median / flops - 1})
+        row = {"method": method, "kept": left, "flops": flops, **times(ratio), "over flops": ratio.median / flops - 1}
+        session.add("prefill", {**about, **row, "by layers": by_layers, "over layers": ratio.median / by_layers - 1})
+
+
+def running(session: Session, runtime: str, program: nn.Module, x: Tensor) -> Run:
+    call = torch.compile(program, fullgraph=True, dynamic=False, backend=session.compiler) if runtime == "compiled" else program
+    return captured(session.device, functools.partial(call, x))

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import aten
-from tokcompile.passes.tokens import Batch, Label, Seq, Space, make_seq, tokens_of
+from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, make_seq, tokens_of
 
 Run = list[int | Space]
 
@@ -23,10 +23,32 @@ def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | N
     runs = runs_of(seq, sizes[0])
     if runs is None:
         return None
-    columns = [stacked(g, column) for column in zip(*runs)]
+    columns = [g.stacks[column] if column in g.stacks else stacked(g, column) for column in zip(*runs)]
+    g.stacks.update(zip(zip(*runs), columns))
     if any(c is None for c in columns):
         return None
     return (Batch(sizes[0]),), (make_seq(c for c in columns if c is not None),), *label[1:]
+
+
+def alike(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
+    """Two labels of which one sees samples one after the other and the other sees a batch, both without a batch."""
+    have = ((),) * (len(want) - len(have)) + tuple(have)
+    both = [
+        (flat(g, own), flat(g, other)) if own != other and {len(own), len(other)} == {1, 2} else (own, other)
+        for own, other in zip(have, want, strict=True)
+    ]
+    return tuple(own for own, _ in both), tuple(other for _, other in both)
+
+
+def flat(g: Gatherer, axis: Axis) -> Axis:
+    """(B, L) on one axis, of samples that once were side by side in a sequence, as that sequence; others as they are."""
+    if len(axis) != 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
+        return axis
+    stacks = {after: before for before, after in g.stacks.items() if after is not None}
+    columns = [(part,) * axis[0].size if isinstance(part, int) else stacks.get(part) for part in axis[1].parts]
+    if any(column is None for column in columns):
+        return axis
+    return (make_seq(part for run in zip(*columns) for part in run),)
 
 
 def runs_of(seq: Seq, count: int) -> list[Run] | None:

@@ -36,6 +36,8 @@ class Gatherer:
         self._size: dict[Seq, Node] = {}
         self._sample: dict[tuple[Space, int], Space] = {}
         self._by_channel: dict[tuple[Seq, int, bool], Node] = {}
+        self._coerced: dict[tuple[Node, Label, Label], Node] = {}  # masks and rotary tables are read by every block
+        self.stacks: dict[tuple[int | Space, ...], int | Space | None] = {}  # see passes/batch.py
         self.twins: dict[Space, Space] = {}  # see passes/renumber.py
 
     # -- index tensors of whole token axes ---------------------------------------------------------------------------
@@ -185,10 +187,17 @@ class Gatherer:
 
         Raises: UnsupportedGraph where the two cannot describe the same tokens.
         """
-        have = ((),) * (len(want) - len(have)) + tuple(have)
+        have, want = ((),) * (len(want) - len(have)) + tuple(have), tuple(want)
         jobs = [d for d in range(len(want)) if needs_gather(have[d], want[d], origin)]
         if not jobs:
             return x
+        # what else stands beside the tokens, such as other numbers of heads, makes no difference
+        read = tuple(axis if d in jobs or has_batch(axis) else () for d, axis in enumerate(want))
+        if (x, have, read) not in self._coerced:
+            self._coerced[x, have, read] = self.gathered(x, have, want, jobs, origin)
+        return self._coerced[x, have, read]
+
+    def gathered(self, x: Node, have: Label, want: Label, jobs: list[int], origin: Node | None) -> Node:
         atoms, groups, spots = atomised(have, want, jobs)
         x = self.reshape(x, [new((a,)) for a in atoms])
         for at, target in spots:

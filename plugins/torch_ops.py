@@ -199,6 +199,7 @@ def call(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], assig
 # -- the ops ---------------------------------------------------------------------------------------------------------------
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+OPS = torch.library.Library("tokcompile", "FRAGMENT")
 
 
 def results(kernel: Kernel, x: Tensor, place: Sequence[int], assign: bool) -> Outputs:
@@ -309,9 +310,15 @@ def reference(
 
 
 def register(kernel: Kernel) -> None:
-    """Makes `tokcompile::<name>` an op that torch.compile takes as one opaque call."""
-    op = torch.library.custom_op(f"tokcompile::{kernel.name}", functools.partial(run, kernel), mutates_args=(), schema=SCHEMA)
-    op.register_fake(lambda x, size, taps, place, numbers, text, assign: results(kernel, x, place, assign))
+    """Makes `tokcompile::<name>` an op that torch.compile takes as one opaque call.
+
+    By itself, as `torch.library.custom_op` adds more Python to a call than the kernels take on a GPU; what that is for,
+    gradients, is not wanted here (see `applies`).
+    """
+    OPS.define(kernel.name + SCHEMA)
+    OPS.impl(kernel.name, functools.partial(run, kernel), "CompositeExplicitAutograd")
+    fake = lambda x, size, taps, place, numbers, text, assign: results(kernel, x, place, assign)  # noqa: E731
+    torch.library.register_fake(f"tokcompile::{kernel.name}", fake, lib=OPS)
 
 
 for _kernel in KERNELS.values():
