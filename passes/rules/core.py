@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.errors import TokcompileError, UnsupportedGraph
-from tokcompile.passes.batch import alike
+from tokcompile.passes.batch import alike, flat
 from tokcompile.passes.graph import bind, is_tensor, shape
 from tokcompile.passes.tokens import (
     Axis,
@@ -166,17 +166,17 @@ class Call:
                 continue
             if old(best) != 1 and old(axis) != old(best):
                 raise UnsupportedGraph(f"axes of {old(best)} and {old(axis)} tokens meet", self.node)
-            if refines(axis, best):
+            if old(best) == 1 or self.rank(axis) > self.rank(best):
                 best = axis
         return best
 
-
-def refines(a: Axis, b: Axis) -> bool:
-    """Whether axis `a` says more than `b`: tokens over plain, a later reduction over an earlier one, a batch over a size."""
-    return rank_of(a) > rank_of(b) or old(b) == 1
+    def rank(self, axis: Axis) -> tuple[int, bool, int]:
+        """`rank_of`, where samples may have become a batch after some reductions."""
+        return rank_of(flat(self.gather, axis))[0], *rank_of(axis)[1:]
 
 
 def rank_of(axis: Axis) -> tuple[int, bool, int]:
+    """How much an axis says: tokens over plain, a later reduction over an earlier one, a batch over a size."""
     spaces = [s for a in axis if isinstance(a, Seq) for s in a.spaces]
     return max((len(s.lineage()) for s in spaces), default=0), has_batch(axis), len(axis)
 

@@ -167,8 +167,9 @@ def test_targets_count_what_was_measured(session):
     session.part("headline")["rows"].append(row)
     session.part("models")["rows"].append({"method": "tome", "B": 8, "over flops": 0.04})
     session.part("models")["rows"].append({"method": "tome", "B": 1, "over flops": 0.04})
-    session.part("prefill")["rows"] += [{"method": m, "over flops": v} for m, v in (("A/A", 0), ("dart", 0.2), ("random", 0))]
-    assert [(t["met"], t["of"]) for t in gpu.targets(session)] == [(1, 1), (0, 1), (0, 0), (1, 1), (0, 1)]
+    for method, over_flops, over_layers in (("A/A", 0, 0), ("dart", 0.2, 0.02), ("random", 0, 0)):
+        session.part("prefill")["rows"].append({"method": method, "over flops": over_flops, "over layers": over_layers})
+    assert [(t["met"], t["of"]) for t in gpu.targets(session)] == [(1, 1), (0, 1), (0, 0), (1, 1), (0, 1), (1, 1)]
     assert "| 0 of 0 | not measured |" in gpu.markdown(session)
 
 
@@ -195,7 +196,10 @@ def test_it_runs_from_a_plain_checkout_with_torch_and_numpy_alone(tmp_path):
 def test_the_prefill_cases_are_the_published_ones():
     """Shapes of LLaMA-7B and Qwen2-7B, whose weights are made on the device: here on none, so no memory is needed."""
     full = Session(argparse.Namespace(dry_run=False, quick=False), "cuda", 0.0, {}, gpu.write)
-    assert set(gpu_prefill.setups(full)) == {(m, n) for m in ("llama-7b", "qwen2-7b") for n in (576, 2880, 8192)}
+    assert set(gpu_prefill.setups(full)) == {
+        *((m, n, "graph") for m in ("llama-7b", "qwen2-7b") for n in (576, 2880, 8192)),
+        ("llama-7b", 2880, "compiled"),
+    }
     billions = {}
     for name in ("llama-7b", "qwen2-7b"):
         size = gpu_prefill.MODELS[name]
@@ -217,3 +221,5 @@ def test_the_reduced_prefill_keeps_fused_causal_attention_and_one_kernel(session
     assert [n.args[5] for n in attention] == [True] * size.depth
     (reduction,) = [m for m in made.graph_module.modules() if isinstance(m, ReductionModule)]
     assert reduction.kernel.text == (4, span[1], length)
+    gathers = [n for n in made.graph_module.graph.nodes if n.target == torch.ops.aten.index_select.default]
+    assert [n.args[0].name for n in gathers] == ["cos", "sin"]  # once for all layers and both of q and k
