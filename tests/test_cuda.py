@@ -22,6 +22,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 NAMES = ("timm/vit", "hf/dinov2", "hf/siglip_vision", "hf/qwen2_vl_vision", "hf/llava")
 
 
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it is by default, and rounds to three digits
+
+
 def on(device, value):
     return torch.utils._pytree.tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, value)
 

@@ -180,3 +180,15 @@ def test_forms_are_restored():
     with pytest.raises(ValueError, match="inside"), use_forms(FORMS["tensorrt"]):
         raise ValueError("inside")
     assert current_forms() == FORMS["torch"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+def test_many_tokens_that_join_one_are_rounded_once(dtype, tolerance):
+    g = torch.Generator().manual_seed(0)
+    x, size = torch.randn(2, 200, 8, generator=g).to(dtype), torch.randint(1, 5, (2, 200), generator=g).float()
+    order = torch.stack([torch.randperm(200, generator=g) for _ in range(2)])
+    plan = Merge(order[:, :2], order[:, 2:], torch.randint(0, 2, (2, 198), generator=g))
+    new, _ = apply(plan, x, size)
+    want, _ = apply(plan, x.double(), size.double())
+    assert new.dtype == dtype
+    assert (new.double() - want).abs().max() <= tolerance * want.abs().max()

@@ -79,13 +79,15 @@ def merge_rows(plan: Merge, x: Tensor, size: Tensor, start: int) -> tuple[Tensor
     index = flat_index(whole(plan.index, start, n, length), length)
     sources = flat_index(plan.sources + start if start else plan.sources, length)
     slots = flat_index(plan.slots + start if start else plan.slots, left)
-    kept, weight = rows.index_select(0, index), sizes.index_select(0, sources)
+    kept, joining, weight = rows.index_select(0, index), rows.index_select(0, sources), sizes.index_select(0, sources)
     total = sizes.index_select(0, index).index_add(0, slots, weight)
     work = torch.promote_types(x.dtype, torch.float32)  # float64 models keep their precision
     share = weight.to(work) / total.index_select(0, slots).to(work)
-    update = share[:, None].to(x.dtype) * (rows.index_select(0, sources) - kept.index_select(0, slots))
-    new = kept.index_add(0, slots, update).reshape(b, left, -1)
-    return new, total.reshape(b, left)[:, start : start + k]
+    if x.dtype != work:  # a sum in half precision is rounded with each token that joins
+        kept, joining = kept.to(work), joining.to(work)
+    new = kept.index_add(0, slots, share[:, None] * (joining - kept.index_select(0, slots)))
+    new = new.to(x.dtype) if x.dtype != work else new
+    return new.reshape(b, left, -1), total.reshape(b, left)[:, start : start + k]
 
 
 def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
