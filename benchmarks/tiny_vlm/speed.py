@@ -65,17 +65,16 @@ def prefills(lm: Any, length: int, method: str | None = None, tokens: int = 0, l
 
 def conditions() -> Iterator[tuple[str, Callable[..., Any] | None, Callable[..., Any]]]:
     """Name, the front (None: the full one) and the prefill of each condition."""
-    for k in (28, 57, 14, 85):
-        yield f"inside-dart-{k}", None, partial(prefills, length=FULL, method="dart", tokens=k, layer=2)
-        yield f"tower-visionzip-{k}", partial(fronts, method="visionzip", tokens=k), partial(prefills, length=k)
-        yield f"tower-tome-{k}", partial(fronts, method="tome", tokens=k), partial(prefills, length=k)
-        yield f"between-divprune-{k}", None, partial(prefills, length=FULL, method="divprune", tokens=k)
+    for k in reduce.TOKENS:
+        for m in reduce.TOWER:
+            yield f"tower-{m}-{k}", partial(fronts, method=m, tokens=k), partial(prefills, length=k)
+        for m in reduce.BETWEEN:
+            yield f"between-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k)
+        for m in reduce.INSIDE:
+            yield f"inside-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k, layer=2)
     for grid in reduce.SMALLER:
         front = partial(fronts, method=None, tokens=0, side=grid * PATCH)
         yield f"smaller-input-{grid * grid}", front, partial(prefills, length=grid * grid)
-    for k in (28, 57, 14, 85):
-        yield f"inside-fastv-{k}", None, partial(prefills, length=FULL, method="fastv", tokens=k, layer=2)
-        yield f"between-random-{k}", None, partial(prefills, length=FULL, method="random", tokens=k)
 
 
 def speed(build: Path, only: str = "") -> None:
