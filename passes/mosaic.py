@@ -89,8 +89,16 @@ def mosaics(gm: GraphModule) -> list[Mosaic]:
     return [m for m in found if m is not None]
 
 
+def plain_cat(fills: Tensor, tokens: Tensor, samples: int) -> bool:
+    """Whether each sample's tokens are one run in their order."""
+    if fills.numel() % samples or not bool((tokens.diff() > 0).all()):
+        return False
+    inside = ~fills.reshape(samples, -1)
+    return bool((inside.sum(1) * samples == tokens.numel()).all()) and bool((inside.long().diff(dim=1).abs().sum(1) <= 2).all())
+
+
 def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
-    """None where a node is no mosaic of whole rows, all of them, in some order; nor where only a class token stands before."""
+    """None where a node is no mosaic of whole rows, all of them, in some order; nor where only class tokens stand before."""
     source, width = movement.source, shape(movement.source)[-1]
     if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
         return None
@@ -106,7 +114,6 @@ def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
     tokens = first[~fills]
     if not torch.equal(marks, whole) or not torch.equal(tokens.sort().values, torch.arange(rows) * width):
         return None
-    inside = (~fills).nonzero()[:, 0]
-    if int(inside[-1] - inside[0]) == rows - 1 and bool((tokens.diff() > 0).all()):
+    if plain_cat(fills, tokens, shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1):
         return None
     return Mosaic(node, source, filler, torch.where(fills, rows + fills.cumsum(0) - 1, first // width))

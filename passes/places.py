@@ -24,17 +24,19 @@ NAME_THEM = "name them: spans=[(start, stop)]"
 class Layout:
     """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
     into segments that are never mixed (images or windows in one sequence), each with its own quota. regrouped: the tokens were
-    put into the order of their groups, which may begin after a class token."""
+    put into the order of their groups, which may begin after a class token. samples: into how many of equal length the
+    sequence is parted later, as a batch."""
 
     unit: int = 1
     cuts: tuple[int, ...] = ()
     regrouped: bool = False
+    samples: int = 1
 
 
 @dataclass(frozen=True)
 class Slot:
     """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of `unit`, counted from
-    token `offset` on, `left`: how many of each earlier reductions left."""
+    token `offset` on, `left`: how many of each earlier reductions left. samples: see `Layout`."""
 
     block: Block
     place: str
@@ -43,6 +45,7 @@ class Slot:
     left: tuple[int, ...]
     unit: int = 1
     offset: int = 0
+    samples: int = 1
 
     @property
     def n(self) -> int:
@@ -203,7 +206,14 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
         first, last = (start - offset) // unit, (stop - offset) // unit
         edges = [first, *(c for c in layout.cuts if first < c < last), last]
         pieces += list(zip(edges, edges[1:]))
-    return Slot(block, place, stage, tuple(pieces), tuple(stop - start for start, stop in pieces), unit, offset)
+    sizes = tuple(stop - start for start, stop in pieces)
+    samples = layout.samples if alike(sizes, layout.samples) else 1
+    return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples)
+
+
+def alike(sizes: Sequence[int], samples: int) -> bool:
+    """Whether segments are so many runs of the same sizes."""
+    return list(sizes) == list(sizes[: len(sizes) // samples]) * samples
 
 
 def after_others(slot: Slot, labels: Mapping[Any, Any], spans: Sequence[tuple[int, int]] | None = None) -> Slot:
@@ -234,4 +244,5 @@ def after_others(slot: Slot, labels: Mapping[Any, Any], spans: Sequence[tuple[in
         pieces += [((start - slot.offset) // unit, (stop - slot.offset) // unit) for start, stop in inside]
         left += [(stop - start) // unit if isinstance(part, int) else (part.groups or part).k for start, stop in inside]
         at = end
-    return replace(slot, spans=tuple(pieces), left=tuple(left))
+    samples = slot.samples if alike(left, slot.samples) else 1
+    return replace(slot, spans=tuple(pieces), left=tuple(left), samples=samples)

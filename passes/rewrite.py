@@ -95,7 +95,8 @@ class Rewriter:
         self.full: dict[Node, Any] = {}
         self.met: list[Node] = []  # ops that wanted the whole token axis
         self.splits: list[SplitsTokens] = []  # views that tear tokens apart, and slices that cut them: hints for
-        self.cuts: set[int] = set()  # another try in groups or in segments
+        self.cuts: set[int] = set()  # another try in groups or in segments,
+        self.samples = 1  # of which so many samples need as many tokens each
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []

@@ -10,7 +10,7 @@ from typing import Any
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget
 from tokcompile.errors import BudgetError, PlanError
 from tokcompile.passes.find import Structure
-from tokcompile.passes.places import Layout, Slot, after_others, choose_slots, one_block
+from tokcompile.passes.places import Layout, Slot, after_others, alike, choose_slots, one_block
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
 from tokcompile.recipe import Recipe
 
@@ -43,18 +43,28 @@ def make_plan(
     elif isinstance(budget, Remove):
         counts = removals(budget, recipe, slots, options or {})
     elif isinstance(budget, KeepRate):
-        counts = rates(budget.rate, recipe, slots)
+        counts = even(rates(budget.rate, recipe, slots), slots[0])
     elif isinstance(budget, Flops):
         assert solve_flops is not None
         counts = solve_flops(
-            slots, lambda k: clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), budget.ratio
+            slots,
+            lambda k: even(clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), slots[0]),
+            budget.ratio,
         )
     else:
         final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
         if final > n:
             raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
         counts = list(recipe.steps.counts(n, final, len(slots)))
+        counts = even(counts, slots[0]) if isinstance(budget, Share) or final % slots[0].samples == 0 else counts
     return reductions(counts, slots, recipe, options or {})
+
+
+def even(counts: Sequence[int], slot: Slot) -> list[int]:
+    """Counts that samples which become a batch can share."""
+    if slot.samples == 1:
+        return list(counts)
+    return [max(len(slot.left), floor(k / slot.samples + 0.5) * slot.samples) for k in counts]
 
 
 def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
@@ -88,8 +98,11 @@ def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int
     return recipe.least(n, {**recipe.options, **options, "prefix": slot.spans[0][0]})
 
 
-def apportion(k: int, sizes: Sequence[int]) -> list[int]:
-    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each."""
+def apportion(k: int, sizes: Sequence[int], samples: int = 1) -> list[int]:
+    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each; the same in
+    each of several samples, where it can be."""
+    if samples > 1 and k % samples == 0 and alike(sizes, samples):
+        return apportion(k // samples, sizes[: len(sizes) // samples]) * samples
     total = sum(sizes)
     exact = [k * s / total for s in sizes]
     counts = [max(1, min(int(e), s)) for e, s in zip(exact, sizes)]
@@ -111,7 +124,7 @@ def reductions(
     for slot, k in zip(slots, counts):
         if not len(current) <= k <= sum(current):
             raise BudgetError(f"block {slot.block.index}: {sum(current)} tokens come in, {k} cannot be left")
-        for i, (n, want, (start, stop)) in enumerate(zip(list(current), apportion(k, current), slot.spans)):
+        for i, (n, want, (start, stop)) in enumerate(zip(list(current), apportion(k, current, slot.samples), slot.spans)):
             lowest = least(recipe, n, slot, options)
             if want < lowest:
                 raise BudgetError(

@@ -230,7 +230,8 @@ def joint(layout: Layout, needed: Layout) -> Layout:
     """A layout that does both; cuts found before tokens were regrouped are of no use after it."""
     if needed.regrouped and not layout.regrouped:
         return needed
-    return Layout(max(layout.unit, needed.unit), tuple(sorted({*layout.cuts, *needed.cuts})), layout.regrouped)
+    cuts, samples = tuple(sorted({*layout.cuts, *needed.cuts})), max(layout.samples, needed.samples)
+    return Layout(max(layout.unit, needed.unit), cuts, layout.regrouped, samples)
 
 
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
@@ -274,7 +275,7 @@ def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reducti
             if whole and all(isinstance(p, Space) for p in split.seq.parts):
                 return Layout(unit)
     if 0 < len(rewriter.cuts) < MOST_SEGMENTS:
-        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)))
+        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)), samples=rewriter.samples)
     return None
 
 
