@@ -24,19 +24,19 @@ NAME_THEM = "name them: spans=[(start, stop)]"
 class Layout:
     """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
     into segments that are never mixed (images or windows in one sequence), each with its own quota. regrouped: the tokens were
-    put into the order of their groups, which may begin after a class token. samples: into how many of equal length the
-    sequence is parted later, as a batch."""
+    put into the order of their groups, which may begin after a class token. sample: the length of each of several samples
+    that the sequence is parted into later, as a batch; 0 for none."""
 
     unit: int = 1
     cuts: tuple[int, ...] = ()
     regrouped: bool = False
-    samples: int = 1
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Slot:
     """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of `unit`, counted from
-    token `offset` on, `left`: how many of each earlier reductions left. samples: see `Layout`."""
+    token `offset` on, `left`: how many of each earlier reductions left. samples: how many become a batch later."""
 
     block: Block
     place: str
@@ -207,7 +207,8 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
         edges = [first, *(c for c in layout.cuts if first < c < last), last]
         pieces += list(zip(edges, edges[1:]))
     sizes = tuple(stop - start for start, stop in pieces)
-    samples = layout.samples if alike(sizes, layout.samples) else 1
+    samples = sum(sizes) // layout.sample if layout.sample else 1
+    samples = samples if samples * layout.sample == sum(sizes) and alike(sizes, samples) else 1
     return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples)
 
 

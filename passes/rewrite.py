@@ -96,7 +96,7 @@ class Rewriter:
         self.met: list[Node] = []  # ops that wanted the whole token axis
         self.splits: list[SplitsTokens] = []  # views that tear tokens apart, and slices that cut them: hints for
         self.cuts: set[int] = set()  # another try in groups or in segments,
-        self.samples = 1  # of which so many samples need as many tokens each
+        self.sample = 0  # see `Layout`
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []

@@ -76,6 +76,8 @@ SUPPORTED = [name for name in FAMILIES if name not in REFUSED]
 
 # At batch 3 one block of a third of the families, and of those where samples are hard to tell apart.
 HARD = [
+    "timm/cait",
+    "timm/convit",
     "timm/naflexvit_masked",
     "timm/samvit",
     "timm/xcit",
@@ -83,13 +85,14 @@ HARD = [
     "hf/llama_padded",
     "hf/llava_next",
     "hf/pixtral_vision",
+    "hf/qwen2_5_vl_two_images",
     "hf/qwen2_5_vl_vision",
+    "hf/qwen3_vl",
     "hf/siglip2_vision",
     "hf/timesformer",
     "hf/vit_mae",
 ]
-# Not the images of several prompts in one sequence of the tower: the batch of prompts tears it, so tokens are given back there.
-AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if (i % 3 == 0 or n in HARD) and n != "hf/qwen2_5_vl_two_images"]
+AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
 
 WHY = {

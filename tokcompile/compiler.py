@@ -230,8 +230,10 @@ def joint(layout: Layout, needed: Layout) -> Layout:
     """A layout that does both; cuts found before tokens were regrouped are of no use after it."""
     if needed.regrouped and not layout.regrouped:
         return needed
-    cuts, samples = tuple(sorted({*layout.cuts, *needed.cuts})), max(layout.samples, needed.samples)
-    return Layout(max(layout.unit, needed.unit), cuts, layout.regrouped, samples)
+    cuts, sample = {*layout.cuts, *needed.cuts}, needed.sample or layout.sample
+    if sample:  # every sample is cut like the others
+        cuts = {first + c % sample for c in cuts for first in range(0, max(cuts) + 1, sample)} - {0}
+    return Layout(max(layout.unit, needed.unit), tuple(sorted(cuts)), layout.regrouped, sample)
 
 
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
@@ -275,7 +277,7 @@ def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reducti
             if whole and all(isinstance(p, Space) for p in split.seq.parts):
                 return Layout(unit)
     if 0 < len(rewriter.cuts) < MOST_SEGMENTS:
-        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)), samples=rewriter.samples)
+        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)), sample=rewriter.sample)
     return None
 
 

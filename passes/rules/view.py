@@ -28,7 +28,7 @@ def view(call: Call) -> Any:
         if batch is None and SAMPLES in call.node.meta and len(call.old_shape) == 3:
             count, length = call.old_shape[:2]
             call.rewriter.cuts |= {i * length for i in range(1, count)}
-            call.rewriter.samples = count
+            call.rewriter.sample = length
             raise NeedsFull(f"it gives {count} samples {length} tokens each, and they do not keep as many each") from split
         if batch is not None:
             label = regroup(batch, call.old_shape)
