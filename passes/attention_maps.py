@@ -36,7 +36,8 @@ def scores_of(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> No
     emit = rw.builder.emit
     if not attention.fused:
         return some_rows(rw, own_map(rw, s, attention, rw.env[attention.node].args[0]), 2, which)
-    query, key = (standard(rw, s, n, name, attention) for n, name in ((attention.q, "q"), (attention.k, "k")))
+    segments = len(attentions_of(s)) > 1
+    query, key = (standard(rw, s, n, name, attention, segments) for n, name in ((attention.q, "q"), (attention.k, "k")))
     query = some_rows(rw, query, 2, which)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)

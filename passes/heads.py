@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ PROJECTIONS = {
     "aten.conv3d",
     "aten.einsum",
 }
+SPLITS = {"aten.split", "aten.split_with_sizes"}
 REPEATS = {"aten.reshape", "aten.view", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.contiguous"}
 
 
@@ -41,17 +43,29 @@ def attentions_of(s: Splice) -> list[Attention]:
 
 def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
     """q, k or v as (B, H, L, d), by default before any rotary embedding; attentions side by side count as more heads."""
-    parts = []
-    for attention in attentions_of(s):
-        node: Node = getattr(attention, name)
+    parts, attentions = [], attentions_of(s)
+    nodes: list[Node] = [getattr(attention, name) for attention in attentions]
+    if (whole := in_one_sequence(nodes)) is not None:  # positions were rotated into all of it
+        nodes = [whole]
+    for attention, node in zip(attentions, nodes):
         times = 1
         if attention.fused and name != "v" and not rotated:
             inner = unrepeated(node)
             source = before_rotary(inner)
             if source is not inner:
                 node, times = source, _numel(node) // _numel(inner)
-        parts.append(repeated(rw, standard(rw, s, node, name, attention), times))
+        segments = whole is None and len(attentions) > 1
+        parts.append(repeated(rw, standard(rw, s, node, name, attention, segments), times))
     return side_by_side(rw, s, parts)
+
+
+def in_one_sequence(nodes: list[Node]) -> Node | None:
+    """What the operands of several attentions are the pieces of, all of them in their order; None for other operands."""
+    splits = {n.args[0] for n in nodes if n.target is operator.getitem}
+    split = next(iter(splits)) if len(splits) == 1 else None
+    if not isinstance(split, Node) or packet(split) not in SPLITS or len(split.meta["val"]) != len(nodes) > 1:
+        return None
+    return split.args[0] if [n.args[1] for n in nodes] == list(range(len(nodes))) else None  # type: ignore[return-value]
 
 
 def unrepeated(node: Node) -> Node:
@@ -86,15 +100,16 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
-def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention) -> Node:
-    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses."""
+def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention, segments: bool) -> Node:
+    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. segments: whether it may
+    hold a part of the tokens."""
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
     length, full = token_length(rw, s), shape(s.at)[s.block.token_axis]
     sizes = shape(value)
     rank = len(sizes)
     usual = rank - 1 if not attention.fused and name == "k" and keys_last(attention) else rank - 2
     wanted = length if is_labelled(label) else full
-    if len(s.tap_block.attentions if s.tap_block else ()) > 1:  # perhaps one segment each
+    if segments:
         wanted = sizes[usual]
     axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
     operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known

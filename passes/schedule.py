@@ -41,7 +41,7 @@ def make_plan(
     if isinstance(budget, Schedule):
         counts = [budget.counts[b] for b in sorted(budget.counts)]
     elif isinstance(budget, Remove):
-        counts = removals(budget, recipe, slots, options or {})
+        counts = even(removals(budget, recipe, slots, options or {}), slots[0])
     elif isinstance(budget, KeepRate):
         counts = even(rates(budget.rate, recipe, slots), slots[0])
     elif isinstance(budget, Flops):
@@ -57,6 +57,11 @@ def make_plan(
             raise BudgetError(f"Tokens({final}) is more than the {n} tokens there are")
         counts = list(recipe.steps.counts(n, final, len(slots)))
         counts = even(counts, slots[0]) if isinstance(budget, Share) or final % slots[0].samples == 0 else counts
+    if uneven := next((k for k in reversed(counts) if k % slots[0].samples), None):
+        raise BudgetError(
+            f"{slots[0].samples} samples become a batch, and {uneven} tokens in all are not as many for each\n"
+            f"  what to do: a multiple of {slots[0].samples}, or a share"
+        )
     return reductions(counts, slots, recipe, options or {})
 
 

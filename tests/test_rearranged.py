@@ -44,9 +44,43 @@ def test_of_several_prompts_each_keeps_its_own(name, program):
         assert error(run(one, **kwargs).output["logits"][0], out["logits"][row]) < 1e-4
 
 
+def row_of(kwargs, row, count=3):
+    """One prompt of a batch and its share of the images."""
+
+    def part(v):
+        return v[row * len(v) // count : (row + 1) * len(v) // count]
+
+    return {k: part(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in kwargs.items()}
+
+
+@pytest.mark.parametrize("name", ["hf/qwen2_vl", "hf/qwen2_5_vl", "hf/qwen2_5_vl_two_images", "hf/qwen3_vl"])
+def test_prompts_whose_images_are_one_sequence(name, program):
+    """Windows, merge units, features of inner blocks that are added in the language model: each prompt as if it were alone."""
+    kwargs = build(name, 3).kwargs
+    options = dict(method="random", where=[1], outputs="reduced")
+    fast = tokcompile.optimize(program(name, 3), budget=Tokens(27), **options)
+    same = fast.plan.reductions[: len(fast.plan.reductions) // 3]
+    assert [(r.n, r.k) for r in fast.plan.reductions] == [(r.n, r.k) for r in same] * 3
+    for method in ("divprune", "tome"):  # ToMe reads keys from before their rotation, of all images at once
+        fast = tokcompile.optimize(program(name, 3), budget=Tokens(27), **options | dict(method=method))
+        out = run(fast, **kwargs).output["logits"]
+        for row in range(3):
+            one = row_of(kwargs, row)
+            alone = tokcompile.optimize(build(name).model, kwargs=one, budget=Tokens(9), **options | dict(method=method))
+            assert error(run(alone, **one).output["logits"][0, -3:], out[row, -3:]) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [0.6, Flops(0.9), tokcompile.Remove(2), tokcompile.KeepRate(0.9)])
+def test_budgets_that_are_no_counts_are_shared_equally(budget, program):
+    fast = tokcompile.optimize(program("hf/qwen3_vl", 3), method="tome", budget=budget)
+    for block in {r.block for r in fast.plan.reductions}:
+        assert len({r.k for r in fast.plan.reductions if r.block == block}) == 1
+
+
 def test_samples_that_cannot_keep_as_many_each(program):
-    with pytest.raises(tokcompile.UnsupportedGraph, match="gives 3 samples 16 tokens each, and they do not keep as many"):
-        tokcompile.optimize(program("hf/mistral3", 3), method="random", budget=Tokens(25), where=[1], outputs="reduced")
+    for name, budget in (("hf/mistral3", Tokens(25)), ("hf/qwen3_vl", tokcompile.Schedule({1: 22}))):
+        with pytest.raises(tokcompile.BudgetError, match=r"3 samples become a batch, and 2[25] tokens"):
+            tokcompile.optimize(program(name, 3), method="random", budget=budget, outputs="reduced")
 
 
 @pytest.mark.parametrize(("name", "pixels", "more"), [

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.budget import as_budget, to_data
-from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
+from tokcompile.errors import BudgetError, PlanError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
@@ -30,6 +30,7 @@ from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
 from tokcompile.steps import same_number
 
 LARGEST_UNIT = 16  # a view that splits tokens into larger groups is a grid or a window, not a merger
+MILD = 0.75  # a budget that every method can meet in any number of steps
 MOST_SEGMENTS = 256  # images or windows in one sequence, each reduced by itself
 
 
@@ -140,14 +141,38 @@ def compile_plan(
     before = named(earlier.plan) if earlier else ()
     given = analysis
 
-    def in_groups(error: BudgetError) -> Exception:
+    def in_groups(error: BudgetError, analysis: Analysis, layout: Layout) -> Exception:
         """A budget that single tokens cannot meet may be one for the groups that are made of them."""
         stage = choose_slots(given.structure, settings.recipe, as_budget(budget), where, settings.spans, Layout())[0].stage
         for grouping in given.groupings:
             inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
-            if grouping.stage is stage and (inside or settings.outputs == "reduced"):
+            if layout == Layout() and grouping.stage is stage and (inside or settings.outputs == "reduced"):
                 return NeedsLayout(Layout(grouping.unit, (), True), error)
+        try:  # a budget that single tokens can meet shows whether there are groups
+            rewrite(analysis, settings, planned(analysis, MILD, layout))
+        except NeedsLayout as needed:
+            return NeedsLayout(needed.layout, error)
+        except TokcompileError:
+            pass
         return error
+
+    def planned(analysis: Analysis, budget: Any, layout: Layout) -> tuple[Reduction, ...]:
+        chosen = timed(
+            analysis.seconds,
+            "plan",
+            lambda: make_plan(
+                analysis.structure,
+                settings.recipe,
+                budget,
+                where=where,
+                spans=settings.spans,
+                options=settings.options,
+                layout=layout,
+                solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
+                labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
+            ),
+        )
+        return joined(before, settings, chosen)
 
     def attempt(layout: Layout) -> Compiled:
         analysis = given.laid_out(layout)
@@ -155,24 +180,9 @@ def compile_plan(
             chosen = fit_plan(plan, analysis.structure)
         else:
             try:
-                chosen = timed(
-                    analysis.seconds,
-                    "plan",
-                    lambda: make_plan(
-                        analysis.structure,
-                        settings.recipe,
-                        budget,
-                        where=where,
-                        spans=settings.spans,
-                        options=settings.options,
-                        layout=layout,
-                        solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
-                        labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
-                    ),
-                )
+                chosen = planned(analysis, budget, layout)
             except BudgetError as error:
-                raise error if layout != Layout() else in_groups(error) from None
-            chosen = joined(before, settings, chosen)
+                raise in_groups(error, analysis, layout) from None
         data = plan.budget if plan is not None else to_data(as_budget(budget))
         made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
         if before and earlier:
