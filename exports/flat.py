@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from tokcompile.exports.index_adds import plain_adds
 from tokcompile.exports.names import output_names, unique
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins.contract import DOMAIN, DOMAIN_VERSION, OUTPUTS, ReductionNode, reduction_node
@@ -104,6 +105,7 @@ def flatten(opt: OptimizedModel) -> Flat:
     named = unique([*output_names(opt), *opt.extra_outputs])
     out.args = (tuple(out.args[0][i] for i in kept),)
     add_bodies(gm, reductions)
+    plain_adds(gm)
     gm.recompile()
     return Flat(gm, inputs, names, [named[i] for i in kept], kept, reductions)
 

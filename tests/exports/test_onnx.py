@@ -231,3 +231,11 @@ def test_bfloat16_is_written_and_the_report_says_that_it_was_not_run(tmp_path):
     assert report.error is None
     assert "bfloat16" in report.note
     assert (tmp_path / "m.onnx").exists()
+
+
+def test_an_addition_at_all_positions_is_an_addition(tmp_path):
+    """NaFlexViT adds its position embedding by index_add_, on a view."""
+    model, args, kwargs = FAMILIES["timm/naflexvit_masked"].build(1)
+    for budget in (1.0, 0.6):
+        opt = tokcompile.optimize(shake(model), args, kwargs, method="random", budget=budget)
+        assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
