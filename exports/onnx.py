@@ -294,7 +294,8 @@ def run_it(opt: OptimizedModel, flat: Flat, file: str, tolerance: float | None, 
             values = opt.graph_module(*(next(given) if isinstance(v, torch.Tensor) else v for v in opt.example_inputs))
         return {name: values[i] for name, i in zip(flat.output_names, flat.kept_outputs, strict=True)}
 
-    check = compare(file, flat.input_names, flat.inputs, in_torch(flat.inputs), tolerance, half=report.precision)
+    wanted, reduced = in_torch(flat.inputs), bool(flat.reductions)
+    check = compare(file, flat.input_names, flat.inputs, wanted, tolerance, half=report.precision, reduced=reduced)
     report.errors, report.tolerance, report.note = check.errors, check.tolerance, check.note
     if report.dynamic_batch and check.note:
         raise ExportError(

@@ -215,6 +215,9 @@ class Gatherer:
         self, x: Node, atoms: list[Atom], at: int, index: Node, count: int, origin: Node | None
     ) -> tuple[Node, list[Atom]]:
         """x[..., index, ...] along atom `at`, per sample; x has one dimension per atom."""
+        if x.meta["val"].is_complex():  # which the ONNX exporter gathers only as pairs of numbers
+            pairs, left = self.pick(self.b.emit(aten.view_as_real.default, x), [*atoms, 2], at, index, count, origin)
+            return self.b.emit(aten.view_as_complex.default, pairs), left[:-1]
         sizes = [new((a,)) for a in atoms]
         batch = shape(index)[0]
         if batch == 1:

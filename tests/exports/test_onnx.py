@@ -239,3 +239,17 @@ def test_an_addition_at_all_positions_is_an_addition(tmp_path):
     for budget in (1.0, 0.6):
         opt = tokcompile.optimize(shake(model), args, kwargs, method="random", budget=budget)
         assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
+
+
+def test_padding_is_named_where_nothing_was_chosen(tmp_path):
+    model, args, kwargs = FAMILIES["hf/llama_padded"].build(1)
+    opt = tokcompile.optimize(shake(model), args, kwargs, budget=1.0, spans=[(5, 30)])
+    with pytest.raises(tokcompile.ExportError, match=r"computes this model otherwise; rows of attention .* \(padding\)"):
+        opt.export_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_complex_rotary_tables(tmp_path):
+    model, args, kwargs = FAMILIES["hf/llama4_vision"].build(2)
+    opt = tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6)
+    assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
