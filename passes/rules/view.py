@@ -85,6 +85,8 @@ def squeeze(call: Call) -> Any:
     dims = [d % len(label) for d in ([dims] if isinstance(dims, int) else dims)]
     gone = [d for d in dims if old(label[d]) == 1]
     kept = [d for d in range(len(label)) if d not in gone]
+    if not gone:
+        return call["self"], label
     return call.typed(call.op(aten.squeeze.dims, call["self"], gone), tuple(label[d] for d in kept))
 
 

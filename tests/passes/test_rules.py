@@ -99,6 +99,7 @@ CASES = {
     "movedim": (lambda x: x.movedim(1, -1), "", f"B, 16, {S}"),
     "mT": (lambda x: x.mT, "", f"B, 16, {S}"),
     "unsqueeze-squeeze": (lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(1), "", f"B, {S}, 16, 1"),
+    "squeeze-nothing": (lambda x: x.squeeze(1), "", f"B, {S}, 16"),
     "unflatten": (lambda x: x.unflatten(-1, (4, 4)), "", f"B, {S}, 4, 4"),
     "reshape-as": (lambda x: x.flatten(1).reshape_as(x), "", f"B, {S}, 16"),
     "expand": (lambda x: x[:, None].expand(-1, 4, -1, -1), "", f"B, 4, {S}, 16"),
