@@ -26,6 +26,6 @@ def plain_adds(gm: GraphModule) -> None:
 
 def constant(gm: GraphModule, node: Node) -> Tensor | None:
     while packet(node) in COPIES:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     value = get_attr(gm, str(node.target)) if node.op == "get_attr" else None
     return value if isinstance(value, Tensor) else None

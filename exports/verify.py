@@ -150,12 +150,13 @@ def compare(
                 f"{tuple(want.shape)} {want.dtype} in torch"
             )
         check.errors[name] = relative_error(value, want)
+    hint = TIES if reduced else OTHERWISE
     for name, off in check.errors.items():
         if not off <= check.tolerance:
             raise ExportError(
                 f"verification failed: output {name!r} is off by {off:.2e} of its largest value, more than the "
-                f"tolerance {check.tolerance:.0e}\n  what to do: {TIES if reduced else OTHERWISE}; pass tolerance=... to accept "
-                "it, or verify=False to look at it"
+                f"tolerance {check.tolerance:.0e}\n  what to do: {hint}; pass tolerance=... to accept it, or "
+                "verify=False to look at it"
             )
     return check
 

@@ -65,7 +65,7 @@ def in_one_sequence(nodes: list[Node]) -> Node | None:
     split = next(iter(splits)) if len(splits) == 1 else None
     if not isinstance(split, Node) or packet(split) not in SPLITS or len(split.meta["val"]) != len(nodes) > 1:
         return None
-    return split.args[0] if [n.args[1] for n in nodes] == list(range(len(nodes))) else None  # type: ignore[return-value]
+    return split.args[0] if [n.args[1] for n in nodes] == list(range(len(nodes))) else None
 
 
 def unrepeated(node: Node) -> Node:
