@@ -71,3 +71,19 @@ def test_a_map_that_is_cut_is_left_as_it_is():
     assert not [n for n in canonicalise(flat.gm, flat.inputs).graph.nodes if packet(n) == "aten.index_select"]
     with pytest.raises(tokcompile.UnsupportedGraph, match="it takes some of the samples"):
         tokcompile.optimize(model, (x,), method="random", where=[0], budget=0.5, outputs="reduced", recover="never")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("after", [False, True])
+def test_class_tokens_of_several_samples_are_no_mosaic(batch, after):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+        def forward(self, x):
+            pieces = [self.token.expand(x.shape[0], -1, -1), x.view(x.shape[0], 4, 4, 16).flatten(1, 2)]
+            return torch.cat(pieces[::-1] if after else pieces, 1) * 2
+
+    traced = trace(Joined().eval(), (torch.randn(batch, 16, 16),), None)
+    assert "aten.index_select" not in {packet(n) for n in canonicalise(traced.gm, traced.inputs).graph.nodes}
