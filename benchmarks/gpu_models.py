@@ -178,11 +178,14 @@ def variants(session: Session, setup: Setup) -> Iterator[tuple[str, dict[str, An
 
 
 def whole(session: Session, setup: Setup, made: tokcompile.OptimizedModel) -> Run:
-    """A function that runs the model once, without launch costs on a GPU."""
-    program: nn.Module | Callable[..., Any] = made.graph_module
-    if setup.runtime == "compiled":
+    return running(session, setup.runtime, made.graph_module, *made.example_inputs)
+
+
+def running(session: Session, runtime: str, program: nn.Module | Callable[..., Any], *inputs: Any) -> Run:
+    """A function that runs a program once, without launch costs on a GPU."""
+    if runtime == "compiled":
         program = torch.compile(program, fullgraph=True, dynamic=False, backend=session.compiler)
-    return captured(session.device, lambda: program(*made.example_inputs))
+    return captured(session.device, lambda: program(*inputs))
 
 
 def pair(session: Session, a: Run, b: Run) -> bench.Ratio:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import tokcompile
-from benchmarks.gpu_models import pair, times
-from benchmarks.gpu_session import Run, Session, captured
+from benchmarks.gpu_models import pair, running, times
+from benchmarks.gpu_session import Session
 from tokcompile.passes.trace import trace
 
 BEFORE, AFTER = 35, 64  # text around the visual tokens: LLaVA-1.5's prompt, and a question
@@ -160,8 +160,3 @@ def time_prefill(session: Session, name: str, visual: int, runtime: str) -> None
         flops = reduced.report.flops_ratio
         row = {"method": method, "kept": left, "flops": flops, **times(ratio), "over flops": ratio.median / flops - 1}
         session.add("prefill", {**about, **row, "by layers": by_layers, "over layers": ratio.median / by_layers - 1})
-
-
-def running(session: Session, runtime: str, program: nn.Module, x: Tensor) -> Run:
-    call = torch.compile(program, fullgraph=True, dynamic=False, backend=session.compiler) if runtime == "compiled" else program
-    return captured(session.device, functools.partial(call, x))

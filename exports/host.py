@@ -22,9 +22,7 @@ def on_cpu(opt: OptimizedModel) -> OptimizedModel:
     given = [*gm.parameters(), *gm.buffers(), *(v for v in opt.example_inputs if isinstance(v, Tensor))]
     if not any(map(elsewhere, [*(v.device for v in given), *named(gm)])):
         return opt
-    out = copy.copy(opt)
-    out.__dict__ = {**opt.__dict__, "_modules": dict(opt._modules), "_program": None, "_source": None}
-    out.graph_module = moved(gm)
+    out = opt.over(moved(gm))
     out.example_inputs = [v.cpu() if isinstance(v, Tensor) else v for v in opt.example_inputs]
     return out
 

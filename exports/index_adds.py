@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tokcompile.passes.canonicalise import IDENTITIES
 from tokcompile.passes.graph import aten, get_attr, packet, shape
 
-COPIES = {"aten.lift_fresh_copy", "aten.alias", "aten.clone", "aten.detach", "aten.to"}
+COPIES = IDENTITIES | {"aten.clone", "aten.to"}
 
 
 def plain_adds(gm: GraphModule) -> None:

@@ -83,10 +83,7 @@ def convert(opt: OptimizedModel, precision: str | None) -> OptimizedModel:
     check_convertible(opt, precision)
     if precision == "fp32":
         return opt
-    out = copy.copy(opt)
-    out.__dict__ = {**opt.__dict__, "_modules": dict(opt._modules), "_program": None, "_source": None}
-    out.graph_module = Converter(opt.graph_module, PRECISIONS[precision]).run()
-    return out
+    return opt.over(Converter(opt.graph_module, PRECISIONS[precision]).run())
 
 
 def check_convertible(opt: OptimizedModel, precision: str) -> None:

@@ -30,7 +30,7 @@ def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | N
     return (Batch(sizes[0]),), (make_seq(c for c in columns if c is not None),), *label[1:]
 
 
-def alike(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
+def unbatched(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
     """Two labels of which one sees samples one after the other and the other sees a batch, both without a batch."""
     have = ((),) * (len(want) - len(have)) + tuple(have)
     both = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokcompile
+from benchmarks import gpu_session
 from tests.conftest import leaves
 from tests.methods.inputs import run, sequence, site
 from tests.methods.test_properties import IDS, VARIANTS
@@ -46,18 +47,10 @@ def apart(got, want):
 
 def captured(function):
     """What a call gives from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-    graph.replay()
+    out = []
+    gpu_session.captured("cuda", lambda: out.append(function()))()
     torch.cuda.synchronize()
-    return out
+    return out[-1]
 
 
 @torch.no_grad()

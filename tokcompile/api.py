@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, settings_for
@@ -62,6 +64,13 @@ class OptimizedModel(torch.nn.Module):
         self._analysis, self._compiled, self._recipes = analysis, compiled, recipes or {}
         self._program: ExportedProgram | None = None
         super().train(False)
+
+    def over(self, graph_module: GraphModule) -> OptimizedModel:
+        """The same model over another form of its graph, which later calls, exports and saves go by."""
+        other = copy.copy(self)
+        other.__dict__ = {**self.__dict__, "_modules": dict(self._modules), "_program": None, "_source": None}
+        other.graph_module = graph_module
+        return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.errors import TokcompileError, UnsupportedGraph
-from tokcompile.passes.batch import alike, flat
+from tokcompile.passes.batch import flat, unbatched
 from tokcompile.passes.graph import bind, is_tensor, shape
 from tokcompile.passes.tokens import (
     Axis,
@@ -149,7 +149,7 @@ class Call:
         return self.coerce_node(self.args[name], self.label(name), want)
 
     def coerce_node(self, value: Node, have: Label, want: Label) -> Node:
-        return self.gather.coerce(value, *alike(self.gather, have, want), self.node)
+        return self.gather.coerce(value, *unbatched(self.gather, have, want), self.node)
 
     def join(self, labels: Iterable[Label]) -> Label:
         """The label of a broadcast of operands, aligned from the right."""
