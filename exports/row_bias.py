@@ -18,12 +18,19 @@ LEAST = 128  # keys; below it the addition is as fast (measured in onnxruntime, 
 @dataclass
 class Operand:
     """One side of q k^T: the value with its channels on the last axis, the factor on the way to the product, who reads the
-    value on that way (node, input), and for each axis of the product's side the axis of the value."""
+    value on that way (node, input), for each axis of the product's side the axis of the value, and the axis of the channels."""
 
     value: ir.Value
     factor: float
     read_at: tuple[ir.Node, int]
     axes: list[int]
+    channels: int
+
+    def shape(self, channels: int | None = None) -> list[int]:
+        """Of the value, or of one that has so many channels."""
+        assert self.value.shape is not None
+        size = list(self.value.shape.numpy())
+        return size if channels is None else [*size[: self.channels], channels, *size[self.channels + 1 :]]
 
 
 def row_bias_channel(graph: ir.Graph) -> int:
@@ -53,20 +60,23 @@ def match(add: ir.Node) -> tuple[ir.Value, Operand, Operand, ir.Value] | None:
     small, (*wide, queries, columns) = len(outer) - 1, bias.shape.numpy()
     if keys < LEAST or columns != keys or queries != 1 or wide[small] != 1 or list(wide[:small]) != list(outer[:small]):
         return None
-    q, k = operand(product, 0, channels=-1), operand(product, 1, channels=-2)
+    # with samples of a batch before the heads the transposition of k is done by itself, and is cheaper without the channel
+    q, k = operand(product, 0, channels=-1), operand(product, 1, channels=-2, deep=len(outer) < 2)
     return None if q is None or k is None else (product.outputs[0], q, k, bias)
 
 
-def operand(product: ir.Node, side: int, channels: int) -> Operand | None:
-    """Walks back from the product over transposes and factors, as far as the channels are last."""
+def operand(product: ir.Node, side: int, channels: int, deep: bool = True) -> Operand | None:
+    """Walks back from the product over factors and transposes, as far as the channels are last; not deep: over factors."""
     value, reader, factor = product.inputs[side], (product, side), 1.0
     if value is None or value.shape is None:
         return None
     axes, best = list(range(len(value.shape))), None
     while value is not None and value.shape is not None:
-        if axes[channels] == len(axes) - 1:
-            best = Operand(value, factor, reader, list(axes))
+        if not deep or axes[channels] == len(axes) - 1:
+            best = Operand(value, factor, reader, list(axes), axes[channels])
         node = value.producer()
+        if not deep and maker(value, "Transpose"):
+            break
         if node is not None and node.op_type == "Transpose" and len(list(value.consumers())) > 1:
             node, value = own_copy(node, reader)
         if node is None or len(list(value.consumers())) != 1 or value.is_graph_output():
@@ -107,22 +117,20 @@ def widen(graph: ir.Graph, added: ir.Value, scores: ir.Value, q: Operand, k: Ope
     """Gives k a channel of the bias, and q one that cancels the factors which both meet later; the scores are then what was
     added up."""
     assert bias.dtype is not None
+    assert bias.shape is not None
     dtype, name = bias.dtype.numpy(), added.name
-    assert q.value.shape is not None
-    assert k.value.shape is not None
-    ones = np.full([*q.value.shape.numpy()[:-1], 1], 1 / (q.factor * k.factor), dtype)
+    ones = np.full(q.shape(1), 1 / (q.factor * k.factor), dtype)
     insert(graph, q, named(graph, f"{name}_ones", ones), f"{name}.q", [])
 
     shape = [1] * len(k.axes)  # the bias stands on the axes of q k^T, where one query stands for the channel
-    assert bias.shape is not None
     for place, size in enumerate(bias.shape.numpy()):
         shape[k.axes[place]] = int(size)
     nodes = [ir.Node("", "Reshape", [bias, named(graph, f"{name}_place", np.array(shape))])]
     nodes[-1].outputs[0].shape = ir.Shape(shape)
-    whole = [*k.value.shape.numpy()[:-1], 1]
-    if shape != whole:
-        nodes.append(ir.Node("", "Expand", [nodes[-1].outputs[0], named(graph, f"{name}_heads", np.array(whole))]))
-        nodes[-1].outputs[0].shape = ir.Shape(whole)
+    heads = k.axes[-3]
+    if shape[heads] != (count := k.shape()[heads]):  # the same for all of them: here quicker than Expand
+        nodes.append(ir.Node("", "Concat", [nodes[-1].outputs[0]] * count, [ir.AttrInt64("axis", heads)]))
+        nodes[-1].outputs[0].shape = ir.Shape(k.shape(1))
     insert(graph, k, nodes[-1].outputs[0], f"{name}.k", nodes)
     added.replace_all_uses_with(scores)
 
@@ -130,9 +138,8 @@ def widen(graph: ir.Graph, added: ir.Value, scores: ir.Value, q: Operand, k: Ope
 def insert(graph: ir.Graph, side: Operand, channel: ir.Value, name: str, nodes: list[ir.Node]) -> None:
     """Puts the channel beside the others, just before they are read; `nodes` make it."""
     reader, at = side.read_at
-    joined = ir.Node("", "Concat", [side.value, channel], [ir.AttrInt64("axis", -1)])
-    assert side.value.shape is not None
-    joined.outputs[0].shape = ir.Shape([*side.value.shape.numpy()[:-1], side.value.shape.numpy()[-1] + 1])
+    joined = ir.Node("", "Concat", [side.value, channel], [ir.AttrInt64("axis", side.channels)])
+    joined.outputs[0].shape = ir.Shape(side.shape(side.shape()[side.channels] + 1))
     for i, node in enumerate([*nodes, joined]):
         node.name, node.outputs[0].name, node.outputs[0].type = f"node_{name}.{i}", f"{name}.{i}", side.value.type
     graph.insert_before(reader, [*nodes, joined])

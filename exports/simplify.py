@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from tokcompile.exports.batch_one import drop_batch
 from tokcompile.exports.indices import look_up
+from tokcompile.exports.head_mean import head_mean
 from tokcompile.exports.rewriting import constant, is_full, maker, named, only_user, replace
 from tokcompile.exports.row_bias import row_bias_channel
 
@@ -208,6 +209,7 @@ RULES: Mapping[str, Callable[[ir.Graph], int]] = {
     "row_bias_channel": row_bias_channel,
     "look_up": look_up,
     "reshape_once": reshape_once,
+    "head_mean": head_mean,
 }
 
 

@@ -47,8 +47,10 @@ TENSORRT = Target(
     "tensorrt", FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=3840, tensorrt="10.7", sm=(80, 86, 89, 90, 100, 120)
 )
 
-# in this order: row_bias_channel and look_up pass by the reshapes that the others leave and reshape_once takes out
-RULES = ("split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "row_bias_channel", "look_up")
+# in this order: head_mean, row_bias_channel and look_up pass by the reshapes that the others leave and reshape_once takes out
+RULES = (
+    "split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "head_mean", "row_bias_channel", "look_up",
+)  # fmt: skip
 
 TARGETS = {
     t.name: t

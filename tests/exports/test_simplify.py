@@ -47,6 +47,19 @@ class Sized(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, bias + v.sum() * 0)  # after q and k
 
 
+class Keys(nn.Module):
+    """The mean of keys over heads, and what else is read with the heads first."""
+
+    def __init__(self, rotary=False):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x):
+        k = x.reshape(*x.shape[:2], 3, 4).transpose(1, 2)
+        k = k * k.flip(-1) if self.rotary else k
+        return k.mean(1), k @ k.transpose(-2, -1)
+
+
 class Pairs(nn.Module):
     """Even and odd ones of all tokens but the first, normalised."""
 
@@ -69,6 +82,8 @@ CASES = {
     "split_qkv": (Packed(True), {"MatMul": (3, 5)}),
     "split_qkv without bias": (Packed(False), {"MatMul": (3, 5)}),
     "slice_last": (Metric(), {"ReduceMean": (1, 1)}),
+    "head_mean": (Keys(), {"ReduceMean": (1, 0), "Split": (0, 1), "Mean": (0, 1)}),
+    "head_mean of rotary keys": (Keys(rotary=True), {"ReduceMean": (1, 1), "Mean": (0, 0)}),
     "lp_norm": (Metric(), {"LpNormalization": (0, 1), "Div": (1, 0)}),
     "lp_norm slice_last": (Pairs(), {"LpNormalization": (0, 1), "Slice": (3, 2)}),
     "look_up": (Indices(), {"Mul": (1, 0), "Add": (5, 2), "Gather": (0, 1), "Concat": (2, 1)}),
@@ -87,7 +102,10 @@ def test_rules(case):
 def test_a_bias_on_the_keys_becomes_a_channel(batch, n):
     before, after, model = rewritten(Sized(n, 3), torch.randn(batch, n, 12), *TARGETS["onnxruntime"].rules)
     assert (before.count("Add"), after.count("Add")) == (3, 4)  # biases of q, k and v and the one above, none on the scores
-    assert "Expand" in after
+    # with a batch k is transposed first, and gets its channel as a row
+    joined = [node for node in model.graph if node.op_type == "Concat" and 4 + 1 in node.outputs[0].shape]
+    axes = {node.attributes["axis"].as_int() - len(node.outputs[0].shape) for node in joined}
+    assert axes == ({-1} if batch == 1 else {-1, -2})
     assert [list(node.inputs[0].shape)[-1] for node in model.graph if node.op_type == "Softmax"] == [n]
 
 
