@@ -196,6 +196,12 @@ def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:
     return model
 
 
+EXPERTS = (
+    "\n  what to do: ONNX has no product of rows with the weights of one expert each; load the model with "
+    "experts_implementation='batched_mm' (transformers), which copies the weights for each token"
+)
+
+
 def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     """torch.onnx.export to onnx_ir. Raises: ExportError with the op that has no ONNX form."""
     names = [n.name for n in module.graph.find_nodes(op="placeholder")]
@@ -206,7 +212,8 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
             )
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        raise ExportError(f"torch.onnx cannot write this model: {' '.join(lines[:3])}") from error
+        grouped = "grouped_mm" in lines[0] if lines else False
+        raise ExportError(f"torch.onnx cannot write this model: {' '.join(lines[:3])}{EXPERTS * grouped}") from error
     assert program is not None
     return program.model
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from tokcompile.exports.batch_one import drop_batch
-from tokcompile.exports.indices import look_up
 from tokcompile.exports.head_mean import head_mean
+from tokcompile.exports.indices import look_up
 from tokcompile.exports.rewriting import constant, is_full, maker, named, only_user, replace
 from tokcompile.exports.row_bias import row_bias_channel
 

@@ -49,7 +49,8 @@ TENSORRT = Target(
 
 # in this order: head_mean, row_bias_channel and look_up pass by the reshapes that the others leave and reshape_once takes out
 RULES = (
-    "split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "head_mean", "row_bias_channel", "look_up",
+    "split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "head_mean", "row_bias_channel",
+    "look_up",
 )  # fmt: skip
 
 TARGETS = {

@@ -120,10 +120,16 @@ def einsum(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Made:
     return 2, list(axes.values())
 
 
+def grouped(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Made:
+    """Each row meets the weights of one expert."""
+    return 2, [*out, label(node.args[0])[-1]]
+
+
 MAKERS: dict[str, Callable[..., Made]] = {
     "aten.linear": linear,
     "aten.scaled_dot_product_attention": attention,
     "aten.einsum": einsum,
+    **dict.fromkeys(("aten.grouped_mm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), grouped),
     **dict.fromkeys(("aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm"), product),
     **dict.fromkeys(CONVOLUTIONS, convolution),
 }

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, packet
-from tokcompile.passes.memory import TRUE_VIEWS, VIEWS, base_of, mutates, read_later, views_from, whole
+from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, read_later, views_from, whole
 
 
 def functionalise(gm: GraphModule) -> None:
@@ -45,12 +45,10 @@ def functional_overload(node: Node) -> Any:
 
 def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
     """Whether memory changed in place is seen through another node afterwards, or belongs to an input or a weight."""
-    if changed.op in ("placeholder", "get_attr") or packet(changed) in VIEWS:
+    if changed.op in ("placeholder", "get_attr") or is_view(changed):
         return True
     return any(
-        packet(u) in VIEWS and any(order.get(v, 0) > order[by] for v in u.users)
-        for u in changed.users
-        if order.get(u, 0) < order[by]
+        is_view(u) and any(order.get(v, 0) > order[by] for v in u.users) for u in changed.users if order.get(u, 0) < order[by]
     )
 
 
@@ -61,12 +59,12 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     while isinstance(base, Node) and packet(base) in ("aten.slice", "aten.select") and base.op == "call_function":
         chain.append(base)
         base = base.args[0]
-    if not isinstance(base, Node) or base.op == "placeholder" or packet(base) in VIEWS:
+    if not isinstance(base, Node) or base.op == "placeholder" or is_view(base):
         return False
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
     older = [v for v in gm.graph.nodes if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)
-             and packet(v) in VIEWS and base_of(v) is base]  # fmt: skip
+             and is_view(v) and base_of(v) is base]  # fmt: skip
     if not all(packet(w) in TRUE_VIEWS for v in older for w in views_from(base, v)):
         return False
     with gm.graph.inserting_before(node):

@@ -19,9 +19,17 @@ TRUE_VIEWS = {  # never a copy
 CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node may look at the memory of its first argument; of several results only those of an op that gives views."""
+    if packet(node) != "getitem":
+        return packet(node) in VIEWS
+    source = node.args[0]
+    return not isinstance(source, Node) or source.op != "call_function" or packet(source) in VIEWS
+
+
 def base_of(node: Node) -> Node:
     """The tensor that a chain of views looks at."""
-    while packet(node) in VIEWS and node.args and isinstance(node.args[0], Node):
+    while is_view(node) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

@@ -64,9 +64,11 @@ DECODERS = [
     "hf/llama_eager",
     "hf/llama_padded",
     "hf/mistral",
+    "hf/mixtral",
     "hf/phi",
     "hf/qwen2",
     "hf/qwen3",
+    "hf/qwen3_moe",
 ]
 
 # Differences from the eager model: a mask that hides nothing is dropped, so that another attention kernel runs.

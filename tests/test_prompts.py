@@ -16,7 +16,7 @@ IMAGE = 60
 TOLERANCE = 1e-5  # relative to the largest entry
 
 # what is read back into Python while tracing is fixed; the other models find their image tokens anew at every call
-FIXED = ["hf/glm4v", "hf/qwen2_vl", "hf/qwen2_5_vl", "hf/qwen2_5_vl_two_images", "hf/qwen3_vl"]
+FIXED = ["hf/glm4v", "hf/qwen2_vl", "hf/qwen2_5_vl", "hf/qwen2_5_vl_two_images", "hf/qwen3_vl", "hf/qwen3_vl_moe"]
 
 
 def canonical(name, batch=1):
@@ -56,8 +56,9 @@ def test_the_graph_holds_for_other_images_and_texts(name):
 def test_image_tokens_are_found(name):
     _, graph = canonical(name)
     found = [n.meta[SPANS] for n in graph.graph.nodes if SPANS in n.meta]
-    assert found == [tuple(PROMPTS[name])] * (3 if name == "hf/qwen3_vl" else 1)  # DeepStack writes twice more
-    assert not [n for n in graph.graph.nodes if "masked_scatter" in n.name or "index_put" in n.name]
+    assert found == [tuple(PROMPTS[name])] * (3 if name.startswith("hf/qwen3_vl") else 1)  # DeepStack writes twice more
+    written = [n for n in graph.graph.nodes if "masked_scatter" in n.name or "index_put" in n.name]
+    assert not [n for n in written if n.meta["val"].dim() > 1]  # experts put back their rows, which are counted on one axis
 
 
 @pytest.mark.parametrize("name", PROMPTS)

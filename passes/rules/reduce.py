@@ -98,7 +98,6 @@ def extremes(call: Call) -> Any:
     "aten.argmax",
     "aten.argmin",
     "aten.topk",
-    "aten.sort",
     "aten.argsort",
     "aten.cumsum",
     "aten.cumprod",

@@ -66,4 +66,20 @@ DECODERS: tuple[Family, ...] = (
         embeds(use_cache=False),
         note="learned positions",
     ),
+    row(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        DECODER | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        embeds(use_cache=False),
+        note="two of four experts a token",
+    ),
+    row(
+        "mixtral",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        DECODER | dict(head_dim=12, num_local_experts=4),
+        embeds(use_cache=False),
+        note="two of four experts a token",
+    ),
 )

@@ -245,6 +245,33 @@ LANGUAGE: tuple[Family, ...] = (
         note="DeepStack features, 2 x 2 merger, 3-axis rope",
     ),
     row(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        dict(
+            vision_config=(
+                "Qwen3VLMoeVisionConfig",
+                QWEN
+                | dict(
+                    hidden_size=64,
+                    intermediate_size=112,
+                    out_hidden_size=48,
+                    num_position_embeddings=64,
+                    deepstack_visual_indexes=[0, 2],
+                ),
+            ),
+            text_config=(
+                "Qwen3VLMoeTextConfig",
+                DECODER
+                | dict(head_dim=12, rope_parameters=_MROPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+            ),
+            **_QWEN_IDS,
+        ),
+        _qwen_prompt,
+        depth=8,
+        note="two of four experts a token, DeepStack features",
+    ),
+    row(
         "smolvlm",
         "SmolVLMForConditionalGeneration",
         "SmolVLMConfig",

@@ -16,5 +16,6 @@ PROMPTS = {
     "hf/qwen2_5_vl": [(5, 17)],
     "hf/qwen2_5_vl_two_images": [(5, 17), (29, 35)],
     "hf/qwen3_vl": [(5, 17)],
+    "hf/qwen3_vl_moe": [(5, 17)],
     "hf/smolvlm": [(5, 21)],
 }

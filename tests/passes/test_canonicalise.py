@@ -218,6 +218,12 @@ def written_from_the_inputs_then_computed(x):
     return x + row
 
 
+def one_of_several_results_is_written(x):
+    best, at = x.topk(3)
+    best /= best.sum(-1, keepdim=True)
+    return best, at
+
+
 def a_copy_is_written(x):
     y = x * 2
     z = y.clone()
@@ -229,7 +235,7 @@ def a_copy_is_written(x):
     in_place_activation, in_place_chain, write_a_row, write_a_slice, write_a_slice_of_a_slice, write_at_positions,
     write_at_a_mask, write_into_a_constant, write_all_of_a_constant, fill_of_a_new_tensor, written_before_a_view,
     a_copy_is_written, read_a_row_after_its_parts_are_written, written_through_a_chain_of_views, joined_masks,
-    written_from_the_inputs_then_computed,
+    written_from_the_inputs_then_computed, one_of_several_results_is_written,
 ], ids=lambda f: f.__name__)  # fmt: skip
 def test_in_place_ops_become_functional(fn):
     same(fn, X)

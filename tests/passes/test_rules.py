@@ -60,6 +60,26 @@ def folded(x):
     return y.transpose(0, 1).reshape(n, b, 16).transpose(0, 1)
 
 
+def experts(x, table):
+    """Two of four experts a token, by the signs of two channels; rows are sorted by expert and put back."""
+    rows = x.flatten(0, 1)
+    ids, order = ((rows[:, :2] > 0).long() + torch.tensor([0, 2])).flatten().sort()
+    y = F.silu(rows[order // 2]) * table[ids]
+    back = torch.empty_like(order).index_put_([order], torch.arange(len(order)))
+    return y[back].view(-1, 2, 16).sum(1).view_as(x)
+
+
+def experts_that(do):
+    """The same with something else in between, and one expert a token."""
+
+    def fn(x):
+        rows = x.flatten(0, 1)
+        ids, order = (rows[:, 0] > 0).long().sort()
+        return do(rows[order] * ids[:, None], ids, order)[order.argsort()].view_as(x)
+
+    return fn
+
+
 CASES = {
     # pointwise and rows
     "gelu": (lambda x: F.gelu(x), "", f"B, {S}, 16"),
@@ -138,6 +158,8 @@ CASES = {
     "index": (lambda x: x[..., torch.tensor([3, 1])], "", f"B, {S}, 2"),
     "look-up": (lambda x, t: t[x.argmax(-1)], "16 5", f"B, {S}, 5"),
     "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
+    "experts": (experts, "4 16", f"B, {S}, 16"),
+    "experts-of-channels": (experts_that(lambda y, *_: y * y.unsqueeze(1).chunk(2, -1)[1][..., 3:4][:, 0]), "", f"B, {S}, 16"),
     # over other axes than the tokens
     "mean-of-channels": (lambda x: x.mean(-1), "", f"B, {S}"),
     "sum-kept": (lambda x: x.sum(-1, keepdim=True), "", f"B, {S}, 1"),
@@ -276,6 +298,23 @@ def test_an_op_that_needs_all_tokens_gets_them_or_is_refused(name, batch):
     assert not out.recoveries[0].inside
     for got, want in zip(run(out.gm, x), run(graph, x)):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("do", [
+    lambda y, *_: y.cumsum(0),
+    lambda y, *_: y.flip(0),
+    lambda y, *_: y - y.mean(0),
+    lambda y, *_: y.chunk(2)[0].repeat(2, 1),
+    lambda y, *_: y * torch.arange(len(y))[:, None],
+    lambda y, ids, _: y[ids],
+    lambda y, ids, _: y * torch.histc(ids.double(), 2, 0, 1)[ids][:, None],
+    lambda y, _, order: y * (order % 2)[:, None],
+    lambda y, _, order: y * torch.arange(50)[order][:, None],
+])  # fmt: skip
+def test_experts_that_look_at_other_rows_are_not_written_over_fewer(do):
+    x = extra("B L 16", 1, 12, 1)
+    with pytest.raises(UnsupportedGraph, match="it gives positions of tokens"):
+        reduced(experts_that(do), (x,), subset(1, 12, KEPT), 12, recover="never")
 
 
 def test_dropped_tokens_are_given_the_row_of_the_nearest_kept_one():
