@@ -94,6 +94,20 @@ def gather(call: Call) -> Any:
     return call.emit(want, **{"self": call.coerce("self", mine), index: call.coerce(index, want)})
 
 
-@rule("aten.index_put", "aten.scatter", "aten.masked_scatter", "aten.index_add", "aten.index_copy", "aten.scatter_add")
+@rule("aten.scatter", "aten.scatter_add")
+def scatter(call: Call) -> Any:
+    """Along an axis without tokens, self, index and source over the same tokens elsewhere."""
+    label, other = call.label("self"), call.label("index")
+    dim = call["dim"] % len(label)
+    elsewhere = [(label[d], other[d]) for d in range(len(label)) if d != dim]
+    if has_tokens(label[dim]) or has_tokens(other[dim]) or any(old(mine) != old(its) for mine, its in elsewhere):
+        return writes(call)
+    rest = call.join([label[:dim] + ((),) + label[dim + 1 :], other[:dim] + ((),) + other[dim + 1 :]])
+    into, index = ((*rest[:dim], axes[dim], *rest[dim + 1 :]) for axes in (label, other))
+    source = {"src": call.coerce("src", index)} if call.is_tensor("src") else {}
+    return call.emit(into, **{"self": call.coerce("self", into), "index": call.coerce("index", index), **source})
+
+
+@rule("aten.index_put", "aten.masked_scatter", "aten.index_add", "aten.index_copy")
 def writes(call: Call) -> Any:
     raise NeedsFull(f"it writes at positions of a tensor of shape {shape(call.node)}")

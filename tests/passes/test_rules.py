@@ -160,6 +160,8 @@ CASES = {
     "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
     "experts": (experts, "4 16", f"B, {S}, 16"),
     "experts-of-channels": (experts_that(lambda y, *_: y * y.unsqueeze(1).chunk(2, -1)[1][..., 3:4][:, 0]), "", f"B, {S}, 16"),
+    "scatter-value": (lambda x: torch.zeros_like(x).scatter(-1, x.topk(3).indices, 1.0) * x, "", f"B, {S}, 16"),
+    "scatter-table": (lambda x, t: t.expand_as(x).scatter(-1, x.topk(3).indices, x), "L 16", f"B, {S}, 16"),
     # over other axes than the tokens
     "mean-of-channels": (lambda x: x.mean(-1), "", f"B, {S}"),
     "sum-kept": (lambda x: x.sum(-1, keepdim=True), "", f"B, {S}, 1"),
