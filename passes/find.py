@@ -17,13 +17,14 @@ SDPA = "aten.scaled_dot_product_attention"
 SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax"}
 MATMUL = {"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum"}
 ADD = {"aten.add", "aten.add_"}
-# what may stand between a score matmul and its softmax, or between the softmax and the value matmul
+# what may stand between a score matmul and its softmax, or between the softmax and the value matmul; sinks are joined to the
+# scores, and cut off after the softmax
 BETWEEN = {
     "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.to", "aten._to_copy",
     "aten.view", "aten.reshape", "aten.permute", "aten.transpose", "aten.expand", "aten.contiguous", "aten.clone",
     "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view",
     "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
-    "aten.slice_scatter",
+    "aten.slice_scatter", "aten.cat", "aten.slice",
 }  # fmt: skip
 
 

@@ -59,6 +59,7 @@ DECODERS = [
     "hf/gemma2",
     "hf/gemma3_text",
     "hf/gpt2",
+    "hf/gpt_oss",
     "hf/llama",
     "hf/llama_cache",
     "hf/llama_eager",

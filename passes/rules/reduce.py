@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from tokcompile.passes.graph import aten, shape
@@ -89,7 +90,8 @@ def extremes(call: Call) -> Any:
     out = reduced(label, dims, bool(call.args.get("keepdim")))
     if "dim" not in call.args:
         return call.emit(out)
-    if any(has_tokens(label[d]) for d in dims):
+    read = {u.args[1] for u in call.node.users if u.target is operator.getitem and u.users}
+    if any(has_tokens(label[d]) for d in dims) and read != {0}:
         raise NeedsFull("it gives positions of tokens")
     return call.emit([out, out])
 

@@ -82,4 +82,12 @@ DECODERS: tuple[Family, ...] = (
         embeds(use_cache=False),
         note="two of four experts a token",
     ),
+    row(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        DECODER | EAGER | dict(head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+        embeds(use_cache=False),
+        note="attention sinks, two of four experts a token, sliding window in every other block",
+    ),
 )
