@@ -34,7 +34,6 @@ ANYWHERE = [
     "timm/volo",
     "timm/xcit",
     "hf/eomt",
-    "hf/groupvit_vision",
     "hf/pvt",
     "hf/sam_vision",
     "hf/segformer",
@@ -96,7 +95,7 @@ HARD = [
     "hf/vit_mae",
 ]
 AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
-FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1, "hf/groupvit_vision": 5}
+FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1}
 
 WHY = {
     "it views": "windows or a grid inside the blocks",
