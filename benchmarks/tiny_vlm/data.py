@@ -87,10 +87,11 @@ def scene(pictures: Pictures, part: str, index: int, *, single: bool, seed: int 
     return Scene(np.asarray(canvas), tuple(things), False)
 
 
-def questions(of: Scene, rng: np.random.Generator, *, training: bool = True) -> list[Question]:
+def questions(of: Scene, rng: np.random.Generator, *, training: bool = True, counted: int = 1) -> list[Question]:
     """Every kind of question about a scene.
 
-    training: also what is at a place where nothing is, and where one of the things is, not every one of them.
+    training: also what is at a place where nothing is, and where one of the things is, not every one of them. counted: of
+    how many words it is asked how often they are there; the answers are even for the first alone.
     """
     present = [t.word for t in of.things]
     absent = str(rng.choice([w for w in WORDS if w not in present]))
@@ -104,7 +105,9 @@ def questions(of: Scene, rng: np.random.Generator, *, training: bool = True) -> 
         place = str(rng.choice(free))
         asked.append(Question("what is at", f"What is at the {place}?", "nothing", place))
     asked.append(Question("how many things", "How many things are there?", NUMBERS[len(present)]))
-    asked.append(Question("how many of it", f"How many times is there {_a(seen)}?", NUMBERS[present.count(seen)], seen))
+    if len(present) > 1:
+        words = list(dict.fromkeys(present))[:counted]
+        asked += [Question("how many of it", f"How many times is there {_a(w)}?", NUMBERS[present.count(w)], w) for w in words]
     alone = [t for t in of.things if present.count(t.word) == 1]
     if alone and training:
         alone = [alone[int(rng.integers(len(alone)))]]
@@ -131,12 +134,17 @@ def _a(word: str) -> str:
 
 
 def _arrangement(rng: np.random.Generator) -> list[tuple[int, str]]:
-    """One to four things, each in a quadrant of its own; in half of the scenes several are of one class."""
+    """One to four things, each in a quadrant of its own.
+
+    The first, whose copies are asked for, is there one, two or three times, evenly whatever the number of things; in half of
+    the scenes the others are of one class too, so that it takes the word asked for to tell which are to be counted.
+    """
     count = int(rng.integers(1, 5))
     words = [str(w) for w in rng.choice(WORDS, count, replace=False)]
-    if count > 1 and rng.random() < 0.5:
-        copies = int(rng.integers(2, min(count, 3) + 1))
-        words[:copies] = [words[0]] * copies
+    copies = int(rng.integers(1, min(count, 3) + 1))
+    words[:copies] = [words[0]] * copies
+    if rng.random() < 0.5:
+        words[copies:] = words[copies : copies + 1] * (count - copies)
     return [(int(place), word) for place, word in zip(rng.permutation(4)[:count], words)]
 
 
@@ -149,10 +157,10 @@ def _background(rng: np.random.Generator) -> Array:
 
 
 def _cut(pictures: Sequence[Image.Image], rng: np.random.Generator, side: int, vary: bool) -> Image.Image:
-    """One of the pictures, a little cropped, as a square; vary: also mirrored and lighter or darker."""
+    """One of the pictures, a little cropped, as a square; vary: cropped more, mirrored, lighter or darker."""
     picture = pictures[int(rng.integers(len(pictures)))]
     width, height = picture.size
-    share = rng.uniform(0.85, 1.0)
+    share = rng.uniform(0.7 if vary else 0.85, 1.0)
     left, top = rng.uniform(0, 1 - share, 2) * (width, height)
     box = (left, top, left + width * share, top + height * share)
     cut = picture.resize((side, side), Image.Resampling.BICUBIC, box=box)

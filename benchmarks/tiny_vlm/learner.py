@@ -101,15 +101,14 @@ class Learner:
         )
         return out.last_hidden_state[:, parts.PREFIX + n :]
 
-    def loss(self, features: Tensor, text: Pack, newline: float) -> tuple[Tensor, Tensor]:
-        """The weighted loss; and of each answer token, in the order of `text.targets`, whether it was right."""
+    def loss(self, features: Tensor, text: Pack, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, weighted by weights: (B, T); and of each answer token, in the order of `text.targets`, whether it was
+        right."""
         wanted = text.targets != IGNORED
         targets = text.targets[wanted]
         logits = self.lm.lm_head(self.hidden(features, text)[wanted]).float()
         each = F.cross_entropy(logits, targets, reduction="none")
-        last = torch.roll(text.place, -1, 1) != text.place  # the token after the last target belongs to the next question
-        ends = torch.roll(last, -1, 1)[wanted]
-        share = torch.where(ends, newline, 1.0)
+        share = weights[wanted]
         return (each * share).sum() / share.sum(), logits.argmax(-1) == targets
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:

@@ -58,6 +58,18 @@ def pack(encoded: list[list[tuple[list[int], int]]], visual_tokens: int) -> Pack
     return Pack(ids, positions, targets, seen[:, None], place)
 
 
+def weights(text: Pack, asked: list[list[Question]], newline: float, counting: float) -> Tensor:
+    """(B, T): the weight of each target in the loss; newline: of an answer's last token, counting: of "how many of it"."""
+    made = torch.ones(text.targets.shape)
+    last = torch.roll(text.place, -1, 1) != text.place  # the token after the last target belongs to the next question
+    made[torch.roll(last, -1, 1)] = newline
+    for row, scene in enumerate(asked):
+        for number, question in enumerate(scene):
+            if question.kind == "how many of it":
+                made[row, text.place[row] == number] *= counting
+    return made
+
+
 def by_kind(text: Pack, asked: list[list[Question]], right: Tensor) -> dict[str, list[float]]:
     """Whether each whole answer was right, newline included."""
     wanted = text.targets != IGNORED

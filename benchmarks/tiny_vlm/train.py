@@ -1,4 +1,4 @@
-"""Training in three stages: the projector alone, then everything on 64 pooled tokens, then on all 256.
+"""Training in stages: the projector alone, then everything on 64 pooled tokens, then on all 256, at last with counting first.
 
     python -m benchmarks.tiny_vlm train --data ../shared/data
 
@@ -23,25 +23,27 @@ from torch.nn import functional as F
 from benchmarks.tiny_vlm import model as parts
 from benchmarks.tiny_vlm.data import GRID, WORDS, Question, Scene, cover, questions
 from benchmarks.tiny_vlm.learner import COARSE, Learner, pooled
-from benchmarks.tiny_vlm.packing import by_kind, encode, pack
+from benchmarks.tiny_vlm.packing import by_kind, encode, pack, weights
 from benchmarks.tiny_vlm.tower import shard_path, shard_scenes
 
 
 @dataclass
 class Settings:
-    """steps: per stage. rate, projector_rate: of the updates and of the projector in stages 1 and 2, first_rate: of the
-    projector in stage 0. horizon: the steps in which the rate would reach a twentieth; stage 2 falls there from where stage
-    1 left it. batch: scenes a step. newline: weight of an answer's last token."""
+    """steps: per stage. rate, projector_rate: of the updates and of the projector in stages 1 to 3, first_rate: of the
+    projector in stage 0. falls: to which share of these the rate falls in each stage. batch: scenes a step. newline: weight
+    of an answer's last token. counted, counting: per stage, see `questions` and `weights`."""
 
     seed: int = 0
-    steps: tuple[int, int, int] = (700, 500, 220)
-    horizon: int = 1420
+    steps: tuple[int, ...] = (700, 800, 100, 300)
+    falls: tuple[float, ...] = (0.0, 0.465, 0.326, 0.05)
     batch: int = 4
-    shards: int = 12
+    shards: int = 16
     rate: float = 2e-3
     projector_rate: float = 5e-4
     first_rate: float = 1e-3
     newline: float = 0.2
+    counted: tuple[int, ...] = (0, 2, 2, 1)
+    counting: tuple[float, ...] = (0.0, 1.0, 1.0, 3.0)
 
 
 @dataclass
@@ -118,11 +120,13 @@ def batches(pool: list[Example], settings: Settings, stage: int, start: int) -> 
     for step in range(start, settings.steps[stage]):
         rng = np.random.default_rng([settings.seed, 30 + stage, step])
         chosen = [pool[i] for i in picked[step * settings.batch : (step + 1) * settings.batch]]
-        yield chosen, [questions(e.scene, rng) for e in chosen]
+        yield chosen, [questions(e.scene, rng, counted=settings.counted[stage]) for e in chosen]
 
 
-def stage12(learner: Learner, pool: list[Example], watched: list[Example], settings: Settings, folder: Path, log: Any) -> None:
-    """Stage 1 on 64 pooled tokens, stage 2 on all 256; the rate falls over both."""
+def later_stages(
+    learner: Learner, pool: list[Example], watched: list[Example], settings: Settings, folder: Path, log: Any
+) -> None:
+    """Stage 1 on 64 pooled tokens, stages 2 and 3 on all 256."""
     nets = [list(learner.projector.parameters()), [p for u in learner.updates.values() for p in u.parameters()]]
     groups = [dict(params=nets[0], lr=settings.projector_rate), dict(params=nets[1], lr=settings.rate)]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
@@ -133,7 +137,7 @@ def stage12(learner: Learner, pool: list[Example], watched: list[Example], setti
         begin = kept["next"]
         learner.restore(kept["trained"])
         optimiser.load_state_dict(kept["optimiser"])
-    for stage in range(begin[0], 3):
+    for stage in range(begin[0], len(settings.steps)):
         first = begin[1] if stage == begin[0] else 0
         scores: dict[str, list[float]] = {}
         since = time.perf_counter()
@@ -143,7 +147,8 @@ def stage12(learner: Learner, pool: list[Example], watched: list[Example], setti
                 group["lr"] = rate * share_of_rate(stage, step, settings)
             features = torch.stack([e.features for e in chosen]).float()
             text = pack([encode(learner.tokenizer, a) for a in asked], 64 if stage == 1 else 256)
-            loss, right = learner.loss(pooled(features) if stage == 1 else features, text, settings.newline)
+            share = weights(text, asked, settings.newline, settings.counting[stage])
+            loss, right = learner.loss(pooled(features) if stage == 1 else features, text, share)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -171,10 +176,10 @@ def keep(checkpoint: Path, learner: Learner, optimiser: torch.optim.Optimizer, f
 
 
 def share_of_rate(stage: int, step: int, settings: Settings) -> float:
-    if stage == 1:
-        return min(1, (step + 1) / 20) * (1 - 0.95 * step / settings.horizon)
-    reached = 1 - 0.95 * settings.steps[1] / settings.horizon
-    return reached + (0.05 - reached) * step / settings.steps[2]
+    """Linear in each stage, after 20 steps of warming up in stage 1."""
+    start = 1.0 if stage == 1 else settings.falls[stage - 1]
+    share = start + (settings.falls[stage] - start) * step / settings.steps[stage]
+    return share * min(1, (step + 1) / 20) if stage == 1 else share
 
 
 @torch.no_grad()
@@ -187,7 +192,7 @@ def watch(learner: Learner, watched: list[Example], stage: int, count: int = 64)
         asked = [questions(e.scene, np.random.default_rng(at + i), training=False) for i, e in enumerate(chosen)]
         features = torch.stack([e.features for e in chosen]).float()
         text = pack([encode(learner.tokenizer, a) for a in asked], 64 if stage == 1 else 256)
-        _, right = learner.loss(pooled(features) if stage == 1 else features, text, 1.0)
+        _, right = learner.loss(pooled(features) if stage == 1 else features, text, torch.ones(text.targets.shape))
         for kind, value in by_kind(text, asked, right).items():
             scores.setdefault(kind, []).extend(value)
     learner.projector.train()
@@ -211,6 +216,6 @@ def train(data: Path, build: Path, settings: Settings) -> None:
     watched = watched[:12] + watched[-52:]  # single pictures stand first
     if not (build / "checkpoint.pt").exists():
         stage0(learner, pool, watched, settings, log)
-    stage12(learner, pool, watched, settings, build, log)
+    later_stages(learner, pool, watched, settings, build, log)
     state = {k: v.half() for k, v in parts.trained_state(learner.projector, learner.updates).items()}
     parts.save_file(state, build / "trained.safetensors")

@@ -56,6 +56,29 @@ def test_things_lie_in_their_quadrant_and_answers_are_true(pictures):
             elif q.kind == "where is":
                 assert at[q.answer] == q.about
                 assert present.count(q.about) == 1
+            elif q.kind == "how many of it":
+                assert data.NUMBERS[present.count(q.about)] == q.answer
+
+
+def test_the_number_of_things_does_not_tell_how_many_are_asked_for():
+    """Of two things one or both are asked for, of three and four one, two or three, each as often."""
+    counts = {number: [0] * 4 for number in (2, 3, 4)}
+    for seed in range(3000):
+        words = [word for _, word in data._arrangement(np.random.default_rng(seed))]
+        if len(words) > 1:
+            counts[len(words)][words.count(words[0])] += 1
+    for number, found in counts.items():
+        shares = np.array(found[1 : min(number, 3) + 1]) / sum(found)
+        assert shares.sum() == 1
+        assert np.abs(shares - 1 / len(shares)).max() < 0.06
+
+
+def test_the_loss_weighs_counting_more_and_the_newline_less():
+    asked = [[data.Question("how many of it", "", ""), data.Question("name", "", "")], [data.Question("name", "", "")]]
+    packed = packing.pack([[([5, 6, 7, 8], 2), ([8, 9, 3], 1)], [([1, 2], 1)]], visual_tokens=4)
+    wanted = packed.targets != packing.IGNORED
+    found = packing.weights(packed, asked, newline=0.5, counting=3.0)
+    assert found[wanted].tolist() == [3.0, 1.5, 1.0, 0.5, 0.5]
 
 
 def test_training_never_sees_a_query_picture(tmp_path):
@@ -124,7 +147,7 @@ def test_one_step_of_training_and_one_answer(tmp_path):
     losses = []
     for _ in range(2):
         torch.manual_seed(0)  # the same dropout
-        loss, _ = learner.loss(pooled(features.float()), text, newline=0.2)
+        loss, _ = learner.loss(pooled(features.float()), text, packing.weights(text, [asked], newline=0.2, counting=1.0))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
