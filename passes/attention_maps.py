@@ -63,6 +63,9 @@ def joined(rw: Rewriter, parts: list[Node], dim: int) -> Node:
 def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
     """The softmax the model itself computes, or what goes into it, as (B, H, L, L)."""
     sizes, length = shape(value), token_length(rw, s)
+    if sizes[-2] == length < sizes[-1] and sinks_follow(attention):
+        value = rw.builder.emit(aten.slice.Tensor, value, -1, 0, length)
+        sizes = shape(value)
     if sizes[-2:] != (length, length) and len(attentions_of(s)) == 1:
         raise UnsupportedGraph(
             "the attention is not over the tokens of the residual stream",
@@ -70,6 +73,14 @@ def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
     return rw.gather.reshape(value, [s.batch, prod(sizes[:-2]) // s.batch, *sizes[-2:]])
+
+
+def sinks_follow(attention: Attention) -> bool:
+    """Whether sinks, to which attention goes beside the tokens, are joined to the scores behind them."""
+    node = attention.node.args[0]
+    while isinstance(node, Node) and packet(node) in ("aten.sub", "aten.to", "aten._to_copy"):
+        node = node.args[0]
+    return isinstance(node, Node) and packet(node) == "aten.cat" and len(set(shape(node.args[0][0])[-2:])) == 1
 
 
 def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which) -> Node:

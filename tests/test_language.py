@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tokcompile
-from tests.conftest import counts, error, run
+from tests.conftest import build, counts, error, run
 from tests.reference.dart import dart
 from tests.reference.topk import topk
 from tokcompile import Tokens
@@ -95,3 +95,13 @@ def test_a_reduction_is_one_node_that_a_plugin_takes(method, name, program, tmp_
     report = optimized.export_onnx(tmp_path / "llama.onnx", target="tensorrt_rtx")
     assert report.nodes == {name: 1}
     assert [r["fused"] for r in report.reductions] == [True]
+
+
+@torch.no_grad()
+def test_sinks_take_their_share_of_the_attention_that_is_read():
+    """GPT-OSS: to what the last token attends, beside the sinks, in the model's own numbers."""
+    model, args, kwargs = build("hf/gpt_oss", 2)
+    own = model(*args, **kwargs, output_attentions=True).attentions[LAYER - 1]
+    want = own[:, :, -1, slice(*SPAN)].mean(1).topk(9).indices.sort().values
+    fast = tokcompile.optimize(model, args, kwargs, method="fastv", budget=Tokens(9), spans=[SPAN], outputs="reduced")
+    assert torch.equal(fast(*args, **kwargs).kept["s0_index"], want)
