@@ -13,11 +13,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.find import Structure
-from tokcompile.passes.graph import aten, bind, packet, shape, user_dependent
+from tokcompile.passes.graph import aten, bind, is_tensor, packet, shape, user_dependent
+from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.rules.pointwise import BINARY, UNARY
 
 ROWWISE = {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
 TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} | ROWWISE
+PARTS = {"aten.chunk", "aten.split", "aten.split_with_sizes"}  # of the channels
+VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten"}
 
 
 def flatten_grids(gm: GraphModule, structure: Structure) -> bool:
@@ -31,21 +34,48 @@ def flatten_grids(gm: GraphModule, structure: Structure) -> bool:
     return True
 
 
+def flatten_projector(gm: GraphModule, structure: Structure) -> bool:
+    """The same for a grid that a pixel shuffle leaves behind a tower, where nothing looks at it until it is laid out as one
+    axis. One at a time: shapes have to be propagated before the next."""
+    dependent = user_dependent(gm.graph)
+    inside = ancestors_of({b.mid for b in structure.blocks if not b.stage.text})
+    for node in gm.graph.nodes:
+        if node not in dependent or node in inside or packet(node) not in VIEWS | {"aten.permute", "aten.transpose"}:
+            continue
+        rows = _Flatten(gm, shape(node)[:-1])
+        region = rows.region([node]) if len(rows.grid) == 3 else set()
+        ends = {u for n in region for u in n.users if u not in region}
+        if any(packet(n) in ROWWISE for n in region) and all(merges(u, rows.lead) for u in ends):
+            rows.run([node])
+            gm.graph.eliminate_dead_code()
+            return True
+    return False
+
+
+def merges(node: Node, lead: tuple[int, ...]) -> bool:
+    """Whether a node lays a grid out as (B, H*W, C) or (B*H*W, C)."""
+    return packet(node) in VIEWS and shape(node)[:-1] in (lead, (prod(lead),)) and shape(node)[-1] == shape(node.args[0])[-1]
+
+
 class _Flatten:
     """One grid (B, H, W); `flat`: 4-D node -> its (B, H*W, C) twin."""
 
     def __init__(self, gm: GraphModule, grid: tuple[int, ...]):
-        self.gm, self.grid, self.lead = gm, grid, (grid[0], prod(grid[1:]))
+        self.gm, self.grid, self.lead = gm, grid, (*grid[:1], prod(grid[1:]))
         self.flat: dict[Node, Node] = {}
         self.twins: set[Node] = set()  # the nodes whose op runs flat, not those that were only reshaped as operands
 
-    def run(self, streams: list[Node]) -> None:
+    def region(self, streams: list[Node]) -> set[Node]:
+        """The streams, and what is computed from them place by place."""
         dependent = user_dependent(self.gm.graph)
         region = set(streams)
-        nodes = list(self.gm.graph.nodes)
-        for node in nodes:
+        for node in self.gm.graph.nodes:
             if node in dependent and any(n in region for n in node.all_input_nodes) and self.tokenwise(node):
                 region.add(node)
+        return region
+
+    def run(self, streams: list[Node]) -> None:
+        region, nodes = self.region(streams), list(self.gm.graph.nodes)
         if not any(packet(n) in ROWWISE for n in region):
             return  # channels are not on the last axis: these are feature maps, not rows of tokens
         for node in nodes:
@@ -59,10 +89,16 @@ class _Flatten:
                 grid.meta = dict(node.meta)
                 for user in outside:
                     user.replace_input_with(node, grid)
+                    if merges(user, self.lead):
+                        user.target, user.args, user.kwargs = aten.reshape.default, (flat, list(shape(user))), {}
 
     def tokenwise(self, node: Node) -> bool:
         """Whether the op treats each place of the grid by itself and leaves it a grid."""
         value = node.meta.get("val")
+        if packet(node) == "getitem" and packet(node.args[0]) in PARTS:
+            return self.tokenwise(node.args[0])
+        if packet(node) in PARTS:
+            return shape(node.args[0])[:-1] == self.grid and bind(node)["dim"] % 4 == 3
         if packet(node) not in TOKENWISE or not isinstance(value, torch.Tensor) or tuple(value.shape[:-1]) != self.grid:
             return False
         if packet(node) in ("aten.layer_norm", "aten.rms_norm"):
@@ -78,7 +114,9 @@ class _Flatten:
         """The same op on flattened operands."""
 
         def operand(a: Any) -> Any:
-            return self.flattened(a) if isinstance(a, Node) and len(shape(a)) == len(self.grid) + 1 else a
+            if isinstance(a, Node) and a not in self.flat and (not is_tensor(a) or len(shape(a)) != len(self.grid) + 1):
+                return a
+            return self.flattened(a) if isinstance(a, Node) else a
 
         with self.gm.graph.inserting_before(node):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), operand)

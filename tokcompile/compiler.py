@@ -16,7 +16,7 @@ from tokcompile.errors import BudgetError, PlanError, TokcompileError, Unsupport
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.find import Structure, find
-from tokcompile.passes.flatten import flatten_grids
+from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.places import Layout, Slot, before, choose_slots
@@ -115,10 +115,11 @@ def analyse(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | N
 def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) -> Analysis:
     """Finds the structure; token grids on two axes are flattened on the way."""
     structure = timed(seconds, "find", lambda: find(graph))
-    if flatten_grids(graph, structure):
+    changed = flatten_grids(graph, structure)
+    while changed or flatten_projector(graph, structure):
         propagate_shapes(graph, traced.inputs)
         graph.recompile()
-        structure = timed(seconds, "find", lambda: find(graph))
+        structure, changed = timed(seconds, "find", lambda: find(graph)), False
     return Analysis(traced, graph, structure, seconds)
 
 

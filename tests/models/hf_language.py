@@ -133,6 +133,20 @@ LANGUAGE: tuple[Family, ...] = (
         note="pixel shuffle merges 2 x 2 patches: 16 image tokens",
     ),
     row(
+        "aya_vision",
+        "AyaVisionForConditionalGeneration",
+        "AyaVisionConfig",
+        dict(
+            vision_config=("SiglipVisionConfig", VIT | dict(image_size=64, vision_use_head=False)),
+            text_config=("Cohere2Config", DECODER | dict(sliding_window=16)),
+            image_token_index=60,
+            downsample_factor=2,
+        ),
+        _prompt(16, 64),
+        depth=8,
+        note="pixel shuffle on the grid, gated projector: 16 image tokens",
+    ),
+    row(
         "paligemma",
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",

@@ -2,6 +2,7 @@
 
 # (start, stop) of each run in the first sample
 PROMPTS = {
+    "hf/aya_vision": [(5, 21)],
     "hf/gemma3": [(5, 21)],
     "hf/glm4v": [(5, 17)],
     "hf/idefics2": [(5, 13)],

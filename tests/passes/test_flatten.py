@@ -8,7 +8,7 @@ from tests.conftest import build, export, leaves, run
 from tests.passes.graphs import canonical, ops
 from tokcompile.compiler import analyse
 from tokcompile.passes.find import find
-from tokcompile.passes.flatten import flatten_grids
+from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes, shape
 
 D = 16
@@ -104,3 +104,36 @@ def test_window_models(name, lengths):
     got = leaves(run(analysis.graph, *analysis.traced.inputs))
     for g, w in zip(got, build(name, 3)()):
         torch.testing.assert_close(g, w, rtol=0, atol=1e-5)
+
+
+class Projector(nn.Module):
+    """Neighbours of 2 x 2 on the channels, then a gated projector on the grid; `end` lays it out."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end, self.norm, self.up, self.down = end, nn.LayerNorm(4 * D), nn.Linear(4 * D, 8), nn.Linear(4, 5)
+
+    def forward(self, x):
+        b, h, w, d = x.shape
+        x = x.reshape(b, h, w // 2, 2 * d).transpose(1, 2).reshape(b, w // 2, h // 2, 4 * d).transpose(1, 2)
+        x, gate = self.up(self.norm(x)).chunk(2, -1)
+        return self.end(self.down(nn.functional.silu(gate) * x))
+
+
+@pytest.mark.parametrize("end", [lambda x: x.flatten(1, 2), lambda x: x.reshape(-1, 5)])
+def test_a_projector_on_a_grid_runs_over_one_token_axis(end):
+    model = Projector(end).eval()
+    gm = canonical(model, GRID)
+    assert flatten_projector(gm, find(gm))
+    propagate_shapes(gm, [GRID])
+    gm.recompile()
+    assert {len(shape(n)) for n in gm.graph.nodes if "linear" in n.name or "layer_norm" in n.name} == {3}
+    assert torch.equal(run(gm, GRID)[0], model(GRID))
+
+
+@pytest.mark.parametrize("end", [lambda x: x, lambda x: x.mean(1), lambda x: x.permute(0, 3, 1, 2), lambda x: x.flatten(0, 1)])
+def test_a_grid_that_something_looks_at_stays(end):
+    gm = canonical(Projector(end).eval(), GRID)
+    code = str(gm.graph)
+    assert not flatten_projector(gm, find(gm))
+    assert str(gm.graph) == code
