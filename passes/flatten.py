@@ -120,6 +120,8 @@ class _Flatten:
 
         with self.gm.graph.inserting_before(node):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), operand)
+            if packet(node) in PARTS:
+                args, kwargs = args[:2], {"dim": -1}  # which may have been given as 3
             flat = self.gm.graph.call_function(node.target, args, kwargs)
         flat.meta = {k: v for k, v in node.meta.items() if k != "val"}
         self.flat[node] = flat

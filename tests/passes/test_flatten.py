@@ -109,20 +109,21 @@ def test_window_models(name, lengths):
 class Projector(nn.Module):
     """Neighbours of 2 x 2 on the channels, then a gated projector on the grid; `end` lays it out."""
 
-    def __init__(self, end):
+    def __init__(self, end, dim=-1):
         super().__init__()
-        self.end, self.norm, self.up, self.down = end, nn.LayerNorm(4 * D), nn.Linear(4 * D, 8), nn.Linear(4, 5)
+        self.dim, self.end, self.norm, self.up, self.down = dim, end, nn.LayerNorm(4 * D), nn.Linear(4 * D, 8), nn.Linear(4, 5)
 
     def forward(self, x):
         b, h, w, d = x.shape
         x = x.reshape(b, h, w // 2, 2 * d).transpose(1, 2).reshape(b, w // 2, h // 2, 4 * d).transpose(1, 2)
-        x, gate = self.up(self.norm(x)).chunk(2, -1)
+        x, gate = self.up(self.norm(x)).chunk(2, self.dim)
         return self.end(self.down(nn.functional.silu(gate) * x))
 
 
+@pytest.mark.parametrize("dim", [-1, 3])
 @pytest.mark.parametrize("end", [lambda x: x.flatten(1, 2), lambda x: x.reshape(-1, 5)])
-def test_a_projector_on_a_grid_runs_over_one_token_axis(end):
-    model = Projector(end).eval()
+def test_a_projector_on_a_grid_runs_over_one_token_axis(end, dim):
+    model = Projector(end, dim).eval()
     gm = canonical(model, GRID)
     assert flatten_projector(gm, find(gm))
     propagate_shapes(gm, [GRID])
