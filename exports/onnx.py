@@ -212,8 +212,9 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
             )
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        grouped = "grouped_mm" in lines[0] if lines else False
-        raise ExportError(f"torch.onnx cannot write this model: {' '.join(lines[:3])}{EXPERTS * grouped}") from error
+        said = " ".join(lines[:3])
+        way_out = EXPERTS if "grouped_mm" in said else ""
+        raise ExportError(f"torch.onnx cannot write this model: {said}{way_out}") from error
     assert program is not None
     return program.model
 

@@ -17,8 +17,8 @@ LEAST = 128  # keys; below it the addition is as fast (measured in onnxruntime, 
 
 @dataclass
 class Operand:
-    """One side of q k^T: the value with its channels on the last axis, the factor on the way to the product, who reads the
-    value on that way (node, input), for each axis of the product's side the axis of the value, and the axis of the channels."""
+    """One side of q k^T: the value, the factor on the way to the product, who reads the value on that way (node, input), for
+    each axis of the product's side the axis of the value, and the axis of its channels."""
 
     value: ir.Value
     factor: float

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rules.core import rank_of
+from tokcompile.passes.rules.experts import PRODUCTS
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, is_labelled, plain
 
 CONVOLUTIONS = {
@@ -129,7 +130,7 @@ MAKERS: dict[str, Callable[..., Made]] = {
     "aten.linear": linear,
     "aten.scaled_dot_product_attention": attention,
     "aten.einsum": einsum,
-    **dict.fromkeys(("aten.grouped_mm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), grouped),
+    **dict.fromkeys(PRODUCTS, grouped),
     **dict.fromkeys(("aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm"), product),
     **dict.fromkeys(CONVOLUTIONS, convolution),
 }

@@ -9,7 +9,7 @@ from torch.fx import Node
 from tokcompile.passes.graph import get_attr, shape
 from tokcompile.passes.groups import tokens_of_groups
 from tokcompile.passes.order import permuted
-from tokcompile.passes.rules.core import Axis, Call, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
 from tokcompile.passes.rules.join import grouped
 from tokcompile.passes.tokens import make_seq
 
@@ -88,10 +88,14 @@ def gather(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]) or has_tokens(other[dim]):
         raise NeedsFull("it picks tokens by position")
-    rest = call.join([label[:dim] + ((),) + label[dim + 1 :], other[:dim] + ((),) + other[dim + 1 :]])
-    want = (*rest[:dim], other[dim], *rest[dim + 1 :])
-    mine = (*rest[:dim], label[dim], *rest[dim + 1 :])
+    mine, want = joined_beside(call, dim, label, other)
     return call.emit(want, **{"self": call.coerce("self", mine), index: call.coerce(index, want)})
+
+
+def joined_beside(call: Call, dim: int, label: Label, other: Label) -> tuple[Label, Label]:
+    """Both labels over the same tokens along all axes but `dim`."""
+    rest = call.join([one[:dim] + ((),) + one[dim + 1 :] for one in (label, other)])
+    return (*rest[:dim], label[dim], *rest[dim + 1 :]), (*rest[:dim], other[dim], *rest[dim + 1 :])
 
 
 @rule("aten.scatter", "aten.scatter_add")
@@ -102,8 +106,7 @@ def scatter(call: Call) -> Any:
     elsewhere = [(label[d], other[d]) for d in range(len(label)) if d != dim]
     if has_tokens(label[dim]) or has_tokens(other[dim]) or any(old(mine) != old(its) for mine, its in elsewhere):
         return writes(call)
-    rest = call.join([label[:dim] + ((),) + label[dim + 1 :], other[:dim] + ((),) + other[dim + 1 :]])
-    into, index = ((*rest[:dim], axes[dim], *rest[dim + 1 :]) for axes in (label, other))
+    into, index = joined_beside(call, dim, label, other)
     source = {"src": call.coerce("src", index)} if call.is_tensor("src") else {}
     return call.emit(into, **{"self": call.coerce("self", into), "index": call.coerce("index", index), **source})
 

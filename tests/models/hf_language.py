@@ -9,6 +9,9 @@ from .hf_base import DECODER, QWEN, VIT, Inputs, qwen, row
 
 _LLAMA = ("LlamaConfig", DECODER)
 _MROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2])
+_QWEN3_VISION = QWEN | dict(
+    hidden_size=64, intermediate_size=112, out_hidden_size=48, num_position_embeddings=64, deepstack_visual_indexes=[0, 2]
+)
 _QWEN_IDS = dict(image_token_id=60, video_token_id=59, vision_start_token_id=61, vision_end_token_id=62)
 
 
@@ -240,17 +243,7 @@ LANGUAGE: tuple[Family, ...] = (
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLConfig",
         dict(
-            vision_config=(
-                "Qwen3VLVisionConfig",
-                QWEN
-                | dict(
-                    hidden_size=64,
-                    intermediate_size=112,
-                    out_hidden_size=48,
-                    num_position_embeddings=64,
-                    deepstack_visual_indexes=[0, 2],
-                ),
-            ),
+            vision_config=("Qwen3VLVisionConfig", _QWEN3_VISION),
             text_config=("Qwen3VLTextConfig", DECODER | dict(head_dim=12, rope_parameters=_MROPE)),
             **_QWEN_IDS,
         ),
@@ -263,17 +256,7 @@ LANGUAGE: tuple[Family, ...] = (
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3VLMoeConfig",
         dict(
-            vision_config=(
-                "Qwen3VLMoeVisionConfig",
-                QWEN
-                | dict(
-                    hidden_size=64,
-                    intermediate_size=112,
-                    out_hidden_size=48,
-                    num_position_embeddings=64,
-                    deepstack_visual_indexes=[0, 2],
-                ),
-            ),
+            vision_config=("Qwen3VLMoeVisionConfig", _QWEN3_VISION),
             text_config=(
                 "Qwen3VLMoeTextConfig",
                 DECODER
