@@ -51,7 +51,10 @@ def part_size(part: int | Space, counts: Mapping[Space, int]) -> int:
         return part
     if part.groups is not None:
         return part.unit * part_size(part.groups, counts)
-    return sum(part_size(p, counts) for p in part.sources) if part.sources else counts.get(part, part.k)
+    if not part.sources:
+        return counts.get(part, part.k)
+    sizes = [part_size(p, counts) for p in part.sources]
+    return sum(map(min, sizes, part.most)) if part.most else sum(sizes)
 
 
 def terms(graph: Graph, labels: Mapping[Node, Any], recovered: Iterable[Node] = ()) -> list[Term]:

@@ -166,11 +166,17 @@ class Gatherer:
                 renumber=space.renumber,
                 sources=(space,),
                 derive=lambda chosen: chosen(space)[i : i + 1],
+                hidden=None if space.hidden is None else space.hidden[i : i + 1],
                 positions=None if (many := self.several(space)) is None else take(many),
                 bands=bands_of(space),
                 groups=self.sample(space.groups, i) if space.groups else None,
             )
         return self._sample[space, i]
+
+    def sampled(self, part: Space) -> tuple[Space, range]:
+        """The space of a whole batch that a part is one sample of, and which; itself with all samples where it is none."""
+        found = ((space, range(i, i + 1)) for (space, i), own in self._sample.items() if own is part)
+        return next(found, (part, range(samples(Seq((part,))))))
 
     def is_sample(self, part: Space, space: Space, i: int) -> bool:
         """Whether a part is what sample i chose of a space, whose samples are as many as it has rows of indices."""

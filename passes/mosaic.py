@@ -1,5 +1,6 @@
 """Mosaic: where a model lays the tokens of several tiles out as one map, with a newline token behind each row, this is
-written as what it is: the tiles one after the other, then the newline tokens, put in another order by a constant.
+written as what it is: the tiles one after the other, then the newline tokens, put in another order by a constant. Tokens of
+padding that the model cuts off the map are not in that order.
 
 What the movement does is read off by running it on numbers, as in `tokcompile.passes.regroup`.
 """
@@ -23,8 +24,8 @@ REPEATS = {"aten.expand", "aten.repeat"}
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A node that holds every row of `source` and some copies of the weight `filler`: in `order`, of the rows of the one and
-    then the copies of the other."""
+    """A node that holds rows of `source`, none of them twice, and some copies of the weight `filler`: in `order`, of the rows
+    of the one and then the copies of the other."""
 
     node: Node
     source: Node
@@ -61,18 +62,20 @@ def apart(order: Tensor, rows: int, tile: int) -> tuple[list[tuple[int, int, int
     stay apart; and the order among these runs, the newline tokens behind each."""
     fills = order >= rows
     tokens, newlines = (~fills).cumsum(0), fills.cumsum(0)
-    so_far = torch.where(fills, -1, order).cummax(0).values + 1  # where these are all tokens up to the largest, a run may end
-    token_next = torch.cat([~fills[1:], torch.ones(1, dtype=torch.bool)])
-    ends = (tokens > 0) & (so_far == tokens) & (tokens % tile == 0) & token_next
+    furthest = torch.where(fills, -1, order).cummax(0).values
+    whole = (furthest // tile + 1) * tile  # up to the end of the last tile that any of these tokens is of
+    shown = torch.zeros(rows, dtype=torch.long).index_fill(0, order[~fills], 1).cumsum(0)
+    last = torch.ones(1, dtype=torch.bool)
+    ends = (tokens > 0) & (shown[whole - 1] == tokens) & torch.cat([~fills[1:], last])  # where these are all that it shows
     run = ends.cumsum(0) - ends.long()
-    stops, filled = tokens[ends], newlines[ends]
+    stops, filled = whole[ends], newlines[ends]
     starts, before = (torch.cat([torch.zeros(1, dtype=torch.long), v[:-1]]) for v in (stops, filled))
     places = torch.where(fills, stops[run] + newlines - 1, order + before[run])
     return list(zip(starts.tolist(), stops.tolist(), (filled - before).tolist())), places
 
 
 def mosaics(gm: GraphModule) -> list[Mosaic]:
-    """The last nodes of movements of one tensor and one weight that hold all rows of the tensor."""
+    """The last nodes of movements of one tensor and one weight that hold rows of the tensor."""
     origins: dict[Node, frozenset[Node]] = {}
     for node in gm.graph.nodes:
         given = [n for n in node.all_input_nodes if n.op != "get_attr" or packet(node) != "aten.index_select"]
@@ -98,21 +101,21 @@ def plain_cat(fills: Tensor, tokens: Tensor, samples: int) -> bool:
 
 
 def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
-    """None where a node is no mosaic of whole rows, all of them, in some order; nor where only class tokens stand before."""
+    """None where a node is no mosaic of whole rows in some order; nor where only class tokens stand before."""
     source, width = movement.source, shape(movement.source)[-1]
     if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
         return None
     rows = prod(shape(source)[:-1])
     numbers = torch.arange(rows * width).reshape(shape(source))
     made = movement.run(numbers, [node], {filler: -1 - torch.arange(width).reshape(shape(filler))})
-    if node not in made:
+    if len(made.get(node, ())) != 1:
         return None
     marks = made[node][0].reshape(-1, width)
     first, columns = marks[:, 0], torch.arange(width)
     fills = first < 0
     whole = torch.where(fills[:, None], -1 - columns, first[:, None] + columns)
     tokens = first[~fills]
-    if not torch.equal(marks, whole) or not torch.equal(tokens.sort().values, torch.arange(rows) * width):
+    if not torch.equal(marks, whole) or not len(tokens) or len(tokens.unique()) < len(tokens):
         return None
     if plain_cat(fills, tokens, shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1):
         return None

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.ahead import look_ahead
+from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import Builder, aten, device_of, packet, shape
@@ -42,6 +43,7 @@ class Splice:
     unit: int = 1
     tap_block: Block | None = None
     language: bool = False  # whether text stands around the tokens
+    hidden: Hidden = ()  # of each sample, the original tokens that are cut off later
 
     @property
     def aligned(self) -> bool:
@@ -97,6 +99,7 @@ class Rewriter:
         self.splits: list[SplitsTokens] = []  # views that tear tokens apart, and slices that cut them: hints for
         self.cuts: set[int] = set()  # another try in groups or in segments,
         self.sample = 0  # see `Layout`
+        self.hidden: Hidden = ()
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
@@ -230,6 +233,8 @@ class Rewriter:
         space.assign = once(lambda: self.assignment_of(node, module, space.n))
         space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
         space.ordered = bool(module.ordered)
+        if s.hidden:
+            space.hidden = torch.tensor([[i in one for i in range(space.root_n)] for one in map(set, s.hidden)])
         space.renumber = numbers_anew(self, s)
         if len(results) > len(RESULTS):
             space.positions = self.builder.emit(operator.getitem, node, len(RESULTS))

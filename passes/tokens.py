@@ -13,6 +13,7 @@ from itertools import takewhile
 from math import prod
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 
@@ -26,6 +27,8 @@ class Space:
     ordered: whether `index` ascends, so that causal masks and the like stay what they were.
     sources: the spaces (and numbers of plain tokens) whose tokens these are, where another reduction's are only laid out
             anew: a sample of a batch, or an order of its own. derive(chosen): (B, k) the same from what the sources chose.
+            most: of each source, at most so many; all of them where it is empty.
+    hidden: (B, root n) tokens that the model cuts off later; of the others it has as many as k allows. None for none.
     positions: (B, k, P) tokens of the parent space that lend each new one P positions in rotary tables, in place of
             `index`; bands: how many frequencies each axis of such a table has, () for one axis.
     groups: what was reduced, where these are its tokens one by one: groups of neighbours kept or dropped together.
@@ -43,6 +46,8 @@ class Space:
     ordered: bool = True
     sources: tuple[int | Space, ...] = ()
     derive: Any = None
+    most: tuple[int, ...] = ()
+    hidden: Tensor | None = None
     positions: Node | None = None
     bands: tuple[int, ...] = ()
     groups: Space | None = None

@@ -15,6 +15,7 @@ from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, PlanError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
+from tokcompile.passes.crop import Hidden, among_shown, can_choose, joint_hidden, left_of
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes
@@ -150,7 +151,7 @@ def compile_plan(
             if layout == Layout() and grouping.stage is stage and (inside or settings.outputs == "reduced"):
                 return NeedsLayout(Layout(grouping.unit, (), True), error)
         try:  # a budget that single tokens can meet shows whether there are groups
-            rewrite(analysis, settings, planned(analysis, MILD, layout))
+            rewrite(analysis, settings, planned(analysis, MILD, layout), layout.hidden)
         except NeedsLayout as needed:
             return NeedsLayout(needed.layout, error)
         except TokcompileError:
@@ -169,7 +170,7 @@ def compile_plan(
                 spans=settings.spans,
                 options=settings.options,
                 layout=layout,
-                solve_flops=lambda *a: solve_flops(analysis, settings, before, *a),
+                solve_flops=lambda *a: solve_flops(analysis, settings, before, layout.hidden, *a),
                 labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
             ),
         )
@@ -190,7 +191,7 @@ def compile_plan(
             made = made.replace(method=earlier.plan.method, options=earlier.plan.options)
         if not chosen:
             return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
-        rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen))
+        rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout.hidden))
         cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
         return Compiled(made, rewritten, cost, analysis)
 
@@ -242,17 +243,18 @@ def joint(layout: Layout, needed: Layout) -> Layout:
     if needed.regrouped and not layout.regrouped:
         return needed
     cuts, sample = {*layout.cuts, *needed.cuts}, needed.sample or layout.sample
+    hidden = joint_hidden(layout.hidden, needed.hidden)
     if sample:  # every sample is cut like the others
         cuts = {first + c % sample for c in cuts for first in range(0, max(cuts) + 1, sample)} - {0}
-    return Layout(max(layout.unit, needed.unit), tuple(sorted(cuts)), layout.regrouped, sample)
+    return Layout(max(layout.unit, needed.unit), tuple(sorted(cuts)), layout.regrouped, sample, hidden)
 
 
-def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> Rewritten:
-    """One rewrite of the analysed graph. Raises: UnsupportedGraph, NeedsLayout."""
+def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> Rewritten:
+    """One rewrite of the analysed graph. hidden: see `Layout`. Raises: UnsupportedGraph, NeedsLayout."""
     rewriter = Rewriter(
         analysis.graph,
         analysis.structure,
-        splices(analysis, settings, chosen),
+        splices(analysis, settings, chosen, hidden),
         inputs=analysis.traced.inputs,
         outputs=settings.outputs,
         recover=settings.recover,
@@ -272,8 +274,10 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
 
 
 def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | None:
-    """Groups in an order of their own, where the grid is rearranged into them; groups, where a view tears a sequence without
-    prefix into small ones; segments, where slices cut the tokens."""
+    """Tokens that go first, where the model cuts them off later; groups in an order of their own, where the grid is rearranged
+    into them; groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
+    if rewriter.hidden and chosen[0].unit == 1:
+        return Layout(hidden=rewriter.hidden)
     met = [n for n in rewriter.met if not rewriter.after_last(n)] or rewriter.met
     if met:
         stages = [analysis.structure.blocks[r.block].stage for r in chosen]
@@ -292,10 +296,11 @@ def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reducti
     return None
 
 
-def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction]) -> list[Splice]:
+def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> list[Splice]:
     """The reductions of a plan with the graph nodes they stand for."""
     blocks = analysis.structure.blocks
     out = []
+    still_hidden = hidden
     for r in chosen:
         block, (recipe, options) = blocks[r.block], settings.method_of(r)
         order = list(dict.fromkeys(one.block for one in chosen if one.method == r.method))
@@ -315,7 +320,11 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction])
         at = block.out if r.place == "attention" else block.entry
         tapped = block if r.place == "attention" or recipe.ahead else before(block, blocks)
         language = block.language or (settings.spans is not None and not block.stage.visual)
-        out.append(Splice(recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language))
+        splice = Splice(recipe, block, at, r.k, site, r.prefix, r.unit, tapped, language)
+        if hidden and not language and r.unit == 1 and splice.batch == len(hidden) and can_choose(recipe):
+            splice.recipe, splice.hidden = among_shown(recipe, still_hidden), hidden
+            still_hidden = left_of(still_hidden, r.n, r.k)
+        out.append(splice)
     return out
 
 
@@ -323,6 +332,7 @@ def solve_flops(
     analysis: Analysis,
     settings: Settings,
     earlier: Sequence[Reduction],
+    hidden: Hidden,
     slots: list[Slot],
     counts: Callable[[int], list[int]],
     ratio: float,
@@ -338,7 +348,7 @@ def solve_flops(
     probe = reductions(steps, slots, stand_in, {})
     recipes = {**settings.recipes, stand_in.name: stand_in}
     probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
-    probed = rewrite(analysis, replace(settings, recipes=recipes), probing)
+    probed = rewrite(analysis, replace(settings, recipes=recipes), probing, hidden)
     cost = terms(analysis.graph.graph, probed.labels, probed.recovered)
 
     def share(final: int) -> float:

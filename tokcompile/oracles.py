@@ -21,12 +21,13 @@ from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, unders
 from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
 from tokcompile.passes.places import Layout, make_slot, no_blocks, one_block, visual_blocks
 from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
-from tokcompile.passes.tokens import is_labelled
+from tokcompile.passes.tokens import Space, is_labelled
 from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens
 
@@ -262,7 +263,7 @@ def compare(
     def attempt(layout: Layout) -> None:
         laid = analysis.laid_out(layout)
         slot = make_slot(one_block(laid.structure.blocks, block.index), "attention", spans, layout)
-        oracle(result, laid, slot, outputs, seed)
+        oracle(result, laid, slot, layout.hidden, outputs, seed)
 
     with_layout(attempt)
     result.ok = result.error is None or result.error <= tolerance
@@ -284,15 +285,15 @@ def reduced_to(slot: Any, share: float) -> list[Reduction]:
     ]
 
 
-def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions: list[Reduction]) -> Rewritten:
+def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions: list[Reduction], hidden: Hidden) -> Rewritten:
     """Recovery at the end if that is enough; else anywhere, and the row says so."""
     try:
-        return rewrite(analysis, settings, reductions)
+        return rewrite(analysis, settings, reductions, hidden)
     except NeedsLayout:
         raise
     except TokcompileError as error:
         settings.recover = "anywhere"
-        out = rewrite(analysis, settings, reductions)
+        out = rewrite(analysis, settings, reductions, hidden)
         inside = sum(r.inside for r in out.recoveries)
         places = f"{inside} place{'s' * (inside != 1)} inside the blocks"
         reason = str(error).splitlines()[0].split(" (")[0].removeprefix("an op over reduced tokens cannot be rewritten: ")
@@ -300,29 +301,29 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         return out
 
 
-def permutation(result: Result, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
+def permutation(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, outputs: list[Any], seed: int) -> None:
     settings = Settings(shuffled(seed), {})
-    out = rewritten(result, analysis, settings, reduced_to(slot, 1.0))
+    out = rewritten(result, analysis, settings, reduced_to(slot, 1.0), hidden)
     result.error = worst(run(out.gm, analysis.traced.inputs), outputs)
 
 
-def masked_keys(result: Result, analysis: Analysis, slot: Any, outputs: list[Any], seed: int) -> None:
+def masked_keys(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, outputs: list[Any], seed: int) -> None:
     settings = Settings(subset(seed), {}, outputs="reduced")
     chosen = reduced_to(slot, 0.5)
-    out = rewritten(result, analysis, settings, chosen)
-    pairs = kept_pairs(analysis, out, seed)
+    out = rewritten(result, analysis, settings, chosen, hidden)
+    pairs = kept_pairs(analysis, out)
     if not pairs:
         with extra_outputs(analysis.graph, before_recovery(out)):
-            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen), seed)
+            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, hidden))
         where = "compared where tokens are given back" if pairs else "no output can be compared"
         result.note = f"{result.note}; {where}" if result.note else where
     result.error = worst([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
 
 
-def kept_pairs(analysis: Analysis, out: Rewritten, seed: int) -> list[tuple[Tensor, Tensor]]:
+def kept_pairs(analysis: Analysis, out: Rewritten) -> list[tuple[Tensor, Tensor]]:
     """(reduced, masked original at the kept rows) of every output before which no token was given back."""
     reduced = run(out.gm, analysis.traced.inputs)
-    kept = {space: subset_index(space.n, space.k, shape(space.index)[0], seed, sort=True) for space in out.spaces}
+    kept = {space: kept_by(out.gm, space) for space in out.spaces}
     masked = MaskedRun(analysis.graph, out, kept)
     with torch.no_grad():
         masked.run(*analysis.traced.inputs)
@@ -331,6 +332,13 @@ def kept_pairs(analysis: Analysis, out: Rewritten, seed: int) -> list[tuple[Tens
         for got, want, label, clean in zip(reduced, masked.outputs, out.output_labels, masked.clean)
         if clean and isinstance(got, Tensor) and got.is_floating_point()
     ]
+
+
+def kept_by(gm: GraphModule, space: Space) -> Tensor:
+    """(B, k) what a constant recipe kept there."""
+    assert space.index is not None
+    module = gm.get_submodule(space.index.args[0].target)
+    return module.recipe.plan(Tokens(torch.zeros(shape(space.index)[0], space.n, 1)), module.site).index
 
 
 def before_recovery(out: Rewritten) -> list[Node]:

@@ -91,11 +91,15 @@ class Keep:
 
 @dataclass(frozen=True)
 class Merge:
-    """Hard merging: `sources`: (B, n - k) join the kept tokens at `slots`: (B, n - k), positions within `index`: (B, k)."""
+    """Hard merging: `sources`: (B, n - k) join the kept tokens at `slots`: (B, n - k), positions within `index`: (B, k).
+
+    joins: (B, n - k) float32, 1 where a source joins and 0 where it is dropped; None where all of them join.
+    """
 
     index: Tensor
     sources: Tensor
     slots: Tensor
+    joins: Tensor | None = None
 
 
 @dataclass(frozen=True)

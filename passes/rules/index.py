@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.fx import Node
 
+from tokcompile.passes.crop import joint_hidden
 from tokcompile.passes.graph import get_attr, shape
 from tokcompile.passes.groups import tokens_of_groups
-from tokcompile.passes.order import permuted
+from tokcompile.passes.order import CutOff, permuted
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
 from tokcompile.passes.rules.join import grouped
 from tokcompile.passes.tokens import make_seq
@@ -39,14 +40,19 @@ def in_order(call: Call, dim: int, index: Node) -> Any:
     label = call.label("self")
     order = get_attr(call.rewriter.old, index.target) if index.op == "get_attr" else None
     label = (*label[:dim], one_by_one(call, label[dim]), *label[dim + 1 :])
-    if order is None or order.is_meta or order.shape != (old(label[dim]),) or tokens_of(label[dim]) is None:
+    if order is None or order.is_meta or order.dim() != 1 or tokens_of(label[dim]) is None:
         raise NeedsFull("it picks tokens by position")
     if any(len(axis) > 1 for axis in label):
         raise NeedsFull("it picks tokens by position, and other axes are folded into each other")
     atoms = [axis[0] if axis else 1 for axis in label]
-    found = permuted(call.gather, call["self"], atoms, dim, order.long().cpu(), call.node)
+    order = order.long().cpu() % max(old(label[dim]), 1)
+    try:
+        found = permuted(call.gather, call["self"], atoms, dim, order, call.node)
+    except CutOff as cut:
+        call.rewriter.hidden = joint_hidden(call.rewriter.hidden, cut.hidden)
+        raise NeedsFull("it picks some tokens by position") from cut
     if found is None:
-        raise NeedsFull("it picks some tokens by position")
+        raise NeedsFull("it picks some tokens more than once, by position")
     value, seq = found
     return call.typed(value, (*label[:dim], (seq,), *label[dim + 1 :]))
 

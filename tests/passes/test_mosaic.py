@@ -35,16 +35,20 @@ class Tiles(nn.Module):
         return self.head(torch.cat([base, tiles]))
 
 
-@pytest.mark.parametrize(("rows", "columns", "more"), [(1, 1, {}), (2, 2, {}), (1, 3, {}), (2, 1, {"twice": True})])
+@pytest.mark.parametrize(("rows", "columns", "more"), [
+    (1, 1, {}), (2, 2, {}), (1, 3, {}), (2, 1, {"twice": True}), (2, 1, {"cut": 1}), (2, 2, {"cut": 2}), (1, 2, {"cut": 1}),
+])  # fmt: skip
 def test_the_map_is_shorter(rows, columns, more):
-    """Each kept token of a tile, and every newline token, in the order of the map."""
+    """Each kept token of a tile, and every newline token, in the order of the map; of what is cut off, nothing."""
     model, x = Tiles(rows, columns, **more).eval(), torch.randn(1 + rows * columns, 16, 16)
     whole = run(model, x)
     optimized = tokcompile.optimize(model, (x,), method="random", where=[1], budget=tokcompile.Tokens(5), outputs="reduced")
     out, kept = run(optimized, x)
-    newlines = whole.shape[0] - 16 * (1 + rows * columns)
-    assert out.shape == (5 * (1 + rows * columns) + newlines, 8)
+    each = 16 - 4 * more.get("cut", 0) * (2 if rows == 1 else 1)  # of a tile's tokens are on the map
+    newlines = whole.shape[0] - 16 - each * rows * columns
+    assert out.shape == (5 + min(5, each) * rows * columns + newlines, 8)
     assert not optimized.report.recoveries
+    assert optimized.report.cut_off == (16 - each) * rows * columns
     # both layers are behind what is kept: the model itself on the tokens of each view that the indices name
     starts = [0, *accumulate(optimized.kept_of.values())]
     where = torch.cat([kept[name][0] + start for name, start in zip(optimized.kept_of, starts)])
@@ -65,12 +69,21 @@ def test_written_as_an_order_it_is_the_same():
     assert error(run(graph, x)[0], run(model, x)) == 0
 
 
-def test_a_map_that_is_cut_is_left_as_it_is():
+def test_all_that_a_tile_shows_is_left_where_it_is_less_than_the_budget():
+    model, x = Tiles(2, 2, cut=3, twice=True).eval(), torch.randn(5, 16, 16)
+    whole = run(model, x)
+    optimized = tokcompile.optimize(model, (x,), method="random", where=[1], budget=tokcompile.Tokens(5), outputs="reduced")
+    assert error(run(optimized, x)[0][5:], whole[16:]) < 1e-6
+    assert tokcompile.check(model, (x,)).ok
+
+
+def test_a_map_that_is_cut_is_an_order_of_some():
     model, x = Tiles(2, 1, cut=1).eval(), torch.randn(3, 16, 16)
     flat = trace(model, (x,), {})
-    assert not [n for n in canonicalise(flat.gm, flat.inputs).graph.nodes if packet(n) == "aten.index_select"]
-    with pytest.raises(tokcompile.UnsupportedGraph, match="it takes some of the samples"):
-        tokcompile.optimize(model, (x,), method="random", where=[0], budget=0.5, outputs="reduced", recover="never")
+    graph = canonicalise(flat.gm, flat.inputs)
+    (order,) = [n for n in graph.graph.nodes if packet(n) == "aten.index_select"]
+    assert order.meta["val"].shape == (16 + 2 * 12 + 6, 16)
+    assert error(run(graph, x)[0], run(model, x)) == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -41,8 +41,25 @@ def test_what_is_kept_is_named_in_the_new_order():
     assert index == sorted(WHOLE.tolist().index(i) for i in kept)
 
 
-@pytest.mark.parametrize("order", [torch.tensor([0, 1, 2, 3] * 3), torch.arange(6)], ids=["repeats", "some"])
-def test_other_choices_are_refused(order):
-    model, args = tiny(Order(order))
-    with pytest.raises(tokcompile.UnsupportedGraph, match="by position"):
+def test_repeated_tokens_are_refused():
+    model, args = tiny(Order(torch.tensor([0, 1, 2, 3] * 3)))
+    with pytest.raises(tokcompile.UnsupportedGraph, match="more than once, by position"):
         tokcompile.optimize(model, args, method="random", where=[0])
+
+
+@pytest.mark.parametrize("select", [False, True], ids=["index", "index_select"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("order", [torch.arange(6), torch.tensor([7, 2, -1, 4, 0])], ids=["first", "some"])
+def test_what_is_not_in_the_order_is_dropped_first(order, batch, select):
+    """And where more are kept than it holds, they are behind what is left."""
+    model, _ = tiny(Order(order, select and bool((order >= 0).all())))
+    args = (torch.randn(batch, LENGTH, WIDTH),)
+    check = tokcompile.check(model, args, blocks=[0])
+    assert check.ok, str(check)
+    assert not any(r.note for r in check.results), str(check)
+    for k in (3, LENGTH - 2):
+        fast = tokcompile.optimize(model, args, method="random", budget=Tokens(k), where=[0], outputs="reduced")
+        index = next(iter(fast(*args).kept.values()))
+        assert index.shape == (batch, min(k, len(order)))
+        assert index.max() < len(order)
+        assert fast.report.cut_off == batch * (LENGTH - len(order))

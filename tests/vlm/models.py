@@ -51,8 +51,8 @@ def qwen_two(name):
     return make
 
 
-def llava_next(batch):
-    """A base view and one tile with a newline token a row: 49 + 7 x 8."""
+def llava_next(batch, tiles=1, size=(56, 56), count=49 + 7 * 8):
+    """A base view and tiles of 7 x 7 side by side, with a newline token a row."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     small = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
@@ -67,12 +67,18 @@ def llava_next(batch):
     )
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**small, image_size=56, patch_size=8), text_config=text, image_token_index=60,
-        image_grid_pinpoints=[[56, 56]],
+        image_grid_pinpoints=[[56, 56], [56, 112]],
     )  # fmt: skip
     with seeded():
         model = shake(LlavaNextForConditionalGeneration(config).eval())
-    sizes = torch.tensor([[56, 56]] * batch)
-    return model, ids_with(batch, (105,)) | dict(pixel_values=noise(batch, 2, 3, 56, 56), image_sizes=sizes)
+    sizes = torch.tensor([size] * batch)
+    return model, ids_with(batch, (count,)) | dict(pixel_values=noise(batch, 1 + tiles, 3, 56, 56), image_sizes=sizes)
+
+
+def onevision_cut(batch):
+    """A base view and one tile whose upper and lower row are padding."""
+    model, inputs = vlm("llava_onevision", batch)
+    return model, inputs | ids_with(batch, (49 + 5 * 8,)) | dict(image_sizes=torch.tensor([[40, 56]] * batch))
 
 
 def left(name, pads=3):
@@ -98,5 +104,7 @@ OTHERS = {
     "qwen2_5_vl_two": qwen_two("qwen2_5_vl"),
     "qwen3_vl_two": qwen_two("qwen3_vl"),
     "llava_next": llava_next,
+    "llava_next_cut": functools.partial(llava_next, tiles=2, size=(40, 112), count=49 + 5 * 15),
+    "llava_onevision_cut": onevision_cut,
     **{f"{name}_left": left(name) for name in ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3")},
 }

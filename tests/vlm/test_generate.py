@@ -1,5 +1,6 @@
 """Generation after reduced parts against the model's own layers run by hand over lists that grow, token by token."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import tokcompile
 from tests.conftest import error, run
+from tests.models.family import noise
 from tests.reference.dart import dart
 from tests.vlm.by_hand import by_hand
 from tests.vlm.models import FAMILIES, ids_with, vlm
@@ -31,7 +33,9 @@ REARRANGED = [
     "mistral3",
     "llava_next",
     "llava_onevision",
-]  # after the tower: windows, shuffles, pools, patch merging, tiles laid out as one map
+    "llava_next_cut",
+    "llava_onevision_cut",
+]  # after the tower: windows, shuffles, pools, patch merging, tiles laid out as one map, of which padding is cut off
 
 
 def positions_of(inputs, name, row):
@@ -110,12 +114,13 @@ def test_reduced_in_the_vision_part(name, language, generator):
     """What is left keeps its positions: the prompt is shorter, and the next position is that of the whole one."""
     language = tuple((k, Tokens(4) if k == "budget" else v) for k, v in language)
     made, hand, _ = compare(name, generator, language, SHORTER)
+    assert f"; {made.parts.prompt.length} tokens are left after divprune" in repr(made.parts)
     left = made.parts.prompt.spans[0][1] - BEFORE
     assert left < hand.positions.shape[1] - BEFORE - TEXT
     assert made.text.wiring.length == BEFORE + left + made.parts.prompt.room[-1]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "internvl", "llava_next"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "internvl", "llava_next", "llava_next_cut"])
 def test_each_sample_keeps_its_own(name, generator):
     few = tuple((k, Tokens(4) if k == "budget" else v) for k, v in LAYER)
     made, _, _ = compare(name, generator, few, SHORTER, batch=2)
@@ -270,10 +275,16 @@ def test_positions_without_gaps():
         parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **dict(SHORTER)), renumber=True)
 
 
-def test_tiles_of_which_padding_is_cut_off_are_given_back():
-    """The tower drops tokens inside; its prompt stays as long, since how many of those left are padding is not known."""
-    model, inputs = vlm("llava_next")
-    inputs = inputs | ids_with(1, (49 + 3 * 8,)) | dict(image_sizes=torch.tensor([[28, 56]]))
+def test_tiles_that_are_shrunk_are_given_back():
+    """The tower drops tokens inside; its prompt stays as long, since neighbours on the map are mixed."""
+    model, inputs = vlm("llava_onevision")
+    model = copy.deepcopy(model)
+    model.config.vision_aspect_ratio = "anyres_max_1"  # as many tokens as one tile, for two
+    model.config.image_grid_pinpoints = [[56, 112]]
+    images = dict(pixel_values=noise(1, 3, 3, 56, 56), image_sizes=torch.tensor([[56, 112]]))
+    features = run(model.get_image_features, **images, vision_aspect_ratio="anyres_max_1").pooler_output
+    inputs = inputs | images | ids_with(1, (sum(map(len, features)),))
+    assert sum(map(len, features)) < 3 * 49
     parts = split(model, inputs)
     options = dict(method="divprune", where=[2], budget=0.5)
     with pytest.raises(InputError, match="outputs='keep', which gives dropped tokens back"):

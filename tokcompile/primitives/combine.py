@@ -80,6 +80,7 @@ def merge_rows(plan: Merge, x: Tensor, size: Tensor, start: int) -> tuple[Tensor
     sources = flat_index(plan.sources + start if start else plan.sources, length)
     slots = flat_index(plan.slots + start if start else plan.slots, left)
     kept, joining, weight = rows.index_select(0, index), rows.index_select(0, sources), sizes.index_select(0, sources)
+    weight = weight if plan.joins is None else weight * plan.joins.reshape(-1)
     total = sizes.index_select(0, index).index_add(0, slots, weight)
     work = torch.promote_types(x.dtype, torch.float32)  # float64 models keep their precision
     share = weight.to(work) / total.index_select(0, slots).to(work)
@@ -94,6 +95,7 @@ def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """The mean as a matmul with a one-hot matrix, for runtimes that cannot add while scattering."""
     kept, new_size = gather_rows(x, plan.index), gather_rows(size, plan.index)
     source, weight = gather_rows(x, plan.sources), gather_rows(size, plan.sources)
+    weight = weight if plan.joins is None else weight * plan.joins
     to = torch.arange(plan.index.shape[1], device=x.device)[:, None]
     onehot = (plan.slots[:, None, :] == to).to(x.dtype)  # (B, k, r)
     total = new_size + (onehot.float() @ weight[..., None])[..., 0]

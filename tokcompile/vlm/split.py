@@ -29,7 +29,7 @@ class Part(NamedTuple):
     kwargs: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Parts:
     """A vision-language model in parts.
 
@@ -48,6 +48,15 @@ class Parts:
     seen: Observed
     view: Visibility
     all_logits: bool
+
+    def __repr__(self) -> str:
+        pixels, length = tuple(self.vision.args[0].shape), self.prompt.full_length
+        image = sum(stop - start for start, stop in self.prompt.full)
+        left = f"; {self.prompt.length} tokens are left after {self.optimized.plan.method}" if self.optimized else ""
+        return (
+            f"{type(self.model).__name__} in parts: vision, pixel values {pixels} to features; language, a prompt of {length} "
+            f"tokens, {image} of the image{'s' * (len(self.prompt.full) > 1)}{left}"
+        )
 
     @property
     def spans(self) -> list[Span]:
