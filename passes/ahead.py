@@ -12,7 +12,8 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from tokcompile.passes.rewrite import Rewriter, Splice
+    from tokcompile.passes.rewrite import Rewriter
+    from tokcompile.passes.splice import Splice
 
 
 @contextmanager

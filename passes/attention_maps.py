@@ -13,10 +13,11 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, side_by_side, standard, token_length
+from tokcompile.passes.splice import Splice, body, text_ranges
 from tokcompile.passes.tokens import make_seq
 
 if TYPE_CHECKING:
-    from tokcompile.passes.rewrite import Rewriter, Splice
+    from tokcompile.passes.rewrite import Rewriter
 
 Which = int | tuple[tuple[int, int], ...] | None  # queries: one of them, those of these (start, stop), or all
 
@@ -124,8 +125,8 @@ def last_attention(rw: Rewriter, s: Splice) -> Node:
 
 def text_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, T, L): how the T text tokens after the reducible ones attend; without text one row, the mean over all queries."""
-    start = make_seq(rw.body(s, rw.before[s.at][1])[1]).new
-    after = tuple(span for span in rw.text_ranges(s) if span[0] >= start)
+    start = make_seq(body(s, rw.before[s.at][1])[1]).new
+    after = tuple(span for span in text_ranges(rw, s) if span[0] >= start)
     if not after:
         return rw.builder.emit(aten.unsqueeze.default, received_attention(rw, s), 2)
     return one_attention(rw, s, [rows(rw, s, a, after) for a in attentions_of(s)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ def among_shown(recipe: Recipe, hidden: Hidden) -> Recipe:
         index = all_of([g.index(c) for g, c in zip(groups, chosen)])
         if all(isinstance(c, Keep) and c.extra is None for c in chosen):
             return Keep(index, ordered=False)
-        if all(isinstance(c, Merge) or (isinstance(c, Keep) and c.extra is None) for c in chosen):
-            joining = zip(*(g.joining(c) for g, c in zip(groups, chosen)))
+        hard = [c for c in chosen if isinstance(c, Merge) or (isinstance(c, Keep) and c.extra is None)]
+        if len(hard) == len(chosen):
+            joining = zip(*(g.joining(c) for g, c in zip(groups, hard)))
             return Merge(index, *map(all_of, joining))
         return Mix(index, all_of([g.weights(c) for g, c in zip(groups, chosen)]))
 
@@ -146,7 +148,7 @@ def numbers(values: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     return constant(values, like).to(torch.int64)
 
 
-def tensors(tokens: Tokens | None) -> dict[str, Tensor]:
+def tensors(tokens: Tokens | None) -> dict[str, Any]:
     """The taps that there are."""
     given = {f.name: getattr(tokens, f.name) for f in fields(Tokens)} if tokens else {}
     return {name: value for name, value in given.items() if isinstance(value, Tensor)}

@@ -14,7 +14,8 @@ from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
 
 if TYPE_CHECKING:
-    from tokcompile.passes.rewrite import Rewriter, Splice
+    from tokcompile.passes.rewrite import Rewriter
+    from tokcompile.passes.splice import Splice
 
 PROJECTIONS = {
     "aten.linear",

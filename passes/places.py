@@ -10,29 +10,15 @@ from typing import Any
 
 from tokcompile.budget import Schedule
 from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
-from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import shape
+from tokcompile.passes.layout import Layout
 from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Seq
 from tokcompile.recipe import Recipe
 
 NOT_SAID = "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)"
 NAME_THEM = "name them: spans=[(start, stop)]"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
-    into segments that are never mixed (images or windows in one sequence), each with its own quota. regrouped: the tokens were
-    put into the order of their groups, which may begin after a class token. sample: the length of each of several samples
-    that the sequence is parted into later, as a batch; 0 for none. hidden: the tokens of each sample that are cut off later."""
-
-    unit: int = 1
-    cuts: tuple[int, ...] = ()
-    regrouped: bool = False
-    sample: int = 0
-    hidden: Hidden = ()
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from tokcompile.passes.placeholders import program_of, value_of
 from tokcompile.passes.tokens import Label, Seq, Space, plain, tokens_of
 
 if TYPE_CHECKING:
-    from tokcompile.passes.rewrite import Rewriter, Splice
+    from tokcompile.passes.rewrite import Rewriter
     from tokcompile.passes.rules.core import Call
+    from tokcompile.passes.splice import Splice
 
 STEADY = 0.05  # of a table's largest entry: bfloat16 entries are off by a tenth of it, another order of positions by more
 

@@ -10,7 +10,8 @@ from typing import Any
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget
 from tokcompile.errors import BudgetError, PlanError
 from tokcompile.passes.find import Structure
-from tokcompile.passes.places import Layout, Slot, after_others, alike, choose_slots, one_block
+from tokcompile.passes.layout import Layout
+from tokcompile.passes.places import Slot, after_others, alike, choose_slots, one_block
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
 from tokcompile.recipe import Recipe
 

@@ -12,10 +12,11 @@ from tokcompile.passes import attention_maps
 from tokcompile.passes.attention_maps import some_rows
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import heads
+from tokcompile.passes.splice import Splice, body, standard, text_ranges
 from tokcompile.passes.tokens import is_labelled
 
 if TYPE_CHECKING:
-    from tokcompile.passes.rewrite import Rewriter, Splice
+    from tokcompile.passes.rewrite import Rewriter
 
 
 def read_taps(rw: Rewriter, s: Splice) -> list[Node]:
@@ -27,20 +28,20 @@ def taps_of(rw: Rewriter, s: Splice) -> tuple[str, ...]:
     """The taps that this splice can have: none before any attention, nothing of the text where there is none."""
     if s.recipe.opening and s.tap_block is None:
         return ()
-    text = bool(rw.text_ranges(s))
+    text = bool(text_ranges(rw, s))
     return tuple(name for name in s.recipe.taps_read() if text or name not in ("embeds", "text_embeds"))
 
 
 def embeds(rw: Rewriter, s: Splice) -> Node:
     """(B, n0, D): the reducible tokens as they came into the first block, all of the original ones."""
     x, start = first_input(rw, s), s.prefix
-    parent = rw.body(s, rw.before[s.at][1])[0]
+    parent = body(s, rw.before[s.at][1])[0]
     return rw.builder.emit(aten.slice.Tensor, x, 1, start, start + (parent.root_n if parent else s.site.n))
 
 
 def text_embeds(rw: Rewriter, s: Splice) -> Node:
     """(B, T, D): all text tokens as they came into the first block, in their order."""
-    return some_rows(rw, first_input(rw, s), 1, rw.text_ranges(s, original=True))
+    return some_rows(rw, first_input(rw, s), 1, text_ranges(rw, s, original=True))
 
 
 def first_input(rw: Rewriter, s: Splice) -> Node:
@@ -51,7 +52,7 @@ def first_input(rw: Rewriter, s: Splice) -> Node:
         raise UnsupportedGraph(
             f"method {s.recipe.name!r} reads the input of block {first.index}, which is reduced already", s.at
         )
-    return rw.standard(value, first)
+    return standard(rw, value, first)
 
 
 # what a norm over the last axis is written with, where it is not one op
@@ -61,7 +62,7 @@ NORM = {"aten.layer_norm", "aten.rms_norm", "aten.to", "aten._to_copy", "aten.po
 
 def normed(rw: Rewriter, s: Splice) -> Node:
     """(B, L, D): the residual stream after the model's final norm; as it is where no such norm is found."""
-    x = rw.standard(rw.before[s.at][0], s.block)
+    x = standard(rw, rw.before[s.at][0], s.block)
     last = [b for b in rw.structure.blocks if b.stage is s.block.stage][-1]
     end = last.end or last.mid
     new: dict[Node, Node] = {end: x}

@@ -15,24 +15,24 @@ from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, PlanError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
-from tokcompile.passes.crop import Hidden, among_shown, can_choose, joint_hidden, left_of
+from tokcompile.passes.crop import Hidden, among_shown, can_choose, left_of
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes
+from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.placeholders import Fixed
-from tokcompile.passes.places import Layout, Slot, before, choose_slots
+from tokcompile.passes.places import Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
-from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
+from tokcompile.passes.rewrite import Rewriter, Rewritten
 from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reductions
+from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
 from tokcompile.steps import same_number
 
-LARGEST_UNIT = 16  # a view that splits tokens into larger groups is a grid or a window, not a merger
 MILD = 0.75  # a budget that every method can meet in any number of steps
-MOST_SEGMENTS = 256  # images or windows in one sequence, each reduced by itself
 
 
 @dataclass
@@ -131,6 +131,51 @@ def timed(seconds: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
     return result
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned: a budget over chosen blocks, or a whole plan. earlier: reductions that are there already and
+    stay."""
+
+    settings: Settings
+    budget: Any
+    where: Sequence[int | str] | None
+    plan: Plan | None = None
+    earlier: Compiled | None = None
+
+    @property
+    def before(self) -> tuple[Reduction, ...]:
+        return named(self.earlier.plan) if self.earlier else ()
+
+    def planned(self, analysis: Analysis, layout: Layout, budget: Any) -> tuple[Reduction, ...]:
+        """The reductions of a budget, behind those that are there. Raises: BudgetError, PlanError, UnsupportedGraph."""
+        settings = self.settings
+        chosen = timed(
+            analysis.seconds,
+            "plan",
+            lambda: make_plan(
+                analysis.structure,
+                settings.recipe,
+                budget,
+                where=self.where,
+                spans=settings.spans,
+                options=settings.options,
+                layout=layout,
+                solve_flops=lambda *a: solve_flops(analysis, settings, self.before, layout.hidden, *a),
+                labels=self.earlier.rewritten.labels if self.earlier and self.earlier.rewritten else None,
+            ),
+        )
+        return joined(self.before, settings, chosen)
+
+    def carried_out(self, chosen: tuple[Reduction, ...]) -> Plan:
+        """The plan to hand out."""
+        settings = self.settings
+        budget = self.plan.budget if self.plan is not None else to_data(as_budget(self.budget))
+        made = Plan(settings.recipe.name, chosen, dict(settings.options), budget, settings.outputs, settings.recover)
+        if self.before and self.earlier:
+            made = made.replace(method=self.earlier.plan.method, options=self.earlier.plan.options)
+        return made
+
+
 def compile_plan(
     analysis: Analysis,
     settings: Settings,
@@ -139,63 +184,44 @@ def compile_plan(
     plan: Plan | None,
     earlier: Compiled | None = None,
 ) -> Compiled:
-    """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: reductions that are there already and stay."""
-    before = named(earlier.plan) if earlier else ()
-    given = analysis
+    """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: see `Request`."""
+    request = Request(settings, budget, where, plan, earlier)
+    return with_layout(lambda layout: compile_in(layout, analysis, request))
 
-    def in_groups(error: BudgetError, analysis: Analysis, layout: Layout) -> Exception:
-        """A budget that single tokens cannot meet may be one for the groups that are made of them."""
-        stage = choose_slots(given.structure, settings.recipe, as_budget(budget), where, settings.spans, Layout())[0].stage
-        for grouping in given.groupings:
-            inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
-            if layout == Layout() and grouping.stage is stage and (inside or settings.outputs == "reduced"):
-                return NeedsLayout(Layout(grouping.unit, (), True), error)
-        try:  # a budget that single tokens can meet shows whether there are groups
-            rewrite(analysis, settings, planned(analysis, MILD, layout), layout.hidden)
-        except NeedsLayout as needed:
-            return NeedsLayout(needed.layout, error)
-        except TokcompileError:
-            pass
-        return error
 
-    def planned(analysis: Analysis, budget: Any, layout: Layout) -> tuple[Reduction, ...]:
-        chosen = timed(
-            analysis.seconds,
-            "plan",
-            lambda: make_plan(
-                analysis.structure,
-                settings.recipe,
-                budget,
-                where=where,
-                spans=settings.spans,
-                options=settings.options,
-                layout=layout,
-                solve_flops=lambda *a: solve_flops(analysis, settings, before, layout.hidden, *a),
-                labels=earlier.rewritten.labels if earlier and earlier.rewritten else None,
-            ),
-        )
-        return joined(before, settings, chosen)
+def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
+    """One try. Raises: NeedsLayout for another one, and what its passes raise."""
+    analysis, settings = given.laid_out(layout), request.settings
+    if request.plan is not None:
+        chosen = fit_plan(request.plan, analysis.structure)
+    else:
+        try:
+            chosen = request.planned(analysis, layout, request.budget)
+        except BudgetError as error:
+            raise in_groups(error, layout, given, request) from None
+    made = request.carried_out(chosen)
+    if not chosen:
+        return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
+    rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout.hidden))
+    cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
+    return Compiled(made, rewritten, cost, analysis)
 
-    def attempt(layout: Layout) -> Compiled:
-        analysis = given.laid_out(layout)
-        if plan is not None:
-            chosen = fit_plan(plan, analysis.structure)
-        else:
-            try:
-                chosen = planned(analysis, budget, layout)
-            except BudgetError as error:
-                raise in_groups(error, analysis, layout) from None
-        data = plan.budget if plan is not None else to_data(as_budget(budget))
-        made = Plan(settings.recipe.name, chosen, dict(settings.options), data, settings.outputs, settings.recover)
-        if before and earlier:
-            made = made.replace(method=earlier.plan.method, options=earlier.plan.options)
-        if not chosen:
-            return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
-        rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout.hidden))
-        cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
-        return Compiled(made, rewritten, cost, analysis)
 
-    return with_layout(attempt)
+def in_groups(error: BudgetError, layout: Layout, given: Analysis, request: Request) -> Exception:
+    """A budget that single tokens cannot meet may be one for the groups that are made of them."""
+    settings, analysis = request.settings, given.laid_out(layout)
+    slots = choose_slots(given.structure, settings.recipe, as_budget(request.budget), request.where, settings.spans, Layout())
+    for grouping in given.groupings:
+        inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
+        if layout == Layout() and grouping.stage is slots[0].stage and (inside or settings.outputs == "reduced"):
+            return NeedsLayout(Layout(grouping.unit, (), True), error)
+    try:  # a budget that single tokens can meet shows whether there are groups
+        rewrite(analysis, settings, request.planned(analysis, layout, MILD), layout.hidden)
+    except NeedsLayout as needed:
+        return NeedsLayout(needed.layout, error)
+    except TokcompileError:
+        pass
+    return error
 
 
 def named(plan: Plan) -> tuple[Reduction, ...]:
@@ -217,38 +243,6 @@ def joined(before: tuple[Reduction, ...], settings: Settings, chosen: tuple[Redu
     return (*before, *(replace(r, method=recipe.name, options=dict(settings.options)) for r in chosen))
 
 
-class NeedsLayout(Exception):
-    """The rewrite showed that tokens must be kept in groups or in segments; `error` is what stands if that does not help."""
-
-    def __init__(self, layout: Layout, error: Exception):
-        super().__init__(layout)
-        self.layout, self.error = layout, error
-
-
-def with_layout(attempt: Callable[[Layout], Any]) -> Any:
-    """Runs an attempt, again with the groups or segments that it turned out to need, as long as that is news."""
-    tried, layout = [Layout()], Layout()
-    while True:
-        try:
-            return attempt(layout)
-        except NeedsLayout as needed:
-            layout = joint(layout, needed.layout)
-            if layout in tried:
-                raise needed.error from None
-            tried.append(layout)
-
-
-def joint(layout: Layout, needed: Layout) -> Layout:
-    """A layout that does both; cuts found before tokens were regrouped are of no use after it."""
-    if needed.regrouped and not layout.regrouped:
-        return needed
-    cuts, sample = {*layout.cuts, *needed.cuts}, needed.sample or layout.sample
-    hidden = joint_hidden(layout.hidden, needed.hidden)
-    if sample:  # every sample is cut like the others
-        cuts = {first + c % sample for c in cuts for first in range(0, max(cuts) + 1, sample)} - {0}
-    return Layout(max(layout.unit, needed.unit), tuple(sorted(cuts)), layout.regrouped, sample, hidden)
-
-
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> Rewritten:
     """One rewrite of the analysed graph. hidden: see `Layout`. Raises: UnsupportedGraph, NeedsLayout."""
     rewriter = Rewriter(
@@ -263,37 +257,14 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
     try:
         result = rewriter.run()
     except UnsupportedGraph as error:
-        layout = layout_hint(analysis, rewriter, chosen)
+        layout = demanded(rewriter, analysis.structure, analysis.groupings, chosen)
         if layout is not None:
             raise NeedsLayout(layout, error) from error
         raise
-    layout = layout_hint(analysis, rewriter, chosen)
+    layout = demanded(rewriter, analysis.structure, analysis.groupings, chosen)
     if layout is not None and (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)):
         raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
-
-
-def layout_hint(analysis: Analysis, rewriter: Rewriter, chosen: Sequence[Reduction]) -> Layout | None:
-    """Tokens that go first, where the model cuts them off later; groups in an order of their own, where the grid is rearranged
-    into them; groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
-    if rewriter.hidden and chosen[0].unit == 1:
-        return Layout(hidden=rewriter.hidden)
-    met = [n for n in rewriter.met if not rewriter.after_last(n)] or rewriter.met
-    if met:
-        stages = [analysis.structure.blocks[r.block].stage for r in chosen]
-        for grouping in analysis.groupings:
-            if met[0] in grouping.inside and any(s is grouping.stage for s in stages):
-                return Layout(grouping.unit, (), True)
-    grids = [s.grid or () for s in rewriter.structure.stages]
-    for split in rewriter.splits:
-        unit = split.unit
-        if unit and 1 < unit <= LARGEST_UNIT and chosen[0].unit == 1 and not any(unit in grid for grid in grids):
-            whole = not any(edge % unit for r in chosen if r.block == chosen[0].block for edge in (r.prefix, r.n, r.suffix))
-            if whole and all(isinstance(p, Space) for p in split.seq.parts):
-                return Layout(unit)
-    if 0 < len(rewriter.cuts) < MOST_SEGMENTS:
-        return Layout(chosen[0].unit, tuple(sorted(rewriter.cuts)), sample=rewriter.sample)
-    return None
 
 
 def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> list[Splice]:

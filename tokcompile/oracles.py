@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from tokcompile.compiler import Analysis, NeedsLayout, Settings, rewrite, understand, with_layout
+from tokcompile.compiler import Analysis, Settings, rewrite, understand
 from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
-from tokcompile.passes.places import Layout, make_slot, no_blocks, one_block, visual_blocks
+from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
+from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blocks
 from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Space, is_labelled

@@ -11,7 +11,8 @@ from torch.fx import GraphModule
 
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Block, Structure
-from tokcompile.passes.rewrite import Rewriter, Rewritten, Splice
+from tokcompile.passes.rewrite import Rewriter, Rewritten
+from tokcompile.passes.splice import Splice
 from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Batch, Label, Seq, Space
 from tokcompile.passes.trace import trace

@@ -15,7 +15,8 @@ from tokcompile import Flops, KeepRate, Plan, Recipe, Reduction, Remove, Schedul
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
-from tokcompile.passes.places import Layout, Slot, choose_slots, visual_blocks
+from tokcompile.passes.layout import Layout
+from tokcompile.passes.places import Slot, choose_slots, visual_blocks
 from tokcompile.passes.schedule import apportion, make_plan, reductions
 from tokcompile.passes.stages import Stage
 from tokcompile.recipe import methods

@@ -15,8 +15,8 @@ from tokcompile import Tokens, UnsupportedGraph
 from tokcompile.compiler import analyse
 from tokcompile.passes.find import find
 from tokcompile.passes.graph import packet, shape
+from tokcompile.passes.layout import Layout
 from tokcompile.passes.memory import ancestors_of
-from tokcompile.passes.places import Layout
 from tokcompile.passes.regroup import form_of, regroup
 from tokcompile.passes.tokens import Seq, Space
 from tokcompile.passes.tokens import regroup as cut_anew
