@@ -16,6 +16,7 @@ from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.tokens import Atom, Seq, Space
 
 Parts = tuple[int | Space, ...]
+LEAST_SHOWN = 0.25  # of the tokens that reductions chose from: what is picked out of fewer is no map without its padding
 
 
 class CutOff(Exception):
@@ -27,7 +28,8 @@ class CutOff(Exception):
 
 
 def permuted(g: Gatherer, x: Node, atoms: list[Atom], at: int, order: Tensor, origin: Node | None) -> tuple[Node, Seq] | None:
-    """x with the tokens of atom `at` in another order, `order`: (m,) old positions; None where some are in it twice.
+    """x with the tokens of atom `at` in another order, `order`: (m,) old positions; None where some are in it twice, or
+    few at all.
 
     Runs of parts that only change places among themselves become one space, its tokens in ascending order.
     Raises: CutOff.
@@ -35,9 +37,10 @@ def permuted(g: Gatherer, x: Node, atoms: list[Atom], at: int, order: Tensor, or
     seq = atoms[at]
     assert isinstance(seq, Seq)
     shown = torch.zeros(seq.old, dtype=torch.bool).index_fill(0, order, True)
-    if int(shown.sum()) < len(order):
+    missing = unforeseen(g, seq, shown)
+    if int(shown.sum()) < len(order) or missing is None:
         return None
-    if missing := unforeseen(g, seq, shown):
+    if missing:
         raise CutOff(missing)
     pieces, parts = [], []
     begin = 0
@@ -57,19 +60,26 @@ def permuted(g: Gatherer, x: Node, atoms: list[Atom], at: int, order: Tensor, or
     return (g.b.emit(aten.cat.default, pieces, at) if len(pieces) > 1 else pieces[0]), Seq(tuple(parts))
 
 
-def unforeseen(g: Gatherer, seq: Seq, shown: Tensor) -> Hidden:
-    """The tokens that are missing of each sample, where a reduction of some did not know; none where all is well."""
+def unforeseen(g: Gatherer, seq: Seq, shown: Tensor) -> Hidden | None:
+    """The tokens that are missing of each sample, where a reduction of some did not know; () where all is well, None where
+    too few are there."""
     found: dict[Space, dict[int, tuple[int, ...]]] = {}
-    start = 0
+    start = chosen = there = 0
     for part in seq.parts:
         size = extent(part)
         gone = ~shown[start : start + size]
         start += size
-        if isinstance(part, Space) and gone.any() and not (part.hidden is not None and bool((part.hidden == gone).all())):
+        if isinstance(part, int):
+            continue
+        chosen, there = chosen + size, there + size - int(gone.sum())
+        known = part.hidden is not None and bool((part.hidden == gone).all())
+        if gone.any() and not gone.all() and not known:
             space, samples = g.sampled(part)
             found.setdefault(space, {}).update(dict.fromkeys(samples, tuple(gone.nonzero().flatten().tolist())))
     if not found:
         return ()
+    if there < LEAST_SHOWN * chosen:
+        return None
     space, rows = next(iter(found.items()))
     assert space.index is not None
     return tuple(rows.get(i, ()) for i in range(shape(space.index)[0]))

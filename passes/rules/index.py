@@ -52,7 +52,7 @@ def in_order(call: Call, dim: int, index: Node) -> Any:
         call.rewriter.hidden = joint_hidden(call.rewriter.hidden, cut.hidden)
         raise NeedsFull("it picks some tokens by position") from cut
     if found is None:
-        raise NeedsFull("it picks some tokens more than once, by position")
+        raise NeedsFull("it picks few tokens, or some of them twice, by position")
     value, seq = found
     return call.typed(value, (*label[:dim], (seq,), *label[dim + 1 :]))
 

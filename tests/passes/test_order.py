@@ -41,9 +41,10 @@ def test_what_is_kept_is_named_in_the_new_order():
     assert index == sorted(WHOLE.tolist().index(i) for i in kept)
 
 
-def test_repeated_tokens_are_refused():
-    model, args = tiny(Order(torch.tensor([0, 1, 2, 3] * 3)))
-    with pytest.raises(tokcompile.UnsupportedGraph, match="more than once, by position"):
+@pytest.mark.parametrize("order", [torch.tensor([0, 1, 2, 3] * 3), torch.tensor([4, 7])], ids=["repeats", "few"])
+def test_tokens_picked_twice_or_one_by_one_are_refused(order):
+    model, args = tiny(Order(order))
+    with pytest.raises(tokcompile.UnsupportedGraph, match="few tokens, or some of them twice, by position"):
         tokcompile.optimize(model, args, method="random", where=[0])
 
 
