@@ -13,14 +13,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.find import Structure
-from tokcompile.passes.graph import aten, bind, is_tensor, packet, shape, user_dependent
+from tokcompile.passes.graph import RESHAPES, aten, bind, is_tensor, packet, shape, user_dependent
 from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.rules.pointwise import BINARY, UNARY
 
 ROWWISE = {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
 TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} | ROWWISE
 PARTS = {"aten.chunk", "aten.split", "aten.split_with_sizes"}  # of the channels
-VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten"}
 
 
 def flatten_grids(gm: GraphModule, structure: Structure) -> bool:
@@ -40,7 +39,7 @@ def flatten_projector(gm: GraphModule, structure: Structure) -> bool:
     dependent = user_dependent(gm.graph)
     inside = ancestors_of({b.mid for b in structure.blocks if not b.stage.text})
     for node in gm.graph.nodes:
-        if node not in dependent or node in inside or packet(node) not in VIEWS | {"aten.permute", "aten.transpose"}:
+        if node not in dependent or node in inside or packet(node) not in RESHAPES | {"aten.permute", "aten.transpose"}:
             continue
         rows = _Flatten(gm, shape(node)[:-1])
         region = rows.region([node]) if len(rows.grid) == 3 else set()
@@ -54,7 +53,7 @@ def flatten_projector(gm: GraphModule, structure: Structure) -> bool:
 
 def merges(node: Node, lead: tuple[int, ...]) -> bool:
     """Whether a node lays a grid out as (B, H*W, C) or (B*H*W, C)."""
-    return packet(node) in VIEWS and shape(node)[:-1] in (lead, (prod(lead),)) and shape(node)[-1] == shape(node.args[0])[-1]
+    return packet(node) in RESHAPES and shape(node)[:-1] in (lead, (prod(lead),)) and shape(node)[-1] == shape(node.args[0])[-1]
 
 
 class _Flatten:

@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 from tokcompile.errors import TokcompileError, UnsupportedGraph
 
 aten = torch.ops.aten
+RESHAPES = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"}  # same values, same order
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

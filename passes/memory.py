@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from tokcompile.passes.graph import bind, packet, user_dependent
+from tokcompile.passes.graph import RESHAPES, bind, packet, user_dependent
 
-VIEWS = {
-    "aten.view", "aten.reshape", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
-    "aten.slice", "aten.select", "aten.flatten", "aten.unflatten", "aten.expand_as", "aten.view_as", "aten.narrow",
-    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.movedim", "aten.swapaxes", "aten.diagonal",
-    "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "aten._unsafe_view", "getitem",
+VIEWS = RESHAPES | {
+    "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice", "aten.select",
+    "aten.expand_as", "aten.view_as", "aten.narrow", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind",
+    "aten.movedim", "aten.swapaxes", "aten.diagonal", "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "getitem",
 }  # fmt: skip
 TRUE_VIEWS = {  # never a copy
     "aten.view", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice",

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from tokcompile.passes.graph import bind, get_attr, is_tensor, packet, shape
+from tokcompile.passes.graph import RESHAPES, bind, get_attr, is_tensor, packet, shape
 from tokcompile.passes.memory import CASTS, ancestors_of
 
-MOVES = {
-    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten.reshape_as",
-    "aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.numpy_T", "aten.mT",
-    "aten.unsqueeze", "aten.squeeze", "aten.contiguous", "aten.clone", "aten.slice", "aten.narrow", "aten.select",
-    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unbind", "aten.cat", "aten.stack",
-    "aten.index_select", "aten.unfold", "aten.im2col", "aten.pixel_shuffle", "aten.pixel_unshuffle",
+MOVES = RESHAPES | {
+    "aten.view_as", "aten.reshape_as", "aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes",
+    "aten.swapdims", "aten.numpy_T", "aten.mT", "aten.unsqueeze", "aten.squeeze", "aten.contiguous", "aten.clone",
+    "aten.slice", "aten.narrow", "aten.select", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split",
+    "aten.unbind", "aten.cat", "aten.stack", "aten.index_select", "aten.unfold", "aten.im2col", "aten.pixel_shuffle",
+    "aten.pixel_unshuffle",
 }  # fmt: skip
 POOLS = {"aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d"}
 

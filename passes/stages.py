@@ -8,13 +8,12 @@ from math import prod
 import torch
 from torch.fx import Node
 
-from tokcompile.passes.graph import bind, packet, shape, to_int
+from tokcompile.passes.graph import RESHAPES, bind, packet, shape, to_int
 from tokcompile.passes.placeholders import SPANS, WRITES
 
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
           "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
 INDEX = {"aten.index", "aten.index_select", "aten.gather"}
-VIEWS = {"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view", "aten.unflatten"}
 PATCHES = {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"}
 
 
@@ -81,7 +80,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
         elif name in LAYOUT:
             axis, node = moved(node, axis), node.all_input_nodes[0]
-        elif name in VIEWS:
+        elif name in RESHAPES:
             source = node.all_input_nodes[0]
             before = view_sources(shape(source), shape(node), axis)
             if before is None:

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 
 from tokcompile.passes.batch import side_by_side
-from tokcompile.passes.graph import aten
+from tokcompile.passes.graph import RESHAPES, aten
 from tokcompile.passes.placeholders import SAMPLES
 from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_tokens, normal, old, plain, rule
 from tokcompile.passes.tokens import SplitsTokens, new, new_shape, regroup
 
 
-@rule(
-    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten.reshape_as",
-    "aten.view_copy", "aten._reshape_alias",
-)  # fmt: skip
+@rule(*RESHAPES, "aten.view_as", "aten.reshape_as", "aten.view_copy", "aten._reshape_alias")
 def view(call: Call) -> Any:
     name = call.tensors()[0]
     if call.node.target is aten.view.dtype:
