@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from tokcompile.errors import PlanError
@@ -92,4 +93,5 @@ class Plan:
             f"{f'{r.method or self.method} ' * several}{r.path}"
             for r in self.reductions
         ]
-        return "\n".join([title, *rows])
+        runs = [(row, len(list(same))) for row, same in groupby(rows)]  # tiles and windows are reduced alike
+        return "\n".join([title, *(f"{row}{f'  ({count} times)' * (count > 1)}" for row, count in runs)])

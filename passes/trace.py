@@ -52,6 +52,7 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_program(os.fspath(model))
+    kwargs = dict(kwargs) if kwargs is not None else None  # a processor gives a mapping that torch.export does not take
     guards: list[str] = []
     names: list[str] | None = None
     if isinstance(model, ExportedProgram):
@@ -209,6 +210,11 @@ def no_fast_path() -> Iterator[None]:
 
 def refusal(error: Exception, recording: Recording) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
+    if "not a known type" in str(error) and "Cache" in str(error):
+        return (
+            "this call returns a key-value cache, which torch.export does not take\n"
+            "  what to do: add use_cache=False to the example inputs; tokcompile.llm and tokcompile.vlm generate with caches"
+        )
     return (
         f"torch.export cannot trace this model: {type(error).__name__}: {' '.join(lines[:3])}\n"
         f"  values read back into Python in an eager run: {len(recording.reads)}\n"

@@ -64,15 +64,41 @@ def idefics3():
     )
 
 
+def idefics3_tiles():
+    """Tiles of 64 x 64 with a word for the place of each, and the whole image after them."""
+    from transformers import Idefics3ImageProcessor, Idefics3Processor
+
+    places = {50 + 2 * i + j: f"<row_{i + 1}_col_{j + 1}>" for i in range(2) for j in range(2)}
+    special = {60: "<image>", 58: "<fake_token_around_image>", 59: "<global-img>", 57: "<end_of_utterance>", **places}
+    options = dict(do_image_splitting=True, size={"longest_edge": 128}, max_image_size={"longest_edge": 64})
+    return Idefics3Processor(
+        Idefics3ImageProcessor(**options), tokenizer(special), image_seq_len=16, chat_template=CHAT.replace("IMAGE", "<image>")
+    )
+
+
+def llava_next():
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    pictures = LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 56], [56, 112]]
+    )
+    return LlavaNextProcessor(
+        pictures, tokenizer({60: "<image>"}), patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=CHAT.replace("IMAGE", "<image> "),
+    )  # fmt: skip
+
+
 @functools.cache
 def folder(name):
     """The path of a folder, which is not to be changed."""
     made = tempfile.TemporaryDirectory()
     FOLDERS.append(made)
-    vlm(name)[0].save_pretrained(made.name)
+    vlm(name.removesuffix("_tiles"))[0].save_pretrained(made.name)
     PROCESSORS[name]().save_pretrained(made.name)
     return made.name
 
 
-PROCESSORS = {"llava": llava, "qwen2_vl": qwen2_vl, "idefics3": idefics3}
+PROCESSORS = {
+    "llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl, "idefics3": idefics3, "idefics3_tiles": idefics3_tiles,
+}  # fmt: skip
 FOLDERS = []

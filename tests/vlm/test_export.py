@@ -120,7 +120,7 @@ def test_ids_and_ready_pixels(written, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a"], "pass --image FILE or --pixels FILE.npy"),
+        (["--prompt", "a"], "pass --image FILE or --pixels FILE.npz"),
         (["--prompt", "a", "--image", "missing.png"], "cannot read the image 'missing.png'"),
         (["--prompt", "a", "--image", "PICTURE", "--image", "PICTURE"], "was exported for 1 image(s), and 2 are given"),
         (

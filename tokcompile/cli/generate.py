@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokcompile.cli.show import Result
@@ -14,6 +15,7 @@ examples:
   tokcompile generate folder --image photograph.jpg --prompt "What is this?"
   tokcompile generate folder --image before.jpg --image after.jpg --prompt "What has changed?"
   tokcompile generate folder --prompt "Once upon a time"                   # a language model alone, with its tokenizer.json
+  tokcompile generate folder --pixels inputs.npz --prompt "What is this?"  # numpy.savez("inputs.npz", **processor(...))
   tokcompile generate folder --pixels pixels.npy --ids 1,15,32000,7,9      # one placeholder id for each image
   tokcompile generate folder --prompt-embeds prompt.npy --max-new-tokens 64
   tokcompile generate folder --ids 1,15,7,9 --temperature 0.7 --top-k 40 --seed 0 --json"""
@@ -33,7 +35,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="an image; repeat it for each one that the folder was exported for",
     )
     parser.add_argument("--stretch", action="store_true", help="take an image of another shape than the model was made for")
-    parser.add_argument("--pixels", metavar="FILE.npy", help="pixel values as the vision part takes them, instead of --image")
+    parser.add_argument(
+        "--pixels",
+        metavar="FILE",
+        help="instead of --image: pixel values as the vision part takes them (.npy), or all that a processor gives (.npz), of "
+        "which the layout of the images is checked",
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to generate (default: as many as fit)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends a text")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
@@ -53,7 +60,7 @@ def generate(args: argparse.Namespace) -> Result:
         seeing = images.load(args.folder, threads=args.threads)
         made = seeing(**with_images(seeing, args), **options)
         text = [seeing.tokenizer.decode(row) for row in made.tokens.tolist()] if args.prompt is not None else None
-        return shown(args, seeing.text, made, text)
+        return shown(args, seeing.text, made, text, layout_of(seeing, args))
     folder = load(args.folder, threads=args.threads)
     if args.image or args.pixels:
         option = "--image" if args.image else "--pixels"
@@ -70,23 +77,35 @@ def with_images(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
     if args.prompt_embeds:
         raise InputError(f"{args.folder} makes its own embeddings, with an image in them: pass --prompt or --ids")
     if bool(args.image) == bool(args.pixels):
-        raise InputError(f"{args.folder} is a vision-language model: pass --image FILE or --pixels FILE.npy")
+        raise InputError(f"{args.folder} is a vision-language model: pass --image FILE or --pixels FILE.npz")
     texts = folder.texts(args.prompt) if args.prompt is not None else folder.prompt.texts_of(ids(args.ids))
     prompt, mask = folder.lay_out(texts)
     pixels = folder.array(args.pixels) if args.pixels else folder.pixels(args.image, args.stretch)
     return {"pixel_values": pixels, "input_ids": prompt, "attention_mask": mask}
 
 
-def shown(args: argparse.Namespace, folder: Any, made: Any, text: list[str] | None) -> Result:
+def layout_of(folder: Any, args: argparse.Namespace) -> list[str]:
+    """What nobody checks where only the pixel values are given."""
+    if not args.pixels or args.pixels.endswith(".npz") or (folder.preprocess and not folder.fixed):
+        return []
+    known = "".join(f", {name} {value.tolist()}" for name, value in folder.fixed.items())
+    return [
+        f"note: images and tiles have to lie as in the example that {args.folder} was made from{known}; in a .npz file of all "
+        "that the processor gives this is checked"
+    ]
+
+
+def shown(args: argparse.Namespace, folder: Any, made: Any, text: list[str] | None, notes: Sequence[str] = ()) -> Result:
     rows = made.tokens.tolist()
     speed = made.tokens_per_second
+    method = folder.data["method"] if folder.data["plan"]["reductions"] else None
     data = {
         "folder": args.folder,
         "tokens": rows,
         **({} if text is None else {"text": text}),
         "time_to_first_token_ms": made.first_token_ms,
         "tokens_per_second": speed,
-        "method": folder.data["method"],
+        "method": method,
         "prompt_tokens": folder.wiring.length,
         "cached_tokens": {f"{s.first}-{s.last}": s.length for s in folder.wiring.stages},
     }
@@ -94,10 +113,10 @@ def shown(args: argparse.Namespace, folder: Any, made: Any, text: list[str] | No
     parts.append(
         f"time to first token {made.first_token_ms:.1f} ms"
         + (f", then {speed:.1f} tokens/s" if speed is not None else "")
-        + f" ({folder.data['method']}; {folder.wiring.length} prompt tokens, kept per layer: "
+        + f" ({method or 'no tokens removed'}; {folder.wiring.length} prompt tokens, kept per layer: "
         + f"{json.dumps(data['cached_tokens'])[1:-1]})"
     )
-    return Result(data, parts)
+    return Result(data, [*parts, *notes])
 
 
 def ids(text: str) -> list[int]:

@@ -20,6 +20,7 @@ from tokcompile.vlm.export import preprocesses
 from tokcompile.vlm.image import opened, pixel_values
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}  # those that onnxruntime computes in on a CPU
+SAME = 1e-3  # what rounding alone makes of it
 NEAR = 0.05  # mean distance of normalised pixel values: what two ways to resample differ by is less, another crop is more
 FITS = ("crop", "pad", "stretch")
 
@@ -70,17 +71,21 @@ class Example:
 
     def preprocess(self, parts: Parts) -> list[Preprocess]:
         """How files become pixel values: the way that gives what the processor gives, or none where no way is known."""
-        want = self.inputs["pixel_values"].float()
         try:
             made = preprocesses(self.processor.image_processor.to_dict(), parts)
             patches = made[0].patches is not None  # of the size nearest to the image's own shape: that is what they stretch to
             for fit in [made[0].fit] if patches else dict.fromkeys([made[0].fit, *FITS]):
                 how = [replace(one, fit=fit) for one in made]
-                if float((pixel_values(how, self.images, want.shape, patches) - want).abs().mean()) <= NEAR:
+                if self.distance(how) <= NEAR:
                     return how
         except InputError:
             return []
         return []
+
+    def distance(self, how: Sequence[Preprocess]) -> float:
+        """The mean distance between the pixel values of the processor and those made in that way, both normalised."""
+        want = self.inputs["pixel_values"].float()
+        return float((pixel_values(how, self.images, want.shape, how[0].patches is not None) - want).abs().mean())
 
 
 def load(

@@ -99,6 +99,11 @@ def vlm(args: argparse.Namespace) -> Result:
             f"note: how the {type(example.processor.image_processor).__name__} of {args.model} preprocesses images is not "
             "known here: `tokcompile generate` needs ready pixel values (--pixels) instead of --image"
         )
+    elif example and not args.preprocessor and (off := example.distance(files["preprocess"])) > hf.SAME:
+        shown.append(
+            f"note: `tokcompile generate --image` resamples images otherwise than the processor of {args.model}: on the "
+            f"example normalised pixel values differ by {off:.3f} in the mean; --pixels takes the processor's own"
+        )
     return Result(data, [Table(("prompt", "tokens"), found), *shown, report])
 
 

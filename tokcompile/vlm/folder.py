@@ -22,6 +22,7 @@ from tokcompile.passes.plan import Plan
 from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
+from tokcompile.vlm.observe import PIXELS
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
@@ -50,6 +51,7 @@ class Folder:
             self.kept_of = {name: int(n) for name, n in data["kept"].items()}
             self.shape = tuple(data["shape"])
             self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
+            self.fixed = {name: torch.tensor(values) for name, values in data["fixed"].items()}
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
             vision = os.path.join(self.path, data["vision"])
         except KeyError as error:
@@ -94,6 +96,11 @@ class Folder:
 
     def pixels(self, images: Sequence[str], stretch: bool = False) -> Tensor:
         """Pixel values from image files. stretch: whatever the shape of an image. Raises: InputError."""
+        if not self.preprocess:
+            raise InputError(
+                f"{self.path} does not say how images are preprocessed: pass pixel values as a .npz or .npy file (--pixels), "
+                "or export again with preprocess="
+            )
         batch = self.text.wiring.batch
         if len(images) != self.count * batch:
             samples = f" of {batch} samples, {self.count} in each" if batch > 1 else ""
@@ -101,19 +108,44 @@ class Folder:
                 f"{self.path} was exported for {self.count * batch} image(s){samples}, and {len(images)} are given: pass "
                 "--image for each"
             )
-        if not self.preprocess:
-            raise InputError(
-                f"{self.path} does not say how images are preprocessed: pass pixel values as a .npy file (--pixels), or export "
-                "again with preprocess="
-            )
         return pixel_values(self.preprocess, images, self.shape, stretch)
 
     def array(self, path: str) -> Tensor:
-        """Pixel values that are ready, from a .npy file. Raises: InputError."""
+        """Pixel values that are ready, from a .npy file, or a .npz file of all that a processor gave, whose layout is checked.
+
+        Raises: InputError.
+        """
         try:
-            return torch.from_numpy(np.ascontiguousarray(np.load(path, allow_pickle=False), dtype=np.float32))
+            loaded = np.load(path, allow_pickle=False)
+            given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {PIXELS: loaded}
+            pixels = torch.from_numpy(np.ascontiguousarray(given[PIXELS], dtype=np.float32))
+        except KeyError as error:
+            raise InputError(f"{path} holds no {PIXELS} (it holds {', '.join(given) or 'nothing'})") from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the pixel values {path!r}: {error}") from error
+        if hasattr(loaded, "files"):
+            self.check_layout({name: torch.from_numpy(value) for name, value in given.items()}, path)
+        return pixels
+
+    def check_layout(self, given: Mapping[str, Tensor], path: str) -> None:
+        """Raises: InputError where the images lie otherwise than in the example, though their values may be as many."""
+        for name, want in self.fixed.items():
+            if name not in given:
+                raise InputError(f"{path} lacks {name}, which says how the images lie: save all that the processor gives")
+            if given[name].tolist() != want.tolist():
+                raise InputError(
+                    f"{name} is {given[name].tolist()}, and {self.path} was made for {want.tolist()}\n  what to do: export a "
+                    "folder for each layout of images"
+                )
+        if "input_ids" not in given or self.template is None:
+            return
+        pieces = self.template.split("{image}")
+        for i, text in enumerate(self.prompt.texts_of(given["input_ids"][0].tolist())):
+            if 0 < i < len(pieces) - 1 and "{prompt}" not in pieces[i] and self.encode(pieces[i]) != text:
+                raise InputError(
+                    f"the text between images {i} and {i + 1} of {path} is not that of the example ({pieces[i]!r}): the tiles "
+                    "of an image lie otherwise\n  what to do: export a folder for each layout of images"
+                )
 
     def lay_out(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask of a prompt, the same in each row of the batch. Raises: InputError."""
@@ -166,7 +198,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 def spec(
     prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
-    template: str | None, before: Sequence[int],
+    template: str | None, before: Sequence[int], fixed: Mapping[str, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
     return {
@@ -177,6 +209,7 @@ def spec(
         "prompt": prompt.data(),
         "template": template,
         "before": list(before),
+        "fixed": {name: value.tolist() for name, value in fixed.items()},
         "plan": json.loads(vision.plan.json()),
         "kept": dict(vision.kept_of),
     }

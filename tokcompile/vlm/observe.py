@@ -19,14 +19,16 @@ from tokcompile.errors import InputError
 from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
 
 FEATURES = "get_image_features"
+PIXELS = "pixel_values"
 
 
 @dataclass
 class Observed:
     """owner: name of the module whose get_image_features ran. args, kwargs: of that call. features: one (n, D) an image.
     whole: name of a module that gives them all side by side, (images, n, D), where there is one. deepstack: the same as
-    features, for each layer of those that are added inside of the decoder. language: name of the decoder.
-    masks: (B or 1, L, L) by layer, True where a query sees a key. windows: the sliding window by layer."""
+    features, for each layer of those that are added inside of the decoder. language: name of the decoder. fixed: inputs of
+    that call beside the pixels, which say how the images lie, such as image_sizes. masks: (B or 1, L, L) by layer, True where
+    a query sees a key. windows: the sliding window by layer."""
 
     owner: str = ""
     args: tuple[Any, ...] = ()
@@ -37,6 +39,7 @@ class Observed:
     language: str = ""
     embeds: Tensor | None = None
     position_ids: Tensor | None = None
+    fixed: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
 
@@ -62,6 +65,11 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
                 f"the model does not run on the example inputs: {type(error).__name__}: {first}\n"
                 "  what to do: pass inputs that model(**inputs) accepts, with one image placeholder for each image feature"
             ) from error
+    seen.fixed = {
+        name: value
+        for name, value in inputs.items()
+        if name != PIXELS and any(value is one for one in (*seen.args, *seen.kwargs.values())) and isinstance(value, Tensor)
+    }
     if not seen.features:
         raise InputError(
             f"{type(model).__name__} did not call {FEATURES} on these inputs ({', '.join(inputs)})\n"

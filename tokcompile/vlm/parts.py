@@ -17,8 +17,6 @@ from tokcompile.llm.caches import Collecting, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
 from tokcompile.vlm.observe import FEATURES, Observed, features_of, layers_of
 
-PIXELS = "pixel_values"
-
 
 class Vision(nn.Module):
     """Pixel values to image features as the language model receives them.

@@ -14,8 +14,8 @@ from tokcompile.errors import InputError
 from tokcompile.llm.caches import config_of
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import Observed, observe
-from tokcompile.vlm.parts import PIXELS, Embeddings, Language, Vision, used_only
+from tokcompile.vlm.observe import PIXELS, Observed, observe
+from tokcompile.vlm.parts import Embeddings, Language, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
 
 CLOSE = 1e-5  # of the largest embedding: how near the placed features must be to what the model gave its decoder
