@@ -31,6 +31,11 @@ DROPOUTS = {
     "aten.dropout_",
     "aten.feature_dropout_",
 }
+ALIASES = {
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "absolute": "abs", "negative": "neg",
+    "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
+    "less_equal": "le", "not_equal": "ne",
+}  # fmt: skip
 FIXED = "fixed_placeholders"  # the key in the graph module's meta
 
 
@@ -40,6 +45,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     inline_regions(gm)
     flatten_vmap(gm)
     drop_asserts(gm)
+    one_name_each(gm)
     refuse_random(gm)
     drop_identities(gm)
     refuse_state(gm)
@@ -57,6 +63,16 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
         propagate_shapes(gm, inputs)
     gm.recompile()
     return gm
+
+
+def one_name_each(gm: GraphModule) -> None:
+    """Ops that are other names of others, as rules know them."""
+    for node in gm.graph.nodes:
+        name = packet(node).removeprefix("aten.")
+        plain = ALIASES.get(name.removesuffix("_"))
+        if node.op == "call_function" and plain:
+            overloads = getattr(torch.ops.aten, plain + "_" * name.endswith("_"))
+            node.target = getattr(overloads, node.target._overloadname, node.target)
 
 
 def inline_regions(gm: GraphModule) -> None:

@@ -11,6 +11,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
 from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
+from tokcompile.passes.memory import ancestors_of
+from tokcompile.passes.placeholders import SAMPLES
 from tokcompile.passes.stages import Stage, make_stage
 
 SDPA = "aten.scaled_dot_product_attention"
@@ -97,6 +99,7 @@ def find(gm: GraphModule) -> Structure:
     by_mid: dict[Node, Block] = {}
     found_attentions = list(attentions(graph, dependent))
     laid_out = streams(graph, found_attentions)
+    features = ancestors_of({n for n in graph.nodes if SAMPLES in n.meta})  # of images, placed among embeddings
     for attention in found_attentions:
         attention.causal = attention.causal or hides_the_future(gm, attention)
         found = residual(attention, order, dependent)
@@ -106,7 +109,7 @@ def find(gm: GraphModule) -> Structure:
         elif found[1] in by_mid:
             by_mid[found[1]].attentions.append(attention)
         else:
-            block = make_block(attention, *found, structure, dependent, found[0] not in laid_out)
+            block = make_block(attention, *found, structure, dependent, found[0] not in laid_out, found[0] in features)
             by_mid[block.mid] = block
             structure.blocks.append(block)
     set_ends(structure)
@@ -248,7 +251,7 @@ def streams(graph: Graph, found: Sequence[Attention]) -> set[Node]:
 
 
 def make_block(
-    attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node], queries: bool
+    attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node], queries: bool, features: bool
 ) -> Block:
     token_axis, batch_axis, why_not = axes(attention, mid)
     length = shape(mid)[token_axis]
@@ -257,7 +260,7 @@ def make_block(
         stage = last.stage
     else:
         upstream = ancestors(entry, dependent, 0, structure.order)
-        stage = make_stage(entry, token_axis, length, dependent, upstream, queries)
+        stage = make_stage(entry, token_axis, length, dependent, upstream, queries, features)
         stage = next((one for one in structure.stages if one == stage), stage)
     if stage not in structure.stages:
         structure.stages.append(stage)

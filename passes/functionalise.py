@@ -45,11 +45,16 @@ def functional_overload(node: Node) -> Any:
 
 def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
     """Whether memory changed in place is seen through another node afterwards, or belongs to an input or a weight."""
-    if changed.op in ("placeholder", "get_attr") or is_view(changed):
+    base = base_of(changed)
+    if base.op in ("placeholder", "get_attr"):
         return True
-    return any(
-        is_view(u) and any(order.get(v, 0) > order[by] for v in u.users) for u in changed.users if order.get(u, 0) < order[by]
-    )
+    views, todo = {base}, [base]
+    while todo:
+        new = {u for u in todo.pop().users if is_view(u)} - views
+        views |= new
+        todo += new
+    older = [v for v in views if v is not changed and order.get(v, 0) < order[by]]
+    return any(order.get(user, 0) > order[by] for v in older for user in v.users)
 
 
 def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:

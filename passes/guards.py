@@ -6,6 +6,7 @@ become a small graph of their own, from the inputs to one boolean a guard.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokcompile.passes.graph import copy_graph, packet
 from tokcompile.passes.memory import ancestors_of, base_of, influenced, mutates
 from tokcompile.passes.vmap import flatten_vmap
 
+CONDITION = re.compile(r" gave (True|False)\b")
 MARK = "fixed from the example inputs: "
 
 
@@ -68,6 +70,12 @@ class Guards:
     def lines(self) -> list[str]:
         """What was fixed, each once."""
         return list(dict.fromkeys(self.texts))
+
+    def behind(self, names: set[str]) -> list[str]:
+        """What was fixed of values, other than conditions, that are computed from one of these nodes."""
+        (found,) = (n.args[0] for n in self.gm.graph.nodes if n.op == "output")
+        reads = [(node, text) for node, text in zip(found, self.texts) if not CONDITION.search(text)]
+        return list(dict.fromkeys(text for node, text in reads if names & {n.name for n in ancestors_of({node})}))
 
     def __call__(self, inputs: Sequence[Any]) -> None:
         """Raises: InputError where a condition does not hold."""

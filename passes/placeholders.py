@@ -106,6 +106,7 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
         pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
     new = emit(aten.cat.default, pieces, axis)
     new.meta[SPANS] = spans
+    new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
@@ -117,6 +118,7 @@ def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
     rows = pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, len(sizes) - 2)
     count = sum(stop - start for start, stop in spans)
     new = emit(aten.reshape.default, rows, [prod(sizes[:-2]) * count, sizes[-1]])
+    new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 

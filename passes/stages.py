@@ -37,9 +37,12 @@ class Stage:
         return self.length - self.prefix - self.suffix
 
 
-def make_stage(entry: Node, axis: int, length: int, dependent: set[Node], upstream: set[Node], queries: bool) -> Stage:
+def make_stage(
+    entry: Node, axis: int, length: int, dependent: set[Node], upstream: set[Node], queries: bool, features: bool = False
+) -> Stage:
     """The stage whose tokens come in at `entry`. dependent: what depends on the inputs; upstream: what of it comes before;
-    queries: whether the tokens are weights that look at image features, as in a decoder, and no patches."""
+    queries: whether the tokens are weights that look at image features, as in a decoder, and no patches; features: whether
+    they become image features in a prompt."""
     spans = placeholder_spans(upstream, length)
     if spans:
         return Stage(length, spans[0][0], length - spans[-1][1], None, visual=False, text=True, spans=spans)
@@ -50,7 +53,7 @@ def make_stage(entry: Node, axis: int, length: int, dependent: set[Node], upstre
     above = {packet(n) for n in upstream}
     # in a language model that image features were written into, nothing says which positions are visual
     text = packet(source) == "aten.embedding" or bool(above & WRITES)
-    visual = not text and not queries and bool(above & PATCHES)
+    visual = not text and not queries and (features or bool(above & PATCHES))
     return Stage(length, prefix, suffix, grid, visual, text)
 
 

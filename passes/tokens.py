@@ -205,7 +205,11 @@ def regroup(label: Label, shape: Iterable[int]) -> Label:
                 raise ValueError(f"it views {describe(label)} as {'x'.join(map(str, sizes))}")
             atom = atoms.pop(0)
             size = old((atom,))
-            if want % size == 0:
+            if size == 0:  # a tensor without entries: where its empty axis goes makes no difference
+                got.append(want)
+                atoms[:0] = [atom] * (want > 0)
+                want = 1
+            elif want % size == 0:
                 got.append(atom)
                 want //= size
             elif isinstance(atom, int) and atom % want == 0:

@@ -265,3 +265,33 @@ def test_spans_of_a_prompt(spans, program):
     check = tokcompile.check(program("hf/llama", 3), spans=spans, blocks=[1])
     assert check.ok, str(check)
     assert all(not r.note for r in check.results)
+
+
+class TwoOutputs(nn.Module):
+    """A second output of which no reduction of the tokens can be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True), 2, enable_nested_tensor=False
+        )
+        self.mean = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.tower(x).mean(1), self.mean(x.mean(1))
+
+
+def test_outputs_that_do_not_depend_on_the_reduction_are_not_compared():
+    from tokcompile.compiler import analyse, rewrite, settings_for
+    from tokcompile.masked import MaskedRun
+    from tokcompile.passes.plan import Reduction
+
+    model, x = TwoOutputs().eval(), torch.randn(2, 12, 16)
+    analysis = analyse(model, (x,), None)
+    out = rewrite(analysis, settings_for("random", {}, outputs="reduced"), [Reduction(0, 12, 6)])
+    masked = MaskedRun(
+        analysis.graph, out, {space: oracles.subset_index(space.n, space.k, 2, 0, sort=True) for space in out.spaces}
+    )
+    with torch.no_grad():
+        masked.run(x)
+    assert masked.clean == [True, False]

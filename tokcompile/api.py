@@ -92,6 +92,12 @@ class OptimizedModel(torch.nn.Module):
         return super().train(False)
 
     @property
+    def frozen(self) -> list[str]:
+        """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""
+        names = {b.mid.name for b in self._analysis.structure.blocks}
+        return [text for check in self._analysis.traced.checks for text in check.behind(names)]
+
+    @property
     def renumbered(self) -> bool:
         """Whether tokens get new positions, without gaps, after a reduction."""
         return self._compiled.rewritten is not None and any(s.renumber for s in self._compiled.rewritten.spaces)

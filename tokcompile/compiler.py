@@ -20,6 +20,7 @@ from tokcompile.passes.find import Structure, find
 from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
+from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.places import Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
@@ -245,10 +246,12 @@ def joined(before: tuple[Reduction, ...], settings: Settings, chosen: tuple[Redu
 
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> Rewritten:
     """One rewrite of the analysed graph. hidden: see `Layout`. Raises: UnsupportedGraph, NeedsLayout."""
+    placed = splices(analysis, settings, chosen, hidden)
+    refuse_frozen(analysis, placed)
     rewriter = Rewriter(
         analysis.graph,
         analysis.structure,
-        splices(analysis, settings, chosen, hidden),
+        placed,
         inputs=analysis.traced.inputs,
         outputs=settings.outputs,
         recover=settings.recover,
@@ -265,6 +268,21 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
     if layout is not None and (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)):
         raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
+
+
+def refuse_frozen(analysis: Analysis, placed: Sequence[Splice]) -> None:
+    """Raises: UnsupportedGraph where the model reads values of reduced tokens back into Python, which tracing has fixed."""
+    streams = {n for b in analysis.structure.blocks for n in (b.entry, b.mid)}
+    for s in placed:
+        names = {n.name for n in ({s.at} | reachable_from({s.at})) & (streams | {s.at})}
+        frozen = [text for check in analysis.traced.checks for text in check.behind(names)]
+        if frozen:
+            raise UnsupportedGraph(
+                f"behind this reduction the model reads values back into Python, where they would be others: {frozen[0]}",
+                s.at,
+                "reduce behind it (where=[later blocks]); load a mixture of experts of transformers with "
+                "experts_implementation='batched_mm' or 'grouped_mm'",
+            )
 
 
 def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> list[Splice]:

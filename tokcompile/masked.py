@@ -21,7 +21,8 @@ class MaskedRun(Interpreter):
     """Runs the original graph, full length, with the dropped tokens hidden wherever tokens are mixed.
 
     Which axis of which tensor holds tokens is read from the labels of the rewritten graph. outputs: the original
-    outputs; clean: for each, whether no recovery lies before it (else the two runs differ on purpose).
+    outputs; clean: for each, whether it depends on the reduction and no recovery lies before it (else the two runs differ on
+    purpose).
     """
 
     def __init__(self, gm: GraphModule, rewritten: Rewritten, kept: dict[Space, Tensor]):
@@ -29,16 +30,19 @@ class MaskedRun(Interpreter):
         self.extra_traceback = False
         self.labels, self.recovered = rewritten.labels, rewritten.recovered
         self.kept = kept
+        self.reduced: set[Node] = set()  # what depends on a reduction
         self.outputs: list[Any] = []
         self.dirty: set[Node] = set()
 
     def run_node(self, n: Node) -> Any:
         if n in self.recovered or any(i in self.dirty for i in n.all_input_nodes):
             self.dirty.add(n)
+        if n in self.labels or any(i in self.reduced for i in n.all_input_nodes):
+            self.reduced.add(n)
         if n.op == "output":
             values = self.fetch_args_kwargs_from_env(n)[0][0]
             self.outputs = list(values)
-            self.clean = [not (isinstance(a, Node) and a in self.dirty) for a in n.args[0]]
+            self.clean = [isinstance(a, Node) and a in self.reduced and a not in self.dirty for a in n.args[0]]
             return values
         if n.op == "call_function" and n not in self.recovered:
             special = self.special(n)

@@ -21,7 +21,7 @@ from tokcompile.compiler import Analysis, Settings, rewrite, understand
 from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.crop import Hidden
+from tokcompile.passes.crop import Hidden, among_shown
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
 from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
@@ -312,19 +312,19 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, o
     settings = Settings(subset(seed), {}, outputs="reduced")
     chosen = reduced_to(slot, 0.5)
     out = rewritten(result, analysis, settings, chosen, hidden)
-    pairs = kept_pairs(analysis, out)
+    pairs = kept_pairs(analysis, out, seed)
     if not pairs:
         with extra_outputs(analysis.graph, before_recovery(out)):
-            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, hidden))
+            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, hidden), seed)
         where = "compared where tokens are given back" if pairs else "no output can be compared"
         result.note = f"{result.note}; {where}" if result.note else where
     result.error = worst([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
 
 
-def kept_pairs(analysis: Analysis, out: Rewritten) -> list[tuple[Tensor, Tensor]]:
+def kept_pairs(analysis: Analysis, out: Rewritten, seed: int) -> list[tuple[Tensor, Tensor]]:
     """(reduced, masked original at the kept rows) of every output before which no token was given back."""
     reduced = run(out.gm, analysis.traced.inputs)
-    kept = {space: kept_by(out.gm, space) for space in out.spaces}
+    kept = {space: kept_in(space, seed) for space in out.spaces}
     masked = MaskedRun(analysis.graph, out, kept)
     with torch.no_grad():
         masked.run(*analysis.traced.inputs)
@@ -335,11 +335,12 @@ def kept_pairs(analysis: Analysis, out: Rewritten) -> list[tuple[Tensor, Tensor]
     ]
 
 
-def kept_by(gm: GraphModule, space: Space) -> Tensor:
-    """(B, k) what a constant recipe kept there."""
-    assert space.index is not None
-    module = gm.get_submodule(space.index.args[0].target)
-    return module.recipe.plan(Tokens(torch.zeros(shape(space.index)[0], space.n, 1)), module.site).index
+def kept_in(space: Space, seed: int) -> Tensor:
+    """(B, k) what the recipe `subset` has to keep there."""
+    if space.hidden is None:
+        return subset_index(space.n, space.k, shape(space.index)[0], seed, sort=True)
+    hidden = tuple(tuple(row.nonzero().flatten().tolist()) for row in space.hidden)
+    return among_shown(subset(seed), hidden).plan(Tokens(torch.zeros(len(hidden), space.n, 1)), Site(space.n, space.k)).index
 
 
 def before_recovery(out: Rewritten) -> list[Node]:

@@ -7,6 +7,8 @@ from typing import Any
 from tokcompile.passes.graph import shape
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, rule
 
+BY_POSITION = "it adds tokens up by a weight per position"
+
 
 @rule("aten.matmul", "aten.bmm", "aten.mm")
 def matmul(call: Call) -> Any:
@@ -25,6 +27,8 @@ def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
     if has_batch(lb[-1]):  # a product of samples with samples
         one_sample(la, [-2])
     batch = call.join([la[:-2], lb[:-2]]) if len(la) > 2 or len(lb) > 2 else ()
+    if has_tokens(la[-1]) != has_tokens(lb[-2]):
+        raise NeedsFull(BY_POSITION)
     inner = call.join_axis([la[-1], lb[-2]])
     # of full rank: an operand without a batch gains one when it is gathered
     return (*batch, la[-2], inner), (*batch, inner, lb[-1]), (*batch, la[-2], lb[-1])
@@ -62,6 +66,10 @@ def einsum(call: Call) -> Any:
             axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
     if "->" not in equation:
         output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
+    for letter, axis in axes.items():
+        holders = [has_tokens(label[term.index(letter)]) for term, label in zip(terms, labels) if letter in term]
+        if has_tokens(axis) and letter not in output and (len(holders) == 1 or not all(holders)):
+            raise NeedsFull(BY_POSITION)
     samples = [c for c, axis in axes.items() if has_batch(axis)]
     if len(samples) > 1:
         raise NeedsFull("it multiplies samples with samples")

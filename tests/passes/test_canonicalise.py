@@ -224,6 +224,13 @@ def one_of_several_results_is_written(x):
     return best, at
 
 
+def a_view_that_alone_is_read_is_written(x):
+    y = (x * 2).view(2, 2, 3, 8).permute(2, 0, 1, 3)
+    y += 1
+    y[0].mul_(3)
+    return y.flatten(1)
+
+
 def a_copy_is_written(x):
     y = x * 2
     z = y.clone()
@@ -234,7 +241,8 @@ def a_copy_is_written(x):
 @pytest.mark.parametrize("fn", [
     in_place_activation, in_place_chain, write_a_row, write_a_slice, write_a_slice_of_a_slice, write_at_positions,
     write_at_a_mask, write_into_a_constant, write_all_of_a_constant, fill_of_a_new_tensor, written_before_a_view,
-    a_copy_is_written, read_a_row_after_its_parts_are_written, written_through_a_chain_of_views, joined_masks,
+    a_copy_is_written, a_view_that_alone_is_read_is_written,
+    read_a_row_after_its_parts_are_written, written_through_a_chain_of_views, joined_masks,
     written_from_the_inputs_then_computed, one_of_several_results_is_written,
 ], ids=lambda f: f.__name__)  # fmt: skip
 def test_in_place_ops_become_functional(fn):
@@ -342,6 +350,15 @@ def test_a_model_that_counts_its_calls_is_refused():
 def test_an_input_written_in_place_is_refused():
     with pytest.raises(UnsupportedGraph, match="an in-place op changes memory that other values share"):
         canonical(lambda x: x.add_(1) * 2, X.clone())
+
+
+def test_other_names_of_ops_are_the_names_that_rules_know():
+    def fn(x):
+        y = torch.multiply(x, 3).subtract(1).divide(2)
+        y.multiply_(2)
+        return torch.concat([y.clip(0), y.negative().absolute()])
+
+    assert {op.split(".")[0] for op in ops(same(fn, X))} <= {"mul", "sub", "div", "cat", "clamp", "neg", "abs"}
 
 
 def test_functional_overloads_go_by_name():

@@ -100,3 +100,18 @@ def test_class_tokens_of_several_samples_are_no_mosaic(batch, after):
 
     traced = trace(Joined().eval(), (torch.randn(batch, 16, 16),), None)
     assert "aten.index_select" not in {packet(n) for n in canonicalise(traced.gm, traced.inputs).graph.nodes}
+
+
+def test_samples_one_after_the_other_meet_the_same_as_a_batch():
+    """As features that are added inside of a decoder: taken sample by sample there, and all at once here."""
+
+    class Twice(Tiles):
+        def forward(self, x):
+            x = self.tower(x)
+            return self.head(x.flatten(0, 1) + torch.cat([x[0], x[1]]) * 2)
+
+    model, x = Twice(1, 1).eval(), torch.randn(2, 16, 16)
+    assert (check := tokcompile.check(model, (x,))).ok, str(check)
+    assert not any(r.note for r in check.results), str(check)
+    out = run(tokcompile.optimize(model, (x,), method="random", where=[0], budget=tokcompile.Tokens(5), outputs="reduced"), x)
+    assert out.output.shape == (10, 8)

@@ -182,7 +182,6 @@ CASES = {
     # products
     "matmul": (lambda x, w: x @ w, "16 5", f"B, {S}, 5"),
     "scores": (lambda x: x @ x.mT, "", f"B, {S}, {S}"),
-    "weights-by-tokens": (lambda x, w: w @ x, "4 L", "B, 4, 16"),
     "einsum": (lambda x: torch.einsum("bnd,bmd->bnm", x, x), "", f"B, {S}, {S}"),
     "einsum-table": (lambda x, t: torch.einsum("bnd,nmd->bnm", x, t), "L 5 16", f"B, {S}, 5"),
     "einsum-implicit": (lambda x, w: torch.einsum("bnd,de", x, w), "16 5", f"B, 5, {S}"),
@@ -276,6 +275,12 @@ NEED_ALL = {
         lambda x: F.linear(x.mT, torch.ones(5, 12, dtype=x.dtype)),
         "it mixes tokens by a weight per position",
     ),
+    "pooled-by-a-product": (lambda x: torch.ones(4, 12, dtype=x.dtype) @ x, "it adds tokens up by a weight per position"),
+    "pooled-by-an-einsum": (
+        lambda x: torch.einsum("kn,bnd->bkd", torch.ones(4, 12, dtype=x.dtype), x),
+        "it adds tokens up by a weight per position",
+    ),
+    "summed-by-an-einsum": (lambda x: torch.einsum("bnd->bd", x), "it adds tokens up by a weight per position"),
     "conv": (lambda x: F.conv1d(x.mT, torch.ones(5, 16, 3, dtype=x.dtype)), "it convolves over the token grid"),
     "pool": (lambda x: F.avg_pool1d(x.mT, 2), "it works on the token grid"),
     "einsum-ellipsis": (lambda x: torch.einsum("...d,de->...e", x, torch.ones(16, 5, dtype=x.dtype)), "ellipsis"),
