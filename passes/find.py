@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from tokcompile.errors import module_path
 from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
 from tokcompile.passes.memory import ancestors_of
-from tokcompile.passes.placeholders import SAMPLES
+from tokcompile.passes.placeholders import SAMPLES, SPANS
 from tokcompile.passes.stages import Stage, make_stage
 
 SDPA = "aten.scaled_dot_product_attention"
@@ -284,7 +284,8 @@ def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
 
 def follows(block: Block, entry: Node, dependent: set[Node], order: dict[Node, int]) -> bool:
     """Whether a stream at `entry` comes out of `block`, so that it holds the same tokens."""
-    return block.mid in ancestors(entry, dependent, order[block.mid], order)
+    between = ancestors(entry, dependent, order[block.mid], order)
+    return block.mid in between and not any(SPANS in n.meta for n in between)  # placed in a prompt, as long by chance
 
 
 def set_ends(structure: Structure) -> None:
