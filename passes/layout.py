@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokcompile.passes.crop import Hidden, joint_hidden
+from tokcompile.passes.crop import Hidden, can_choose, joint_hidden
 from tokcompile.passes.tokens import Space
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def demanded(
 ) -> Layout | None:
     """Tokens that go first, where the model cuts them off later; groups in an order of their own, where the grid is rearranged
     into them; groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
-    if rewriter.hidden and chosen[0].unit == 1:
+    placed = [s for many in rewriter.splices.values() for s in many]
+    news = [s for s in placed if can_choose(s.recipe) and joint_hidden(s.hidden, rewriter.hidden) != s.hidden]
+    if chosen[0].unit == 1 and news:
         return Layout(hidden=rewriter.hidden)
     met = [n for n in rewriter.met if not rewriter.after_last(n)] or rewriter.met
     if met:

@@ -115,3 +115,13 @@ def test_samples_one_after_the_other_meet_the_same_as_a_batch():
     assert not any(r.note for r in check.results), str(check)
     out = run(tokcompile.optimize(model, (x,), method="random", where=[0], budget=tokcompile.Tokens(5), outputs="reduced"), x)
     assert out.output.shape == (10, 8)
+
+
+def test_a_method_that_reads_all_pairs_gets_the_cut_map_only_with_recovery():
+    model, x = Tiles(2, 1, cut=1).eval(), torch.randn(3, 16, 16)
+    every = dict(method="aim", where=[1], budget=0.5, outputs="reduced")
+    with pytest.raises(tokcompile.UnsupportedGraph, match="it picks some tokens by position"):
+        tokcompile.optimize(model, (x,), recover="never", **every)
+    given_back = tokcompile.optimize(model, (x,), recover="anywhere", **every)
+    assert run(given_back, x).output.shape == run(model, x).shape
+    assert given_back.report.recoveries
