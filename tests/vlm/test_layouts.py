@@ -23,6 +23,9 @@ WRONG = {
 }
 
 
+LAYOUT = {"llava_next": r"image_sizes \[\[40, 112\]\]", "idefics3_tiles": r"pixel_attention_mask \["}
+
+
 def processed(name, path, prompt):
     from transformers import AutoProcessor
 
@@ -57,6 +60,14 @@ def test_pixel_values_of_a_processor_are_checked_for_their_layout(name, tmp_path
     assert_says(capsys.readouterr().err, WRONG[name])
     assert main([*run, "--image", paths[0]]) == 2
     assert "does not say how images are preprocessed" in capsys.readouterr().err
+    np.save(tmp_path / "plain.npy", given[1]["pixel_values"].numpy())  # taken as it is, and what is not checked then is said
+    assert main([*run, "--pixels", str(tmp_path / "plain.npy")]) == 0
+    assert_says(capsys.readouterr().out, f"note: images and tiles have to lie as in the example .*, {LAYOUT[name]}")
+    np.savez(tmp_path / "pixels.npz", pixel_values=given[1]["pixel_values"].numpy())
+    np.savez(tmp_path / "ids.npz", input_ids=given[1]["input_ids"].numpy())
+    for file, message in (("pixels.npz", f"lacks {LAYOUT[name].split()[0]}"), ("ids.npz", "holds no pixel_values")):
+        assert main([*run, "--pixels", str(tmp_path / file)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def assert_says(text, pattern):
@@ -66,26 +77,3 @@ def assert_says(text, pattern):
 
 
 FAMILY = {"llava_next": "llava_next_cut", "idefics3_tiles": "idefics3"}
-
-
-def test_files_that_hold_too_little(tmp_path, capsys):
-    """A plain array is taken as it is, and what is not checked then is said."""
-    path = picture(tmp_path / "a.png", 1, SIZES["llava_next"][0])
-    out = str(tmp_path / "out")
-    assert (
-        main(["vlm", f"hf:{folder('llava_next')}", "--image", path, "--prompt", PROMPT, "--max-new-tokens", "2", "--out", out])
-        == 0
-    )
-    inputs = processed("llava_next", path, PROMPT)
-    np.save(tmp_path / "plain.npy", inputs["pixel_values"].numpy())
-    np.savez(tmp_path / "pixels.npz", pixel_values=inputs["pixel_values"].numpy())
-    np.savez(tmp_path / "ids.npz", input_ids=inputs["input_ids"].numpy())
-    run = ["generate", out, "--prompt", PROMPT, "--pixels"]
-    capsys.readouterr()
-    assert main([*run, str(tmp_path / "plain.npy")]) == 0
-    assert_says(
-        capsys.readouterr().out, r"note: images and tiles have to lie as in the example .*, image_sizes \[\[40, 112\]\]"
-    )
-    for name, message in (("pixels.npz", "lacks image_sizes"), ("ids.npz", "holds no pixel_values")):
-        assert main([*run, str(tmp_path / name)]) == 2
-        assert message in capsys.readouterr().err
