@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from tokcompile.passes.graph import aten, shape
+from torch.fx import Node
+
+from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.rules.core import Batch, Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 from tokcompile.passes.tokens import Axis, Seq, Space, make_seq, new_shape, normal
 
@@ -70,12 +74,22 @@ def slice_(call: Call) -> Any:
         return some_samples(call, label, dim, start, stop)
     if not has_tokens(label[dim]):
         return call.emit(with_axis(label, dim, plain(call.old_shape[dim : dim + 1])[0]))
-    value, axis = cut(call, call["self"], label, dim, start, stop, step)
+    value, axis = cut(call, call["self"], label, dim, start, stop, step, siblings(call.old_args["self"], dim, size))
     return call.typed(value, with_axis(label, dim, axis))
 
 
-def cut(call: Call, value: Any, label: Label, dim: int, start: int, stop: int, step: int = 1) -> tuple[Any, Axis]:
-    """Old positions start:stop of a token axis, where that cuts between parts (and between groups of rows)."""
+def siblings(source: Node, dim: int, size: int) -> list[int]:
+    """Where slices of one tensor begin and end along an axis."""
+    slices = [bind(user) for user in source.users if packet(user) == "aten.slice"]
+    same = [a for a in slices if (a["dim"] or 0) % len(shape(source)) == dim]
+    return [edge for a in same for edge in slice(a["start"], a["end"]).indices(size)[:2]]
+
+
+def cut(
+    call: Call, value: Any, label: Label, dim: int, start: int, stop: int, step: int = 1, edges: Sequence[int] = ()
+) -> tuple[Any, Axis]:
+    """Old positions start:stop of a token axis, where that cuts between parts (and between groups of rows). edges: all
+    positions at which the op cuts, which are noted at once where one of them is within reduced tokens."""
     seq, unit = grouped(label[dim])
     if seq is None or step != 1 or start % unit or stop % unit:
         raise NeedsFull("it takes every other token, or a slice of grouped ones")
@@ -87,7 +101,7 @@ def cut(call: Call, value: Any, label: Label, dim: int, start: int, stop: int, s
         whole = isinstance(part, Space)
         if lo < hi:
             if whole and (lo, hi) != (at, at + width):
-                call.rewriter.cuts |= {start, stop} - {0, seq.old}
+                call.rewriter.cuts |= {start, stop, *(e // unit for e in edges if e % unit == 0)} - {0, seq.old}
                 raise NeedsFull("it cuts through the reduced tokens")
             parts.append(part if whole else hi - lo)
             new_length += kept if whole else hi - lo
@@ -172,9 +186,9 @@ def split(call: Call) -> Any:
         return [some_samples(call, label, dim, at, at + piece[dim]) for at, piece in zip(starts, pieces)]
     if not has_tokens(label[dim]):
         return call.emit([with_axis(label, dim, plain((piece[dim],))[0]) for piece in pieces])
-    out, at = [], 0
+    out, at, edges = [], 0, list(accumulate(piece[dim] for piece in pieces))
     for piece in pieces:
-        value, axis = cut(call, call["self"], label, dim, at, at + piece[dim])
+        value, axis = cut(call, call["self"], label, dim, at, at + piece[dim], edges=edges)
         out.append(call.typed(value, with_axis(label, dim, axis)))
         at += piece[dim]
     return out
