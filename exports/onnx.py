@@ -110,9 +110,9 @@ def export_onnx(
     files = file_names(path, file_form(form or form_of_name(path, row), inline, row))
     if dynamic_batch and "functions" in files:
         raise ExportError("dynamic_batch=True needs form='plain' or form='plugin': functions hold the batch in their constants")
-    if opt.frozen:
+    if frozen := opt.frozen:
         raise ExportError(
-            f"tracing has fixed values that the model computes, and a file would take them for every input: {opt.frozen[0]}\n"
+            f"tracing has fixed values that the model computes, and a file would take them for every input: {frozen[0]}\n"
             "  what to do: load a mixture of experts of transformers with experts_implementation='batched_mm'"
         )
     report = ExportReport(next(iter(files.values())), row.name, opset, next(iter(files)), precision, dynamic_batch, files)

@@ -33,19 +33,19 @@ def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | N
 def unbatched(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
     """Two labels of which one sees samples one after the other and the other sees a batch, both without a batch."""
     have = ((),) * (len(want) - len(have)) + tuple(have)
+    line = lambda axis: samples_in_line(g, flat(g, axis))  # noqa: E731
     both = [
-        (in_line(g, own), in_line(g, other)) if own != other and {len(own), len(other)} == {1, 2} else (own, other)
+        (line(own), line(other)) if own != other and {len(own), len(other)} == {1, 2} else (own, other)
         for own, other in zip(have, want, strict=True)
     ]
     return tuple(own for own, _ in both), tuple(other for _, other in both)
 
 
-def in_line(g: Gatherer, axis: Axis) -> Axis:
-    """(B, L) on one axis as the tokens of one sample after the other."""
-    joined = flat(g, axis)
-    if joined != axis or len(axis) != 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
-        return joined
-    return (make_seq(part for i in range(axis[0].size) for part in g.sample_of(axis[1], i).parts),)
+def samples_in_line(g: Gatherer, axis: Axis) -> Axis:
+    """Where an axis is the tokens of a whole batch, one after the other, each sample's become a run of their own."""
+    if len(axis) < 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
+        return axis
+    return (make_seq(part for i in range(axis[0].size) for part in g.sample_of(axis[1], i).parts), *axis[2:])
 
 
 def flat(g: Gatherer, axis: Axis) -> Axis:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, packet
-from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, read_later, views_from, whole
+from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, read_later, views_from, views_of, whole
 
 
 def functionalise(gm: GraphModule) -> None:
@@ -48,13 +48,8 @@ def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
     base = base_of(changed)
     if base.op in ("placeholder", "get_attr"):
         return True
-    views, todo = {base}, [base]
-    while todo:
-        new = {u for u in todo.pop().users if is_view(u)} - views
-        views |= new
-        todo += new
-    older = [v for v in views if v is not changed and order.get(v, 0) < order[by]]
-    return any(order.get(user, 0) > order[by] for v in older for user in v.users)
+    older = [v for v in (base, *views_of(base)) if v is not changed and order.get(v, 0) < order[by]]
+    return any(read_later(v, by, order) for v in older)
 
 
 def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
@@ -68,8 +63,8 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
         return False
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
-    older = [v for v in gm.graph.nodes if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)
-             and is_view(v) and base_of(v) is base]  # fmt: skip
+    older = [v for v in sorted(views_of(base), key=lambda v: order.get(v, 0))
+             if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)]  # fmt: skip
     if not all(packet(w) in TRUE_VIEWS for v in older for w in views_from(base, v)):
         return False
     with gm.graph.inserting_before(node):

@@ -42,6 +42,16 @@ def views_from(base: Node, view: Node) -> list[Node]:
     return out[::-1]
 
 
+def views_of(base: Node) -> list[Node]:
+    """All views that look at a tensor."""
+    found, todo = [], [base]
+    while todo:
+        node = todo.pop()
+        todo += (new := [u for u in node.users if is_view(u) and u.args[:1] == (node,)])
+        found += new
+    return found
+
+
 def read_later(view: Node, write: Node, order: dict[Node, int]) -> bool:
     return any(order.get(u, 0) > order[write] for u in view.users)
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.gather import Gatherer, once
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.tokens import Atom, Seq, Space
+from tokcompile.passes.tokens import Atom, Seq, Space, extent
 
 Parts = tuple[int | Space, ...]
 LEAST_SHOWN = 0.25  # of the tokens that reductions chose from: what is picked out of fewer is no map without its padding
@@ -66,7 +66,7 @@ def unforeseen(g: Gatherer, seq: Seq, shown: Tensor) -> Hidden | None:
     found: dict[Space, dict[int, tuple[int, ...]]] = {}
     start = chosen = there = 0
     for part in seq.parts:
-        size = extent(part)
+        size, _ = extent(part)
         gone = ~shown[start : start + size]
         start += size
         if isinstance(part, int):
@@ -91,9 +91,10 @@ def laid_out(g: Gatherer, group: Parts, order: Tensor) -> tuple[Space, Node]:
     place = len(order) + torch.arange(seq.old)  # what is missing comes last
     place[order] = torch.arange(len(order))  # where each root token stands now
     gone = place >= len(order)
-    edges = [0, *accumulate(map(extent, group))]
+    olds, news = zip(*map(extent, group))
+    edges = [0, *accumulate(olds)]
     most = tuple(int((~gone[a:b]).sum()) for a, b in zip(edges, edges[1:]))
-    count = sum(min(p if isinstance(p, int) else p.k, m) for p, m in zip(group, most))
+    count = sum(map(min, news, most))
     table, moved = g.b.constant(place, "places"), g.b.constant(order, "order")
     whole = g.index(seq.old, seq)
     flat = g.b.emit(aten.index_select.default, table, 0, g.b.emit(aten.reshape.default, whole, [-1]))
@@ -132,14 +133,9 @@ def closed_runs(seq: Seq, order: Tensor, shown: Tensor) -> list[tuple[Parts, int
     start = stop = done = 0
     for part in seq.parts:
         group.append(part)
-        stop += extent(part)
+        stop += extent(part)[0]
         mine = order[done : done + int(shown[start:stop].sum())]
         if bool(((mine >= start) & (mine < stop)).all()):
             runs.append((tuple(group), start, mine))
             group, start, done = [], stop, done + len(mine)
     return runs
-
-
-def extent(part: int | Space) -> int:
-    """How many original tokens a part stands for."""
-    return part if isinstance(part, int) else part.root_n

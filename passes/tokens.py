@@ -129,6 +129,11 @@ class SplitsTokens(Exception):
         self.seq, self.unit = seq, unit
 
 
+def extent(part: int | Space) -> tuple[int, int]:
+    """(old, new) length of a part."""
+    return (part.root_n, part.k) if isinstance(part, Space) else (part, part)
+
+
 def make_seq(parts: Iterable[int | Space]) -> Seq:
     """A Seq with neighbouring plain counts added up and empty ones left out."""
     out: list[int | Space] = []

@@ -273,13 +273,13 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
 def refuse_frozen(analysis: Analysis, placed: Sequence[Splice]) -> None:
     """Raises: UnsupportedGraph where the model reads values of reduced tokens back into Python, which tracing has fixed."""
     streams = {n for b in analysis.structure.blocks for n in (b.entry, b.mid)}
-    for s in placed:
-        names = {n.name for n in ({s.at} | reachable_from({s.at})) & (streams | {s.at})}
+    for at in dict.fromkeys(s.at for s in placed) if analysis.traced.checks else ():
+        names = {at.name, *(n.name for n in reachable_from({at}) & streams)}
         frozen = [text for check in analysis.traced.checks for text in check.behind(names)]
         if frozen:
             raise UnsupportedGraph(
                 f"behind this reduction the model reads values back into Python, where they would be others: {frozen[0]}",
-                s.at,
+                at,
                 "reduce behind it (where=[later blocks]); load a mixture of experts of transformers with "
                 "experts_implementation='batched_mm' or 'grouped_mm'",
             )

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch.fx import Node
 
+from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.rules.core import Batch, Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
-from tokcompile.passes.tokens import Axis, Seq, Space, make_seq, new_shape, normal
+from tokcompile.passes.tokens import Axis, Seq, Space, extent, make_seq, new_shape, normal
 
 
-@rule("aten.cat", "aten.concat", "aten.concatenate")
+@rule("aten.cat")
 def cat(call: Call) -> Any:
     rank = len(call.old_shape)
     dim = call["dim"] % rank
-    labels, values = [samples_in_line(call, one, dim) for one in call.labels("tensors")], call["tensors"]
+    labels, values = [in_line(call, one, dim) for one in call.labels("tensors")], call["tensors"]
     if any(has_batch(one[dim]) for one in labels):
         raise NeedsFull("it puts samples together")
     joined = call.join([with_axis(one, dim, ()) for one in labels])
@@ -62,7 +63,7 @@ def stack(call: Call) -> Any:
 @rule("aten.slice", "aten.narrow")
 def slice_(call: Call) -> Any:
     dim = (call["dim"] or 0) % len(call.label("self"))
-    label = samples_in_line(call, call.label("self"), dim)
+    label = in_line(call, call.label("self"), dim)
     size = old(label[dim])
     if "length" in call.args:
         start, stop, step = call["start"] % size, call["start"] % size + call["length"], 1
@@ -113,13 +114,9 @@ def cut(
     return call.op(aten.slice.Tensor, value, dim, new_start * unit, (new_start + new_length) * unit), axis
 
 
-def samples_in_line(call: Call, label: Label, dim: int) -> Label:
-    """Where an axis is the tokens of a whole batch, one after the other, each sample's become a run of their own."""
-    axis = label[dim]
-    if len(axis) < 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
-        return label
-    runs = [part for i in range(axis[0].size) for part in call.gather.sample_of(axis[1], i).parts]
-    return with_axis(label, dim, (make_seq(runs), *axis[2:]))
+def in_line(call: Call, label: Label, dim: int) -> Label:
+    """A label with the samples of one axis in line."""
+    return with_axis(label, dim, samples_in_line(call.gather, label[dim]))
 
 
 def one_sample(call: Call, value: Any, label: Label, dim: int, index: int) -> Any:
@@ -142,11 +139,6 @@ def grouped(axis: Axis) -> tuple[Seq | None, int]:
     if len(axis) == 2 and isinstance(axis[0], Seq) and isinstance(axis[1], int):
         return axis[0], axis[1]
     return tokens_of(axis), 1
-
-
-def extent(part: int | Space) -> tuple[int, int]:
-    """(old, new) length of a part."""
-    return (part.root_n, part.k) if isinstance(part, Space) else (part, part)
 
 
 @rule("aten.select")
@@ -179,7 +171,7 @@ def select(call: Call) -> Any:
 )
 def split(call: Call) -> Any:
     dim = call.args.get("dim", 0) % len(call.label("self"))
-    label = samples_in_line(call, call.label("self"), dim)
+    label = in_line(call, call.label("self"), dim)
     pieces = [v.shape for v in call.node.meta["val"]]
     if has_batch(label[dim]):
         starts = [sum(p[dim] for p in pieces[:i]) for i in range(len(pieces))]

@@ -21,7 +21,7 @@ UNARY = [
     "threshold", "softsign", "tanhshrink", "fill", "zero", "sinh", "cosh", "atan", "asin", "acos", "feature_dropout",
 ]  # fmt: skip
 BINARY = [
-    "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "maximum", "minimum", "where",
+    "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "maximum", "minimum", "where",
     "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
     "bitwise_or", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
     "ldexp", "nextafter", "xlogy",
