@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx import Graph, Node
 from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rules.core import rank_of
 from tokcompile.passes.rules.experts import PRODUCTS
-from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, is_labelled, plain
+from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, is_labelled, old, plain
 
 CONVOLUTIONS = {
     "aten.conv1d",
@@ -29,11 +30,11 @@ class Term:
     """factor * product of axis sizes, in FLOPs (a multiply and an add count as two)."""
 
     node: Node
-    factor: int
+    factor: int | Fraction
     axes: tuple[Axis, ...]
 
     def value(self, counts: Mapping[Space, int]) -> int:
-        return self.factor * prod(axis_size(axis, counts) for axis in self.axes)
+        return int(self.factor * prod(axis_size(axis, counts) for axis in self.axes))
 
 
 def axis_size(axis: Axis, counts: Mapping[Space, int]) -> int:
@@ -57,8 +58,13 @@ def part_size(part: int | Space, counts: Mapping[Space, int]) -> int:
     return sum(map(min, sizes, part.most)) if part.most else sum(sizes)
 
 
-def terms(graph: Graph, labels: Mapping[Node, Any], recovered: Iterable[Node] = ()) -> list[Term]:
-    """One term per matrix product, attention and convolution of the OLD graph, sized as in the rewritten one."""
+def terms(
+    graph: Graph, labels: Mapping[Node, Any], recovered: Iterable[Node] = (), mixed: Mapping[Node, Axis] | None = None
+) -> list[Term]:
+    """One term per matrix product, attention and convolution of the OLD graph, sized as in the rewritten one.
+
+    mixed: see `Rewritten`; what such a module costs grows with its token axis.
+    """
     full = set(recovered)
 
     def label_of(node: Node) -> Label:
@@ -71,7 +77,11 @@ def terms(graph: Graph, labels: Mapping[Node, Any], recovered: Iterable[Node] = 
         if maker is not None:
             inputs = (lambda n: plain(shape(n))) if node in full else label_of
             factor, axes = maker(node, bind(node), label_of(node), inputs)
-            out.append(Term(node, factor, tuple(axes)))
+            if mixed and node in mixed:
+                whole = factor * prod(old(axis) for axis in axes)
+                out.append(Term(node, Fraction(whole, old(mixed[node])), (mixed[node],)))
+            else:
+                out.append(Term(node, factor, tuple(axes)))
     return out
 
 

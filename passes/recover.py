@@ -40,6 +40,10 @@ def recover_operands(rw: Rewriter, node: Node, reason: str, known: bool) -> None
             "reduce only after it (where=[later blocks]), or pass recover='anywhere' to gather the tokens back here and lose "
             "part of the gain"
         )
+        if packet(node) == "aten.conv1d" and not rw.mixers:
+            way_out = (
+                f"pass the model itself and not a program: layers that mix along the sequence are traced again; or {way_out}"
+            )
         if not known:
             way_out = f"tell the pass what it does: tokcompile.register_rule({packet(node)!r}, rule); or {way_out}"
         raise UnsupportedGraph(f"an op over reduced tokens cannot be rewritten: {reason} ({labels})", node, way_out)

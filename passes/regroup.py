@@ -20,6 +20,7 @@ from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
 from tokcompile.passes.graph import aten, get_attr, is_tensor, packet, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
+from tokcompile.passes.mixers import MARK
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
 from tokcompile.passes.stages import Stage
@@ -205,6 +206,10 @@ class InGroupOrder(Rewriter):
     def step(self, node: Node) -> None:
         if node in self.exits:
             self.env[node] = self.grouped(*self.exits[node])
+            return
+        if packet(node) == MARK:  # for the rewrite that comes after this one
+            if not any(self.is_labelled(n) for n in node.all_input_nodes):
+                self.env[node] = self.builder.copy(node, self.plain_value)
             return
         super().step(node)
         if node in self.entries:

@@ -18,11 +18,12 @@ from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, device_of, packet
 from tokcompile.passes.insert import check_positions, insert
+from tokcompile.passes.mixers import MARK, Mixer, shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Label, Space, SplitsTokens, is_labelled
+from tokcompile.passes.tokens import Axis, Label, Seq, Space, SplitsTokens, is_labelled
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Rewritten:
     kept_of: dict[str, int] = field(default_factory=dict)  # of how many tokens the indices among the extra outputs are
     overhead_flops: int = 0  # of the reductions themselves
     checks: list[Consecutive] = field(default_factory=list)  # what is right only for some inputs
+    mixed: dict[Node, Axis] = field(default_factory=dict)  # old nodes of mixers that were traced again, see mixers.py,
+    again: list[str] = field(default_factory=list)  # and the paths of these
 
 
 class Rewriter:
@@ -54,6 +57,7 @@ class Rewriter:
         outputs: str = "keep",
         recover: str = "end",
         size_weighted_mean: bool = True,
+        mixers: Sequence[Mixer] = (),
     ):
         self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
         self.size_weighted_mean, self.inputs = size_weighted_mean, inputs
@@ -78,6 +82,11 @@ class Rewriter:
         self.positioned: set[Space] = set()  # whose several positions, or new numbers, a rotary table was read at
         self.in_sequence: dict[Node, bool] = {}  # rotary tables: whether their positions go on by one
         self.checks: dict[Node, Consecutive] = {}
+        self.mixers = mixers  # whose calls are traced again over fewer tokens
+        self.mixed: dict[Node, Axis] = {}  # what stood there, with the token axis that it has now
+        self.again: list[str] = []  # their paths
+        self.weights: dict[int, str] = {}  # names by id
+        self.orders: dict[Seq, tuple[Node, Node]] = {}  # see mixers.py
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:
             self.splices.setdefault(splice.at, []).append(splice)
@@ -108,12 +117,17 @@ class Rewriter:
             self.kept_of,
             self.overhead_flops,
             list(self.checks.values()),
+            self.mixed,
+            self.again,
         )
 
     # -- one node --------------------------------------------------------------------------------------------------
 
     def step(self, node: Node) -> None:
-        if node in self.env:
+        if node in self.env or node in self.mixed:
+            return
+        if packet(node) == MARK:
+            shorten(self, node)
             return
         if node.target is operator.getitem and isinstance(self.env.get(node.args[0]), list):
             self.set(node, self.env[node.args[0]][node.args[1]], self.labels[node.args[0]][node.args[1]])

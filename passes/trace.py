@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
+from tokcompile.passes.mixers import MIXERS, Mixer, watched
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
 
 
@@ -31,7 +32,7 @@ class Traced:
     gm: flat tensors (and constants) in, a flat list out; `meta['val']` holds fake values.
     program: the untouched exported program, whose weights `gm` shares.
     guards: what was fixed from the example inputs while tracing (values read back into Python). checks: the same as
-    conditions on later inputs.
+    conditions on later inputs. mixers: the calls that are marked in `gm`.
     """
 
     gm: GraphModule
@@ -43,6 +44,7 @@ class Traced:
     output_names: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
     checks: list[Guards] = field(default_factory=list)
+    mixers: list[Mixer] = field(default_factory=list)
 
 
 def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
@@ -92,7 +94,8 @@ def from_program(
         fixed(inputs)
     guards = list(dict.fromkeys([*guards, *(line for one in checks for line in one.lines)]))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
-    return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks)
+    mixers = program.graph_module.meta.get(MIXERS, [])
+    return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks, mixers)
 
 
 def unlift(program: ExportedProgram) -> GraphModule:
@@ -177,8 +180,10 @@ def quiet() -> Iterator[None]:
 
 
 def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with torch.no_grad(), no_fast_path(), unchanged(model):
-        return torch.export.export(model, args, kwargs, strict=False)
+    with torch.no_grad(), no_fast_path(), unchanged(model), watched(model) as mixers:
+        program = torch.export.export(model, args, kwargs, strict=False)
+    program.graph_module.meta[MIXERS] = mixers
+    return program
 
 
 @contextmanager

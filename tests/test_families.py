@@ -95,6 +95,7 @@ HARD = [
     "hf/vit_mae",
 ]
 AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
+APART = {"hf/lfm2_vl"}  # of several images each is rearranged by itself
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1}
 
 WHY = {
@@ -131,7 +132,7 @@ def test_the_oracles_agree(name, batch, record_property):
     assert check.ok, str(check)
     assert {r.oracle for r in check.results} == {"permutation", "masked keys"}
     assert all(r.error is not None for r in check.results)
-    assert recovers == (name in ANYWHERE) or (batch == 3 and not recovers), str(check)
+    assert recovers == (name in ANYWHERE or (batch == 3 and name in APART)) or (batch == 3 and not recovers), str(check)
     assert bool(price(check)) == recovers
 
 

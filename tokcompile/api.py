@@ -18,6 +18,7 @@ from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, setti
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.cost import terms
+from tokcompile.passes.mixers import erase_marks, unmarked
 from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.renumber import Consecutive
@@ -47,7 +48,7 @@ class OptimizedModel(torch.nn.Module):
         analysis = compiled.analysis
         traced = analysis.traced
         # without reductions the untouched traced graph is kept: bit for bit the original
-        self.graph_module = compiled.rewritten.gm if compiled.rewritten else traced.gm
+        self.graph_module = compiled.rewritten.gm if compiled.rewritten else unmarked(traced.gm)
         self.graph_module.eval()
         self.plan = compiled.plan
         self.report: Report = make_report(analysis, compiled, terms(analysis.graph.graph, {}))
@@ -136,6 +137,13 @@ class OptimizedModel(torch.nn.Module):
         """
         if self._source is None:
             raise ExportError("a model optimized inside torch.compile has no exported program to save")
+        if self.report.traced_again:
+            raise ExportError(
+                f"{self.report.traced_again[0]} was traced again over fewer tokens, which takes the model itself and not its "
+                "exported program\n  what to do: torch.export.save(optimized.exported_program, path); or save the plan "
+                "(optimized.plan.save) and optimize the model with it again"
+            )
+        erase_marks(self._source.graph)
         data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self._spec})
         with atomic(path) as temporary:
             torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})

@@ -204,7 +204,7 @@ def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
     if not chosen:
         return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
     rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout.hidden))
-    cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered)
+    cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered, rewritten.mixed)
     return Compiled(made, rewritten, cost, analysis)
 
 
@@ -256,6 +256,7 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
         outputs=settings.outputs,
         recover=settings.recover,
         size_weighted_mean=settings.size_weighted_mean,
+        mixers=analysis.traced.mixers,
     )
     try:
         result = rewriter.run()
@@ -338,7 +339,7 @@ def solve_flops(
     recipes = {**settings.recipes, stand_in.name: stand_in}
     probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
     probed = rewrite(analysis, replace(settings, recipes=recipes), probing, hidden)
-    cost = terms(analysis.graph.graph, probed.labels, probed.recovered)
+    cost = terms(analysis.graph.graph, probed.labels, probed.recovered, probed.mixed)
 
     def share(final: int) -> float:
         wanted: dict[Space, int] = {}

@@ -21,21 +21,21 @@ class MaskedRun(Interpreter):
     """Runs the original graph, full length, with the dropped tokens hidden wherever tokens are mixed.
 
     Which axis of which tensor holds tokens is read from the labels of the rewritten graph. outputs: the original
-    outputs; clean: for each, whether it depends on the reduction and no recovery lies before it (else the two runs differ on
-    purpose).
+    outputs; clean: for each, whether it depends on the reduction and neither a recovery nor a mixer lies before it (else the
+    two runs differ on purpose).
     """
 
     def __init__(self, gm: GraphModule, rewritten: Rewritten, kept: dict[Space, Tensor]):
         super().__init__(gm)
         self.extra_traceback = False
-        self.labels, self.recovered = rewritten.labels, rewritten.recovered
+        self.labels, self.recovered, self.mixed = rewritten.labels, rewritten.recovered, rewritten.mixed
         self.kept = kept
         self.reduced: set[Node] = set()  # what depends on a reduction
         self.outputs: list[Any] = []
         self.dirty: set[Node] = set()
 
     def run_node(self, n: Node) -> Any:
-        if n in self.recovered or any(i in self.dirty for i in n.all_input_nodes):
+        if n in self.recovered or n in self.mixed or any(i in self.dirty for i in n.all_input_nodes):
             self.dirty.add(n)
         if n in self.labels or any(i in self.reduced for i in n.all_input_nodes):
             self.reduced.add(n)

@@ -157,9 +157,10 @@ def prepare(traced: Traced, seed: int) -> tuple[Analysis, list[Any]]:
 
     Raises: InputError where they never are.
     """
-    original = traced.gm
+    original, mixers = traced.gm, traced.mixers
     for strength in (1.0, 0.3, 0.1):
         traced.gm = shaken(original, seed, strength)
+        traced.mixers = [mixer.with_weights_of(traced.gm) for mixer in mixers]
         analysis = understand(traced, canonicalise(traced.gm, traced.inputs), {})
         outputs = run(analysis.graph, traced.inputs)
         if not analysis.structure.blocks or all(map(comparable, floats(outputs))):
@@ -316,7 +317,8 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, o
     if not pairs:
         with extra_outputs(analysis.graph, before_recovery(out)):
             pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, hidden), seed)
-        where = "compared where tokens are given back" if pairs else "no output can be compared"
+        before = "before tokens are mixed along the sequence" if out.mixed else "where tokens are given back"
+        where = f"compared {before}" if pairs else "no output can be compared"
         result.note = f"{result.note}; {where}" if result.note else where
     result.error = worst([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
 
@@ -344,8 +346,8 @@ def kept_in(space: Space, seed: int) -> Tensor:
 
 
 def before_recovery(out: Rewritten) -> list[Node]:
-    """The reduced tensors from which tokens were given back."""
-    needed = dict.fromkeys(n for node in out.recovered for n in node.all_input_nodes)
+    """The reduced tensors from which tokens were given back, or that went into a mixer."""
+    needed = dict.fromkeys(n for node in (*out.recovered, *out.mixed) for n in node.all_input_nodes)
     return [n for n in needed if is_labelled(out.labels.get(n)) and isinstance(n.meta["val"], Tensor)]
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Report:
     """blocks: one row per block found, with the tokens that come in and those that are left. flops, original_flops: of the
     whole model, without the reductions' own work, which is overhead_flops. recoveries: where tokens were given back, and
-    whether blocks follow. cut_off: how many tokens of a batch the model cuts off later (padding); they are dropped first.
-    guards: what was fixed from the example inputs while tracing. seconds: time spent in each pass."""
+    whether blocks follow. traced_again: modules that mix tokens along the sequence, which are called with fewer. cut_off: how
+    many tokens of a batch the model cuts off later (padding); they are dropped first. guards: what was fixed from the example
+    inputs while tracing. seconds: time spent in each pass."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     reductions: list[dict[str, Any]] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Report:
     original_flops: int = 0
     overhead_flops: int = 0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    traced_again: list[str] = field(default_factory=list)
     cut_off: int = 0
     unrecognised: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
@@ -53,6 +55,13 @@ class Report:
         for r in self.recoveries:
             cost = "; blocks follow, so part of the gain is lost" if r["inside"] else ""
             lines.append(f"tokens given back at {r['node']} ({r['op']}, {r['module'] or 'no module'}): {r['reason']}{cost}")
+        if self.traced_again:
+            count = len(self.traced_again)
+            lines.append(
+                f"traced again over fewer tokens, since {'they mix' if count > 1 else 'it mixes'} them along the sequence: "
+                + ", ".join(self.traced_again[:3])
+                + f" and {count - 3} more" * (count > 3)
+            )
         if self.cut_off:
             lines.append(f"dropped before all others, since the model cuts them off later (padding): {self.cut_off} tokens")
         lines += [f"not recognised: {text}" for text in self.unrecognised]
@@ -94,6 +103,7 @@ def make_report(analysis: Analysis, compiled: Compiled, original: list[Term]) ->
         total(original),
         rewritten.overhead_flops if rewritten else 0,
         [asdict(r) for r in rewritten.recoveries] if rewritten else [],
+        list(rewritten.again) if rewritten else [],
         max((int(s.hidden.sum()) for s in rewritten.spaces if s.hidden is not None), default=0) if rewritten else 0,
         analysis.structure.unrecognised,
         [*analysis.guards, *(check.guard for check in (rewritten.checks if rewritten else ()))],

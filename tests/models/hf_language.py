@@ -70,6 +70,15 @@ def _smolvlm_prompt(batch: int) -> dict:
     return _prompt(16, 64)(batch) | dict(pixel_values=noise(batch, 1, 3, 64, 64))
 
 
+def _lfm2_prompt(batch: int) -> dict:
+    """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
+    return _prompt(12)(batch) | dict(
+        pixel_values=noise(batch, 48, 3 * 8 * 8),
+        spatial_shapes=torch.tensor([[8, 6]] * batch),
+        pixel_attention_mask=torch.ones(batch, 48, dtype=torch.long),
+    )
+
+
 def _gemma3_prompt(batch: int) -> dict:
     """A prompt with 16 placeholders a sample, marked as image tokens."""
     inputs = _prompt(16, 64)(batch)
@@ -281,6 +290,24 @@ LANGUAGE: tuple[Family, ...] = (
         _smolvlm_prompt,
         depth=8,
         note="pixel shuffle: 16 image tokens",
+    ),
+    row(
+        "lfm2_vl",
+        "Lfm2VlForConditionalGeneration",
+        "Lfm2VlConfig",
+        dict(
+            vision_config=("Siglip2VisionConfig", VIT | dict(num_hidden_layers=3, num_patches=64, vision_use_head=False)),
+            text_config=(
+                "Lfm2Config",
+                DECODER | dict(layer_types=["full_attention", "conv"] * 2, block_auto_adjust_ff_dim=False),
+            ),
+            image_token_id=60,
+            downsample_factor=2,
+            projector_hidden_size=64,
+        ),
+        _lfm2_prompt,
+        depth=5,
+        note="short convolutions between the layers that attend",
     ),
     row(
         "idefics3",

@@ -1,13 +1,14 @@
 """Caches and attention that a transformers decoder is called with, of any family: it names no model and no library.
 
-A decoder asks its cache for two things only: where the query stands, and the keys and values to attend to. Which of them
-a query may see is decided here, layer by layer, since layers after a reduction hold fewer keys than those before it.
+A decoder asks its cache for two things: where the query stands, and the keys and values to attend to. Which of them
+a query may see is decided here, layer by layer, since layers after a reduction hold fewer keys than those before it. Layers
+that mix along the sequence (short convolutions, linear attention) keep a state of one size, however long the prompt was.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +32,54 @@ class Collecting:
     is_initialized = False
 
     def __init__(self) -> None:
+        self.layers: list[int] = []  # that have keys and values, as they come
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.states: dict[str, Tensor] = {}
+
+    def enter(self, layer: int) -> int:
+        """The place of a layer's keys and values."""
+        assert layer > max(self.layers, default=-1), "layers fill their caches in order"
+        self.layers.append(layer)
+        return len(self.layers) - 1
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert layer_idx == len(self.keys), "layers fill their caches in order"
+        self.enter(layer_idx)
         self.keys.append(key)
         self.values.append(value)
         return key, value
+
+    def outputs(self, prefix: str = "") -> dict[str, Any]:
+        """All that it holds, by the names of a prefill's outputs."""
+        made: dict[str, Any] = {f"{prefix}keys": self.keys, f"{prefix}values": self.values}
+        return made | ({f"{prefix}states": self.states} if self.states else {})
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get(f"conv_{layer_idx}_{state_idx}")
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get(f"recurrent_{layer_idx}_{state_idx}")
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What is to be convolved: with the tokens before it, and at least as long as the kernel. (B, channels, length)"""
+        before = self.get_conv_state(layer_idx, state_idx)
+        size = conv_kernel_size or conv_states.shape[-1] if before is None else before.shape[-1]
+        seen = conv_states if before is None else torch.cat([before, conv_states], -1)
+        seen = nn.functional.pad(seen, (max(0, size - seen.shape[-1]), 0))
+        self.states[f"conv_{layer_idx}_{state_idx}"] = seen[..., -size:].clone()
+        return seen
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self.states[f"recurrent_{layer_idx}_{state_idx}"] = recurrent_states
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -53,23 +94,30 @@ class Collecting:
 class Slots(Collecting):
     """The cache of a decode step: buffers of static length, into which one new entry is written at a given slot.
 
-    keys, values: one (B, heads, capacity, width) a layer. slots: (1,) a layer, the place of the new entry.
+    keys, values: one (B, heads, capacity, width) a layer that attends. slots: (1,) for each, the place of the new entry.
+    states: of the other layers, by name.
     """
 
     is_compileable = True
     is_initialized = True
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Sequence[Tensor]):
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Sequence[Tensor], states: Mapping[str, Tensor]):
+        super().__init__()
         self.keys, self.values, self.slots = list(keys), list(values), slots
+        self.states = {name: state.clone() for name, state in states.items()}  # models change them in place
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer_idx] = self.write(self.keys[layer_idx], key, layer_idx)
-        self.values[layer_idx] = self.write(self.values[layer_idx], value, layer_idx)
-        return self.keys[layer_idx], self.values[layer_idx]
+        at = self.enter(layer_idx)
+        self.keys[at] = self.write(self.keys[at], key, at)
+        self.values[at] = self.write(self.values[at], value, at)
+        return self.keys[at], self.values[at]
 
-    def write(self, buffer: Tensor, new: Tensor, layer: int) -> Tensor:
+    def write(self, buffer: Tensor, new: Tensor, at: int) -> Tensor:
         # ScatterElements without reduction: onnxruntime writes in place where a buffer is bound as input and output
-        return buffer.scatter(2, self.slots[layer].view(1, 1, 1, 1).expand(new.shape), new)
+        return buffer.scatter(2, self.slots[at].view(1, 1, 1, 1).expand(new.shape), new)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
 
 
 @contextmanager

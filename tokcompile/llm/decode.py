@@ -16,6 +16,7 @@ from tokcompile.llm.caches import Collecting, Slots, attention_over, config_of, 
 from tokcompile.llm.layout import Layout, layout
 from tokcompile.passes.cost import terms
 from tokcompile.passes.find import Structure
+from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.plan import Plan
 from tokcompile.passes.trace import trace
@@ -49,7 +50,7 @@ class Prefill(nn.Module):
         named = ("inputs_embeds", "attention_mask", "position_ids", "input_ids")
         given = zip(named, (inputs_embeds, attention_mask, position_ids, input_ids))
         out = self.model(**{name: v for name, v in given if v is not None}, past_key_values=cache, use_cache=True, **self.last)
-        return {"logits": out.logits, "keys": cache.keys, "values": cache.values}
+        return {"logits": out.logits, **cache.outputs()}
 
 
 class Decode(nn.Module):
@@ -74,19 +75,20 @@ class Decode(nn.Module):
         step: Tensor,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
+        states: Mapping[str, Tensor] | None = None,
         kept: Mapping[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Any]:
         stages = self.layout.stages
         slots = [step + stage.length for stage in stages]
-        cache = Slots(keys, values, [slots[self.layout.stage_of(layer)] for layer in range(len(keys))])
+        cache = Slots(keys, values, [slots[self.layout.stage_of(at)] for at in range(len(keys))], states or {})
         seen: dict[tuple[int, int | None], Tensor] = {}
 
         def mask(layer: int, window: int | None) -> Tensor:
             self.windows[layer] = window
             window = window if window is not None and window < self.reach else None
-            key = self.layout.stage_of(layer), window
+            key = self.layout.stage_of(cache.layers.index(layer) if layer in cache.layers else 0), window
             if key not in seen:
                 seen[key] = self.visible(key[0], window, step, kept, attention_mask, positions, position_ids)
             return seen[key]
@@ -96,13 +98,13 @@ class Decode(nn.Module):
                 input_ids=token, position_ids=position_ids, past_key_values=cache, use_cache=True,
                 attention_mask=passing_mask(),
             )  # fmt: skip
-        if sorted(layers) != list(range(len(keys))):
+        if sorted(layers) != cache.layers or len(layers) != len(keys):
             raise TraceError(
                 f"attention came by for the layers {layers}, and the prefill has {len(keys)} caches: this model does not call "
                 "transformers' attention functions once a layer, or shares caches between layers\n"
                 "  what to do: nothing yet; such a model cannot be decoded after a reduced prefill"
             )
-        return {"logits": out.logits, "new_keys": cache.keys, "new_values": cache.values}
+        return {"logits": out.logits, **cache.outputs("new_")}
 
     @property
     def reach(self) -> int:
@@ -171,6 +173,7 @@ def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: i
             "the prompt\n  what to do: optimize with renumber=False, which keeps positions as they are"
         )
     example["kept"] = {name: example["kept"][name] for name in step.needed()} or None
+    example["states"] = example["states"] or None
     if not step.bound:
         example["positions"] = None
     return untouched(step, {name: value for name, value in example.items() if value is not None})
@@ -204,13 +207,13 @@ def check_model(model: nn.Module, plan: Layout) -> None:
         )
     config = config_of(model)
     odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if odd:
+    if odd and not plan.states:
         raise InputError(
             f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
             "  what to do: nothing yet; only full and sliding attention can be decoded after a reduced prefill"
         )
     layers = getattr(config, "num_hidden_layers", len(plan.keys))
-    if layers != len(plan.keys):
+    if layers != len(plan.keys) and not plan.states:
         raise InputError(f"the prefill returns {len(plan.keys)} caches, and this model has {layers} layers: it is another one")
 
 
@@ -230,6 +233,7 @@ def example_inputs(step: Decode) -> dict[str, Any]:
         "step": torch.full((1,), room - 1, **whole),
         "keys": [buffer(shape, i) for i, (shape, _) in enumerate(plan.shapes)],
         "values": [buffer(shape, i) for i, (_, shape) in enumerate(plan.shapes)],
+        "states": {name: torch.zeros(size, dtype=kind, device=weight.device) for name, (size, kind) in plan.states.items()},
         "kept": {name: torch.arange(k, device=weight.device).repeat(plan.batch, 1) for name, k in plan.kept.items()},
     }
     if plan.placed:
@@ -243,6 +247,7 @@ def example_inputs(step: Decode) -> dict[str, Any]:
 def untouched(module: nn.Module, kwargs: dict[str, Any]) -> OptimizedModel:
     """A program without reductions, which is called and exported as an optimized one is; blocks are not looked for."""
     traced = trace(module, (), kwargs)
+    fold_constants(traced.gm)  # tables made from sizes that are fixed, by ops that ONNX does not have
     propagate_shapes(traced.gm, traced.inputs)
     plan = Plan("none", outputs="keep")
     return OptimizedModel(Compiled(plan, None, terms(traced.gm.graph, {}), Analysis(traced, traced.gm, Structure())), {})

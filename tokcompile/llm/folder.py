@@ -39,6 +39,7 @@ def read_spec(folder: str) -> tuple[Wiring, dict[str, Any]]:
             caches=[(c["layer"], c["from"], c["into"], c["out"]) for c in data["caches"]],
             kept=[(k["from"], k["into"]) for k in data["kept"]],
             stages=stages,
+            states=[(s["from"], s["into"], s["out"]) for s in data.get("states", ())],
         )
     except OSError as error:
         raise ExportError(

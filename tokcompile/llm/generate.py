@@ -27,7 +27,8 @@ class Wiring:
     """Which output of which graph feeds which input, and what the host has to know beside; all of it goes to JSON.
 
     prompt: the prefill's input for the prompt. length: of the prompt, which is also the position of the first token that
-    is generated. caches: (layer, prefill output, decode input, decode output). kept: (prefill output, decode input).
+    is generated. caches: (layer, prefill output, decode input, decode output), counting layers that attend. kept: (prefill
+    output, decode input). states: (prefill output, decode input, decode output) of layers that keep a state of one size.
     inputs: shape and dtype of each of the prefill's inputs. eos: ids that end a text. padded, placed: whether the decode step
     takes the prefill's attention_mask, and its position_ids as `positions`.
     """
@@ -44,6 +45,7 @@ class Wiring:
     eos: Sequence[int] = ()
     padded: bool = False
     placed: bool = False
+    states: Sequence[tuple[str, str, str]] = ()
 
     def stage_of(self, layer: int) -> Stage:
         return next(s for s in self.stages if s.first <= layer <= s.last)
@@ -146,6 +148,7 @@ def wire(prefill: OptimizedModel, decode: OptimizedModel, model: Any, max_new_to
     return Wiring(
         plan.prompt, plan.length, plan.batch, max_new_tokens, plan.logits, inputs, caches, kept, plan.stages,
         end_of_text(model), "attention_mask" in plan.inputs, "positions" in decode.input_names,
+        [(f"states_{name}", f"states_{name}", f"new_states_{name}") for name in plan.states],
     )  # fmt: skip
 
 
@@ -207,7 +210,7 @@ def generate(
         out = decode(state)
         logits = out["logits"][:, -1]
         token = torch.where(done.to(token.device)[:, None], token, choose(logits)) if done.any() else choose(logits)
-        state |= {into: out[made] for _, _, into, made in wiring.caches}
+        state |= {into: out[made] for _, into, made in (*(c[1:] for c in wiring.caches), *wiring.states)}
         seconds.append(time.perf_counter() - begin)
         done = done | torch.isin(token[:, 0].cpu(), ends)
         tokens.append(token)
@@ -266,6 +269,6 @@ def start(wiring: Wiring, feeds: Mapping[str, Tensor], out: Mapping[str, Tensor]
         buffer = cache.new_zeros((*cache.shape[:2], stage.capacity, cache.shape[3]))
         buffer[:, :, : stage.length] = cache
         state[into] = buffer
-    state |= {into: out[source] for source, into in wiring.kept}
+    state |= {into: out[source] for source, into in (*wiring.kept, *(s[:2] for s in wiring.states))}
     state |= {"attention_mask": feeds["attention_mask"]} if wiring.padded else {}
     return state | ({"positions": feeds["position_ids"]} if wiring.placed else {})

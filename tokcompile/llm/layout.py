@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from tokcompile.passes.reduction import ReductionModule
 if TYPE_CHECKING:
     from tokcompile.api import OptimizedModel
 
+STATE = re.compile(r"states_(\w+)")  # of layers that keep no keys and values
 # what llm.Prefill calls its caches, and what becomes of a transformers cache that is registered for export
 CACHE = (re.compile(r"(keys|values)_(\d+)"), re.compile(r"past_key_values_(?:key_cache_|value_cache_|([01])_)(\d+)"))
 
@@ -65,7 +66,8 @@ class Layout:
     length: of the prompt before any reduction; without position_ids the next token stands at this position. prompt: the
     input that holds it. axes: of position_ids in front of the batch, (3,) where a position has three numbers.
     keys, values: output names by layer. shapes: of the keys and of the values by layer. kept: how many indices each output
-    of them holds. renumbered: whether tokens got new positions after a reduction.
+    of them holds. renumbered: whether tokens got new positions after a reduction. states: shape and dtype of what other
+    layers keep, by the name that the decode step gives it.
     """
 
     length: int
@@ -81,6 +83,7 @@ class Layout:
     kept: dict[str, int]
     axes: tuple[int, ...] = ()
     renumbered: bool = False
+    states: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
     @property
     def placed(self) -> bool:
@@ -119,12 +122,14 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
             f"position_ids have the shape {tuple(shape)}, and the prompt {tuple(inputs[prompt].shape)}\n"
             "  what to do: positions are (batch, length), or (axes, batch, length) where each has several numbers"
         )
-    shapes = {n: v.shape for n, v in zip(names_of(prefill), values_of(prefill))}
+    outputs = dict(zip(names_of(prefill), values_of(prefill)))
+    shapes = {n: v.shape for n, v in outputs.items()}
+    states = {m[1]: (tuple(v.shape), v.dtype) for n, v in outputs.items() if (m := STATE.fullmatch(n))}
     keys, values = caches(shapes)
     batch, length = inputs[prompt].shape[:2]
     lengths = [shapes[k][2] for k in keys]
     made = stages(lengths, length, max_new_tokens, prefill.plan.reductions)
-    dtype = next(v.dtype for n, v in zip(names_of(prefill), values_of(prefill)) if n == keys[0])
+    dtype = outputs[keys[0]].dtype
     return Layout(
         length,
         batch,
@@ -139,6 +144,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
         {cut.index: shapes[cut.index][1] for stage in made for cut in stage.cuts},
         tuple(shape[:-2]) if "position_ids" in inputs else (),
         prefill.renumbered,
+        states,
     )
 
 

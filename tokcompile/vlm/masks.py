@@ -18,8 +18,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Visibility:
-    """windows: the sliding window of each layer. groups: by window, a number for each token, (L,): tokens of one number see
-    each other whatever their order, such as those of an image, or of a whole prompt. Others have a number of their own."""
+    """windows: the sliding window of each layer that attends. groups: by window, a number for each token, (L,): tokens of one
+    number see each other whatever their order, such as those of an image, or of a whole prompt. Others have a number of their
+    own."""
 
     windows: tuple[int | None, ...]
     groups: Mapping[int | None, Tensor]
@@ -53,7 +54,7 @@ def visibility(seen: Observed, attention_mask: Tensor | None, spans: Sequence[Sp
     """Reads the masks of one run. spans: of the images. Raises: UnsupportedGraph where one is none that can be made again."""
     windows = tuple(seen.windows[i] for i in sorted(seen.windows))
     groups: dict[int | None, Tensor] = {}
-    for layer, window in enumerate(windows):
+    for layer, window in zip(sorted(seen.windows), windows):
         mask = seen.masks[layer].cpu()
         length = mask.shape[-1]
         valid = torch.ones(1, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()

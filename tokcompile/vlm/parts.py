@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tokcompile.llm.caches import Collecting, passing_mask, replaced_attention
+from tokcompile.llm.caches import Collecting, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
 from tokcompile.vlm.observe import FEATURES, Observed, features_of, layers_of
 
@@ -113,11 +113,11 @@ class Language(nn.Module):
                 inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=passing_mask(), past_key_values=cache,
                 use_cache=True, **self.last,
             )  # fmt: skip
-        return {"logits": out.logits, "keys": cache.keys, "values": cache.values}
+        return {"logits": out.logits, **cache.outputs()}
 
     def layers(self) -> nn.ModuleList:
         decoder = self.model.get_submodule(self.decoder)
-        return layers_of(decoder, len(self.prompt_masks.view.windows))
+        return layers_of(decoder, config_of(self.model).num_hidden_layers)
 
     def spread(self, features: Tensor) -> Tensor:
         """(B, n, D) at the places of the image's tokens, zeros elsewhere: (B, L, D)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokcompile.api import OptimizedModel, ReducedOutput
 from tokcompile.errors import InputError
 from tokcompile.llm.caches import config_of
+from tokcompile.passes.mixers import is_mixer
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
 from tokcompile.vlm.observe import PIXELS, Observed, observe
@@ -184,7 +185,19 @@ def split(
         ids = torch.stack([torch.tensor([0 if p is None else int(row[p]) for p in old]) for row in ids]).to(ids)
         parts = replace(parts, embeddings=Part(table.module, (), {"input_ids": ids}))
     takes = padded or room is not None or bool((prompt.mask == 0).any())
+    if takes:
+        refuse_mixers(model.get_submodule(seen.language))
     return parts.with_language(ids, features, prompt.mask if takes else None)
+
+
+def refuse_mixers(decoder: nn.Module) -> None:
+    """Raises: InputError where padding would be mixed into the tokens after it."""
+    found = next((name for name, module in decoder.named_modules() if is_mixer(module)), None)
+    if found is not None:
+        raise InputError(
+            f"prompts cannot be padded: {found} mixes tokens along the sequence, and would read the padding\n"
+            "  what to do: leave out padded= and room=, and split once for each length of the text"
+        )
 
 
 def axes(positions: Tensor) -> Tensor:
