@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tokcompile.passes.calls import MARK
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
 from tokcompile.passes.graph import aten, get_attr, is_tensor, packet, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
-from tokcompile.passes.mixers import MARK
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
 from tokcompile.passes.stages import Stage

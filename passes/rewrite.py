@@ -13,12 +13,13 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import TokcompileError, UnsupportedGraph
+from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, device_of, packet
 from tokcompile.passes.insert import check_positions, insert
-from tokcompile.passes.mixers import MARK, Mixer, shorten
+from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
@@ -57,7 +58,7 @@ class Rewriter:
         outputs: str = "keep",
         recover: str = "end",
         size_weighted_mean: bool = True,
-        mixers: Sequence[Mixer] = (),
+        mixers: Sequence[MixerCall] = (),
     ):
         self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
         self.size_weighted_mean, self.inputs = size_weighted_mean, inputs
@@ -85,7 +86,7 @@ class Rewriter:
         self.mixers = mixers  # whose calls are traced again over fewer tokens
         self.mixed: dict[Node, Axis] = {}  # what stood there, with the token axis that it has now
         self.again: list[str] = []  # their paths
-        self.weights: dict[int, str] = {}  # names by id
+        self.weights: dict[int | str, str] = {}  # names, by themselves and by ids
         self.orders: dict[Seq, tuple[Node, Node]] = {}  # see mixers.py
         self.splices: dict[Node, list[Splice]] = {}
         for splice in splices:

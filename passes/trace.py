@@ -19,9 +19,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
+from tokcompile.passes.calls import CALLS, MixerCall, watched
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
-from tokcompile.passes.mixers import MIXERS, Mixer, watched
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
 
 
@@ -44,7 +44,7 @@ class Traced:
     output_names: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
     checks: list[Guards] = field(default_factory=list)
-    mixers: list[Mixer] = field(default_factory=list)
+    mixers: list[MixerCall] = field(default_factory=list)
 
 
 def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
@@ -94,7 +94,7 @@ def from_program(
         fixed(inputs)
     guards = list(dict.fromkeys([*guards, *(line for one in checks for line in one.lines)]))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
-    mixers = program.graph_module.meta.get(MIXERS, [])
+    mixers = program.graph_module.meta.get(CALLS, [])
     return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks, mixers)
 
 
@@ -180,9 +180,9 @@ def quiet() -> Iterator[None]:
 
 
 def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with torch.no_grad(), no_fast_path(), unchanged(model), watched(model) as mixers:
+    with torch.no_grad(), no_fast_path(), unchanged(model), watched(model) as calls:
         program = torch.export.export(model, args, kwargs, strict=False)
-    program.graph_module.meta[MIXERS] = mixers
+    program.graph_module.meta[CALLS] = calls
     return program
 
 

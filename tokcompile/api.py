@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, settings_for
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
+from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
-from tokcompile.passes.mixers import erase_marks, unmarked
 from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.renumber import Consecutive

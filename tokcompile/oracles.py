@@ -157,10 +157,9 @@ def prepare(traced: Traced, seed: int) -> tuple[Analysis, list[Any]]:
 
     Raises: InputError where they never are.
     """
-    original, mixers = traced.gm, traced.mixers
+    original = traced.gm
     for strength in (1.0, 0.3, 0.1):
         traced.gm = shaken(original, seed, strength)
-        traced.mixers = [mixer.with_weights_of(traced.gm) for mixer in mixers]
         analysis = understand(traced, canonicalise(traced.gm, traced.inputs), {})
         outputs = run(analysis.graph, traced.inputs)
         if not analysis.structure.blocks or all(map(comparable, floats(outputs))):

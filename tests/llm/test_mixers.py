@@ -14,7 +14,7 @@ from tests.models.family import noise
 from tests.models.hf_base import DECODER, build
 from tokcompile import ExportError, InputError
 from tokcompile.llm import Generator, Prefill, export, load
-from tokcompile.passes.mixers import is_mixer, marks
+from tokcompile.passes.calls import is_mixer, marks
 
 LENGTH, SPAN, COUNT = 40, (5, 30), 8
 DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=12)
@@ -223,6 +223,9 @@ def test_a_whole_vision_language_model(tmp_path):
     with pytest.raises(InputError, match="mixes tokens along the sequence, and would read the padding"):
         tokcompile.vlm.split(model, kwargs, padded=True)
     short = parts.after(vision)
+    before, seen = parts.see(kwargs["pixel_values"]), short.see(kwargs["pixel_values"])
+    assert seen["kept"].tolist() == [sorted(seen["kept"][0].tolist())]
+    assert before["features"].shape[1] == 2 * seen["features"].shape[1]
     prefill = tokcompile.optimize(
         *short.language, method="random", budget=tokcompile.Tokens(4), where=[1], spans=short.spans, outputs="reduced"
     )

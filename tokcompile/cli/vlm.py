@@ -54,7 +54,7 @@ def add_vlm(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--room", metavar="N,N,...",
         help="most tokens of text before, between and after the images, or `exact` for those of the example alone (default: "
-        f"exact; for hf:FOLDER {ROOM} more than in the example after the last image)",
+        f"exact; for hf:FOLDER {ROOM} more than in the example after the last image, if its layers can take padding)",
     )  # fmt: skip
     prompt.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json (default: that of hf:FOLDER)")
     prompt.add_argument("--template", metavar="TEXT", help="the whole text of a prompt, with {image} and {prompt} in it")
@@ -76,7 +76,7 @@ def vlm(args: argparse.Namespace) -> Result:
     room = None if args.room in (None, "exact") else numbers(args.room)
     parts = tokcompile.vlm.split(model, inputs, room=room)
     files = written_beside(args, parts, example)  # what is wrong with them is said before any work is done
-    if example and args.room is None:
+    if example and args.room is None and not parts.prompt.in_order:  # else padding would be mixed into the text
         parts = tokcompile.vlm.split(model, inputs, room=[*parts.prompt.room[:-1], parts.prompt.room[-1] + ROOM])
     plans = {}
     if args.vision_method:
@@ -94,6 +94,11 @@ def vlm(args: argparse.Namespace) -> Result:
     prompt = parts.prompt
     found = [("images", str(list(prompt.full))), ("room for text", str(prompt.room)), ("prefill", str(prompt.length))]
     shown = [f"{name}: {plan}" for name, plan in plans.items() if plan.reductions]
+    if example and args.room is None and prompt.in_order:
+        shown.append(
+            "note: layers of this model mix tokens along the sequence and would read padding: texts have exactly the length of "
+            "the example's"
+        )
     if example and not files["preprocess"]:
         shown.append(
             f"note: how the {type(example.processor.image_processor).__name__} of {args.model} preprocesses images is not "

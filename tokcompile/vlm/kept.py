@@ -22,7 +22,20 @@ def seen_by(prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tenso
     out: dict[str, Any] = {"features": features}
     if "deepstack" in made:
         out["deepstack"] = [like(prompt, one, kept, features.shape[1], indices, sizes) for one in deep]
-    return out | ({"kept": kept} if kept is not None else {})
+    if kept is None:
+        return out
+    return in_order(out, kept) if prompt.in_order else out | {"kept": kept}
+
+
+def in_order(out: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
+    """The same with the features of each sample in the order of the ids."""
+    kept, order = kept.sort(1)
+
+    def sorted_too(one: Tensor) -> Tensor:
+        return one.gather(1, order[..., None].expand(-1, -1, one.shape[-1]))
+
+    made: dict[str, Any] = {"features": sorted_too(out["features"]), "kept": kept}
+    return made | ({"deepstack": [sorted_too(one) for one in out["deepstack"]]} if "deepstack" in out else {})
 
 
 def flat(value: Any, batch: int) -> Any:

@@ -19,7 +19,8 @@ from tokcompile.vlm.positions import Positions
 class Prompt:
     """full: spans of the image placeholders in the ids. spans: those of the features in what the language part takes, of
     `length` tokens. position_ids: (B, L) or (axes, B, L), of the whole example. next_position: (B, 1). rule: behind these
-    positions, where they follow one. renumber: whether the tokens that are left have positions without gaps."""
+    positions, where they follow one. renumber: whether the tokens that are left have positions without gaps. in_order: whether
+    features stand in the order of the ids, whatever order a method left them in, for layers that mix along the sequence."""
 
     image_token: int
     full: tuple[Span, ...]
@@ -31,6 +32,7 @@ class Prompt:
     mask: Tensor
     rule: Positions | None
     renumber: bool = False
+    in_order: bool = False
 
     @staticmethod
     def of(ids: Tensor, token: int, spans: Sequence[Span], positions: Tensor, mask: Tensor | None) -> Prompt:
@@ -133,7 +135,7 @@ class Prompt:
         return {
             "image_token": self.image_token, "placeholders": list(self.full), "spans": list(self.spans),
             "length_of_ids": self.full_length, "length": self.length, "attention_mask": self.mask.tolist(), **rule,
-            "next_position": self.next_position.tolist(), "renumber": self.renumber,
+            "next_position": self.next_position.tolist(), "renumber": self.renumber, "in_order": self.in_order,
         }  # fmt: skip
 
     @staticmethod
@@ -146,6 +148,7 @@ class Prompt:
         return Prompt(
             int(data["image_token"]), full, spans, int(data["length_of_ids"]), int(data["length"]), positions,
             torch.tensor(data["next_position"]), mask, rule, bool(data.get("renumber", False)),
+            bool(data.get("in_order", False)),
         )  # fmt: skip
 
     def positions(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokcompile.api import OptimizedModel, ReducedOutput
 from tokcompile.errors import InputError
 from tokcompile.llm.caches import config_of
-from tokcompile.passes.mixers import is_mixer
+from tokcompile.passes.calls import is_mixer
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
 from tokcompile.vlm.observe import PIXELS, Observed, observe
@@ -171,7 +171,8 @@ def split(
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     positions = axes(positions).expand(*positions.shape[:-2], *ids.shape).contiguous()
-    prompt = Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask)
+    mixer = mixer_of(model.get_submodule(seen.language))
+    prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
     made = Part(Vision(used_only(model, lambda m: Vision(m, seen, pixels)(pixels)), seen, pixels).eval(), (pixels,), {})
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
@@ -185,19 +186,17 @@ def split(
         ids = torch.stack([torch.tensor([0 if p is None else int(row[p]) for p in old]) for row in ids]).to(ids)
         parts = replace(parts, embeddings=Part(table.module, (), {"input_ids": ids}))
     takes = padded or room is not None or bool((prompt.mask == 0).any())
-    if takes:
-        refuse_mixers(model.get_submodule(seen.language))
+    if takes and mixer is not None:
+        raise InputError(
+            f"prompts cannot be padded: {mixer} mixes tokens along the sequence, and would read the padding\n"
+            "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
+        )
     return parts.with_language(ids, features, prompt.mask if takes else None)
 
 
-def refuse_mixers(decoder: nn.Module) -> None:
-    """Raises: InputError where padding would be mixed into the tokens after it."""
-    found = next((name for name, module in decoder.named_modules() if is_mixer(module)), None)
-    if found is not None:
-        raise InputError(
-            f"prompts cannot be padded: {found} mixes tokens along the sequence, and would read the padding\n"
-            "  what to do: leave out padded= and room=, and split once for each length of the text"
-        )
+def mixer_of(decoder: nn.Module) -> str | None:
+    """The first module that mixes tokens along the sequence."""
+    return next((name for name, module in decoder.named_modules() if is_mixer(module)), None)
 
 
 def axes(positions: Tensor) -> Tensor:
