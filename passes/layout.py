@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.crop import Hidden, can_choose, joint_hidden
 from tokcompile.passes.tokens import Space
 
@@ -24,13 +25,15 @@ class Layout:
     """What the graph was found to demand: groups of `unit` rows stay together, and `cuts` (in groups) part the tokens
     into segments that are never mixed (images or windows in one sequence), each with its own quota. regrouped: the tokens were
     put into the order of their groups, which may begin after a class token. sample: the length of each of several samples
-    that the sequence is parted into later, as a batch; 0 for none. hidden: the tokens of each sample that are cut off later."""
+    that the sequence is parted into later, as a batch; 0 for none. hidden: the tokens of each sample that are cut off later.
+    final: whether this is the last try, in which tokens are given back where no layout helped."""
 
     unit: int = 1
     cuts: tuple[int, ...] = ()
     regrouped: bool = False
     sample: int = 0
     hidden: Hidden = ()
+    final: bool = False
 
 
 class NeedsLayout(Exception):
@@ -41,17 +44,23 @@ class NeedsLayout(Exception):
         self.layout, self.error = layout, error
 
 
-def with_layout(attempt: Callable[[Layout], Any]) -> Any:
-    """Runs an attempt, again with the groups or segments that it turned out to need, as long as that is news."""
+def with_layout(attempt: Callable[[Layout], Any], give_back: bool) -> Any:
+    """Runs an attempt, again with the groups or segments that it turned out to need, as long as that is news. give_back:
+    whether tokens may be given back anywhere if that does not help."""
     tried, layout = [Layout()], Layout()
     while True:
         try:
             return attempt(layout)
         except NeedsLayout as needed:
-            layout = joint(layout, needed.layout)
-            if layout in tried:
-                raise needed.error from None
-            tried.append(layout)
+            layout, error = joint(layout, needed.layout), needed.error
+            if layout not in tried:
+                tried.append(layout)
+                continue
+        except UnsupportedGraph as unsupported:
+            error = unsupported
+        if give_back and len(tried) > 1 and isinstance(error, UnsupportedGraph):
+            return attempt(Layout(final=True))
+        raise error
 
 
 def joint(layout: Layout, needed: Layout) -> Layout:
@@ -68,8 +77,9 @@ def joint(layout: Layout, needed: Layout) -> Layout:
 def demanded(
     rewriter: Rewriter, structure: Structure, groupings: Sequence[Grouping], chosen: Sequence[Reduction]
 ) -> Layout | None:
-    """Tokens that go first, where the model cuts them off later; groups in an order of their own, where the grid is rearranged
-    into them; groups, where a view tears a sequence without prefix into small ones; segments, where slices cut the tokens."""
+    """What another try should do: keep tokens that go first, where the model cuts them off later; groups in an order of their
+    own, where the grid is rearranged into them; groups, where a view tears a sequence without prefix into small ones; segments,
+    where slices cut the tokens."""
     placed = [s for many in rewriter.splices.values() for s in many]
     news = [s for s in placed if can_choose(s.recipe) and joint_hidden(s.hidden, rewriter.hidden) != s.hidden]
     if chosen[0].unit == 1 and news:

@@ -33,6 +33,7 @@ from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
 from tokcompile.steps import same_number
 
+PLAIN = Layout()
 MILD = 0.75  # a budget that every method can meet in any number of steps
 
 
@@ -161,7 +162,7 @@ class Request:
                 spans=settings.spans,
                 options=settings.options,
                 layout=layout,
-                solve_flops=lambda *a: solve_flops(analysis, settings, self.before, layout.hidden, *a),
+                solve_flops=lambda *a: solve_flops(analysis, settings, self.before, layout, *a),
                 labels=self.earlier.rewritten.labels if self.earlier and self.earlier.rewritten else None,
             ),
         )
@@ -187,7 +188,7 @@ def compile_plan(
 ) -> Compiled:
     """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: see `Request`."""
     request = Request(settings, budget, where, plan, earlier)
-    return with_layout(lambda layout: compile_in(layout, analysis, request))
+    return with_layout(lambda layout: compile_in(layout, analysis, request), settings.recover == "anywhere")
 
 
 def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
@@ -203,7 +204,7 @@ def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
     made = request.carried_out(chosen)
     if not chosen:
         return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
-    rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout.hidden))
+    rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout))
     cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered, rewritten.mixed)
     return Compiled(made, rewritten, cost, analysis)
 
@@ -217,7 +218,7 @@ def in_groups(error: BudgetError, layout: Layout, given: Analysis, request: Requ
         if layout == Layout() and grouping.stage is slots[0].stage and (inside or settings.outputs == "reduced"):
             return NeedsLayout(Layout(grouping.unit, (), True), error)
     try:  # a budget that single tokens can meet shows whether there are groups
-        rewrite(analysis, settings, request.planned(analysis, layout, MILD), layout.hidden)
+        rewrite(analysis, settings, request.planned(analysis, layout, MILD), layout)
     except NeedsLayout as needed:
         return NeedsLayout(needed.layout, error)
     except TokcompileError:
@@ -244,9 +245,9 @@ def joined(before: tuple[Reduction, ...], settings: Settings, chosen: tuple[Redu
     return (*before, *(replace(r, method=recipe.name, options=dict(settings.options)) for r in chosen))
 
 
-def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], hidden: Hidden = ()) -> Rewritten:
-    """One rewrite of the analysed graph. hidden: see `Layout`. Raises: UnsupportedGraph, NeedsLayout."""
-    placed = splices(analysis, settings, chosen, hidden)
+def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], layout: Layout = PLAIN) -> Rewritten:
+    """One rewrite of the analysed graph. Raises: UnsupportedGraph, NeedsLayout."""
+    placed = splices(analysis, settings, chosen, layout.hidden)
     refuse_frozen(analysis, placed)
     rewriter = Rewriter(
         analysis.graph,
@@ -258,16 +259,18 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
         size_weighted_mean=settings.size_weighted_mean,
         mixers=analysis.traced.mixers,
     )
+
+    def demand() -> Layout | None:
+        return None if layout.final else demanded(rewriter, analysis.structure, analysis.groupings, chosen)
+
     try:
         result = rewriter.run()
     except UnsupportedGraph as error:
-        layout = demanded(rewriter, analysis.structure, analysis.groupings, chosen)
-        if layout is not None:
-            raise NeedsLayout(layout, error) from error
+        if (wanted := demand()) is not None:
+            raise NeedsLayout(wanted, error) from error
         raise
-    layout = demanded(rewriter, analysis.structure, analysis.groupings, chosen)
-    if layout is not None and (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)):
-        raise NeedsLayout(layout, UnsupportedGraph("tokens that belong together are torn apart"))
+    if (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)) and (wanted := demand()) is not None:
+        raise NeedsLayout(wanted, UnsupportedGraph("tokens that belong together are torn apart"))
     return result
 
 
@@ -322,7 +325,7 @@ def solve_flops(
     analysis: Analysis,
     settings: Settings,
     earlier: Sequence[Reduction],
-    hidden: Hidden,
+    layout: Layout,
     slots: list[Slot],
     counts: Callable[[int], list[int]],
     ratio: float,
@@ -338,7 +341,7 @@ def solve_flops(
     probe = reductions(steps, slots, stand_in, {})
     recipes = {**settings.recipes, stand_in.name: stand_in}
     probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
-    probed = rewrite(analysis, replace(settings, recipes=recipes), probing, hidden)
+    probed = rewrite(analysis, replace(settings, recipes=recipes), probing, layout)
     cost = terms(analysis.graph.graph, probed.labels, probed.recovered, probed.mixed)
 
     def share(final: int) -> float:

@@ -21,7 +21,7 @@ from tokcompile.compiler import Analysis, Settings, rewrite, understand
 from tokcompile.errors import InputError, TokcompileError, UnsupportedGraph
 from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.canonicalise import canonicalise
-from tokcompile.passes.crop import Hidden, among_shown
+from tokcompile.passes.crop import among_shown
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import copy_graph, get_attr, shape
 from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
@@ -264,9 +264,9 @@ def compare(
     def attempt(layout: Layout) -> None:
         laid = analysis.laid_out(layout)
         slot = make_slot(one_block(laid.structure.blocks, block.index), "attention", spans, layout)
-        oracle(result, laid, slot, layout.hidden, outputs, seed)
+        oracle(result, laid, slot, layout, outputs, seed)
 
-    with_layout(attempt)
+    with_layout(attempt, give_back=True)
     result.ok = result.error is None or result.error <= tolerance
 
 
@@ -286,15 +286,15 @@ def reduced_to(slot: Any, share: float) -> list[Reduction]:
     ]
 
 
-def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions: list[Reduction], hidden: Hidden) -> Rewritten:
+def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions: list[Reduction], layout: Layout) -> Rewritten:
     """Recovery at the end if that is enough; else anywhere, and the row says so."""
     try:
-        return rewrite(analysis, settings, reductions, hidden)
+        return rewrite(analysis, settings, reductions, layout)
     except NeedsLayout:
         raise
     except TokcompileError as error:
         settings.recover = "anywhere"
-        out = rewrite(analysis, settings, reductions, hidden)
+        out = rewrite(analysis, settings, reductions, layout)
         inside = sum(r.inside for r in out.recoveries)
         places = f"{inside} place{'s' * (inside != 1)} inside the blocks"
         reason = str(error).splitlines()[0].split(" (")[0].removeprefix("an op over reduced tokens cannot be rewritten: ")
@@ -302,20 +302,20 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         return out
 
 
-def permutation(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, outputs: list[Any], seed: int) -> None:
+def permutation(result: Result, analysis: Analysis, slot: Any, layout: Layout, outputs: list[Any], seed: int) -> None:
     settings = Settings(shuffled(seed), {})
-    out = rewritten(result, analysis, settings, reduced_to(slot, 1.0), hidden)
+    out = rewritten(result, analysis, settings, reduced_to(slot, 1.0), layout)
     result.error = worst(run(out.gm, analysis.traced.inputs), outputs)
 
 
-def masked_keys(result: Result, analysis: Analysis, slot: Any, hidden: Hidden, outputs: list[Any], seed: int) -> None:
+def masked_keys(result: Result, analysis: Analysis, slot: Any, layout: Layout, outputs: list[Any], seed: int) -> None:
     settings = Settings(subset(seed), {}, outputs="reduced")
     chosen = reduced_to(slot, 0.5)
-    out = rewritten(result, analysis, settings, chosen, hidden)
+    out = rewritten(result, analysis, settings, chosen, layout)
     pairs = kept_pairs(analysis, out, seed)
     if not pairs:
         with extra_outputs(analysis.graph, before_recovery(out)):
-            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, hidden), seed)
+            pairs = kept_pairs(analysis, rewrite(analysis, settings, chosen, layout), seed)
         before = "before tokens are mixed along the sequence" if out.mixed else "where tokens are given back"
         where = f"compared {before}" if pairs else "no output can be compared"
         result.note = f"{result.note}; {where}" if result.note else where

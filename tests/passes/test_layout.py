@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import tokcompile
-from tokcompile import compiler
+from tokcompile import UnsupportedGraph, compiler
+from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
 
 
 class Windows(nn.Module):
@@ -45,3 +46,18 @@ def test_all_windows_are_found_at_once(sliced, monkeypatch):
     assert len(tries) == 2
     monkeypatch.undo()
     assert tokcompile.check(model, (x,)).ok
+
+
+def test_where_no_layout_helps_tokens_are_given_back_on_demand():
+    tries = []
+
+    def attempt(layout):
+        tries.append(layout)
+        if layout.final:
+            return "given back"
+        raise NeedsLayout(Layout(4), UnsupportedGraph("it tears groups of four apart"))
+
+    assert with_layout(attempt, give_back=True) == "given back"
+    assert tries == [Layout(), Layout(4), Layout(final=True)]
+    with pytest.raises(UnsupportedGraph, match="groups of four"):
+        with_layout(attempt, give_back=False)
