@@ -93,12 +93,17 @@ class Builder:
 
     def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
         """Adds one call and runs it on fake tensors."""
-        op = "call_module" if isinstance(target, str) else "call_function"
-        node = self.graph.create_node(op, target, args, kwargs)
         fn = get_attr(self.root, target) if isinstance(target, str) else target
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
-            node.meta["val"] = fn(*fake_args, **fake_kwargs)
+            value = fn(*fake_args, **fake_kwargs)
+        return self.known(value, target, *args, **kwargs)
+
+    def known(self, value: Any, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+        """Adds one call whose fake result is known."""
+        op = "call_module" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["val"] = value
         if self.origin is not None:
             for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
                 if key in self.origin.meta:

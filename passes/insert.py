@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -52,10 +52,10 @@ def insert(rw: Rewriter, s: Splice) -> None:
 
 
 @contextmanager
-def overhead(rw: Rewriter) -> Iterator[None]:
+def overhead(rw: Rewriter) -> Iterator[FlopCounterMode]:
     """Counts the FLOPs of what is added meanwhile as the reductions' own."""
     with FlopCounterMode(display=False) as counter:
-        yield
+        yield counter
     rw.overhead_flops += counter.get_total_flops()
 
 
@@ -75,9 +75,14 @@ def call(
         length = s.site.n * s.unit
         stream = rw.builder.emit(aten.slice.Tensor, stream, 1, start, start + length)
         taps = taken_out(rw, module.names, taps, tap_start, length)
+    key = kind_of(s, stream, size, taps)
+    if key in rw.reduced:
+        return rw.reduced[key].again(rw, name, module, stream, size, taps), module
     try:
-        with overhead(rw):
-            return rw.builder.emit(name, stream, size, *taps), module
+        with overhead(rw) as counter:
+            node = rw.builder.emit(name, stream, size, *taps)
+        rw.reduced[key] = Seen(node.meta["val"], module.ordered, counter.get_total_flops())
+        return node, module
     except TokcompileError:
         raise
     except Exception as error:
@@ -87,6 +92,34 @@ def call(
             f"(block {s.block.index}): {type(error).__name__}: {first}; plans must not look at "
             "values of tensors, and every shape must follow from the site"
         ) from error
+
+
+def kind_of(s: Splice, stream: Node, size: Node | None, taps: list[Node]) -> tuple[Any, ...]:
+    """What the sizes of a reduction's results depend on, where it is one of many segments of a stream."""
+    fakes = [n.meta["val"] for n in (size, *taps) if n is not None]
+    read = tuple((tuple(f.shape), f.dtype) for f in fakes)
+    return id(s.recipe), s.at, s.k, s.unit, s.aligned, s.site.n, s.site.grid, size is None, stream.meta["val"].dtype, read
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came out of a reduction on fake tensors, its FLOPs with it: windows and images in one stream are alike."""
+
+    results: tuple[Any, ...]
+    ordered: bool | None
+    flops: int
+
+    def again(
+        self, rw: Rewriter, name: str, module: ReductionModule, stream: Node, size: Node | None, taps: list[Node]
+    ) -> Node:
+        """The node of one like it."""
+        batch, length, width = shape(stream)
+        with rw.builder.mode:
+            left = length - (module.site.n - module.site.k) * module.unit
+            new = torch.empty((batch, left, width), dtype=stream.meta["val"].dtype, device=stream.meta["val"].device)
+        module.ordered = self.ordered
+        rw.overhead_flops += self.flops
+        return rw.builder.known((new, *self.results[1:]), name, stream, size, *taps)
 
 
 def left_by(rw: Rewriter, s: Splice, node: Node, module: ReductionModule, above: Space | None) -> Space:

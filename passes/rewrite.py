@@ -18,7 +18,7 @@ from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, device_of, packet
-from tokcompile.passes.insert import check_positions, insert
+from tokcompile.passes.insert import Seen, check_positions, insert
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
@@ -80,6 +80,7 @@ class Rewriter:
         self.spaces: list[Space] = []
         self.kept_of: dict[str, int] = {}
         self.overhead_flops = 0
+        self.reduced: dict[tuple[Any, ...], Seen] = {}  # reductions of segments that are alike
         self.positioned: set[Space] = set()  # whose several positions, or new numbers, a rotary table was read at
         self.in_sequence: dict[Node, bool] = {}  # rotary tables: whether their positions go on by one
         self.checks: dict[Node, Consecutive] = {}
