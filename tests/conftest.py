@@ -1,6 +1,7 @@
 """One thread, fixed seeds, models and exported programs that are built once, and the collected support table."""
 
 import functools
+import gc
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
+from tests.shared import remembered, shared
 from tokcompile.passes import trace
 
 torch.set_num_threads(1)
@@ -71,7 +73,7 @@ def error(got: Any, want: Any) -> float:
 @functools.cache
 def build(name: str, batch: int = 1) -> Built:
     model, args, kwargs = FAMILIES[name].build(batch)
-    return Built(shake(model), args, kwargs)
+    return Built(shared(shake(model)), args, kwargs)
 
 
 @functools.cache
@@ -82,6 +84,16 @@ def traced(name: str, batch: int = 1) -> tuple[ExportedProgram, list[str]]:
 
 def export(name: str, batch: int = 1) -> ExportedProgram:
     return traced(name, batch)[0]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traces():
+    """One trace of each shared model and example; and what was imported, which stays, is not gone through for garbage."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "export", remembered(trace.export))
+        yield
 
 
 @pytest.fixture(autouse=True)
