@@ -114,6 +114,13 @@ def program():
     return export
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from tests.schedule import ByFamily
+
+    return ByFamily(config, log) if config.getvalue("dist") == "load" else None
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes what test_families.py found out to build/support.json, from which tools/support_table.py makes a table."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
