@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 import tokcompile
+from tests.conftest import build
 from tests.exports.models import tiny
-from tests.models import FAMILIES, shake
 from tokcompile.exports.bundle_files.common import sha256
 from tokcompile.exports.onnx import export_onnx
 
@@ -30,8 +30,7 @@ SCRIPTS = ("build.sh", "run.py", "verify.py")
 @functools.cache
 def vit() -> tokcompile.OptimizedModel:
     """A tiny ViT of timm with two reductions."""
-    model, args, kwargs = FAMILIES["timm/vit"].build(1)
-    return tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6, where=[0, 1])
+    return tokcompile.optimize(*build("timm/vit"), method="tome", budget=0.6, where=[0, 1])
 
 
 @functools.cache
