@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
-from tests.shared import remembered, shared
+from tests.shared import analysed, remembered, shared
+from tokcompile import api
 from tokcompile.passes import trace
 
 torch.set_num_threads(1)
@@ -88,11 +89,15 @@ def export(name: str, batch: int = 1) -> ExportedProgram:
 
 @pytest.fixture(autouse=True, scope="session")
 def traces():
-    """One trace of each shared model and example; and what was imported, which stays, is not gone through for garbage."""
+    """One trace of each shared model and example, and one analysis of each of their programs.
+
+    What was imported stays: it is not gone through for garbage again and again.
+    """
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "export", remembered(trace.export))
+        patch.setattr(api, "analyse", analysed(api.analyse))
         yield
 
 

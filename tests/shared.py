@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tokcompile.llm import Prefill
@@ -16,6 +17,7 @@ from tokcompile.passes.mixers import MIXERS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 SHARED: dict[int, torch.nn.Module] = {}
+PROGRAMS: dict[int, ExportedProgram] = {}  # that were traced from them
 
 
 def shared(model: Module) -> Module:
@@ -63,6 +65,25 @@ def remembered(export: Callable) -> Callable:
         program, guards = export(model, args, kwargs)
         if not program.graph_module.meta.get(MIXERS):
             known[key] = program, list(guards)
+            PROGRAMS[id(program)] = program
         return program, guards
+
+    return once
+
+
+def analysed(analyse: Callable) -> Callable:
+    """`analyse`, which answers again what it answered for a program of a shared model.
+
+    What is made of an analysis does not change it: `optimize` itself goes on from that of a model which is optimized already.
+    """
+    known = {}
+
+    @functools.wraps(analyse)
+    def once(model, args, kwargs):
+        if args is not None or kwargs is not None or PROGRAMS.get(id(model)) is not model:
+            return analyse(model, args, kwargs)
+        if id(model) not in known:
+            known[id(model)] = analyse(model, args, kwargs)
+        return known[id(model)]
 
     return once
