@@ -66,6 +66,12 @@ def new_folder() -> Path:
     return Path(FOLDERS[-1].name)
 
 
+@functools.cache
+def home() -> Path:
+    """A home for what is run: onnxruntime leaves a cache in it."""
+    return new_folder()
+
+
 def copy_of(target: str, tmp_path: Path) -> Path:
     """A bundle that may be changed."""
     return Path(shutil.copytree(made(target), tmp_path / "vit"))
@@ -79,7 +85,7 @@ def run(folder: Path, *command: str, stand_ins: bool = False, **environment: str
         headers = folder / "build" / "headers"
         write_headers(headers, environment.get("STAND_IN_HEADERS", "10 3"))
         wanted |= {"PYTHONPATH": str(STAND_INS), "TENSORRT_INCLUDE_DIR": str(headers)}
-    wanted |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    wanted |= {"HOME": str(home()), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
     script = [str(folder / command[0]), *command[1:]]
     return subprocess.run(
         script if command[0].endswith(".sh") else [sys.executable, *script],
