@@ -1,6 +1,7 @@
 """One thread, fixed seeds, models and exported programs that are built once, and the collected support table."""
 
 import functools
+import gc
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
+from tests.shared import analysed, remembered, shared
+from tokcompile import api
 from tokcompile.passes import trace
 
 torch.set_num_threads(1)
@@ -71,7 +74,7 @@ def error(got: Any, want: Any) -> float:
 @functools.cache
 def build(name: str, batch: int = 1) -> Built:
     model, args, kwargs = FAMILIES[name].build(batch)
-    return Built(shake(model), args, kwargs)
+    return Built(shared(shake(model)), args, kwargs)
 
 
 @functools.cache
@@ -82,6 +85,20 @@ def traced(name: str, batch: int = 1) -> tuple[ExportedProgram, list[str]]:
 
 def export(name: str, batch: int = 1) -> ExportedProgram:
     return traced(name, batch)[0]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traces():
+    """One trace of each shared model and example, and one analysis of each of their programs.
+
+    What was imported stays: it is not gone through for garbage again and again.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "export", remembered(trace.export))
+        patch.setattr(api, "analyse", analysed(api.analyse))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +117,13 @@ def family():
 def program():
     """program(name, batch): the same as an ExportedProgram, which costs no second trace."""
     return export
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from tests.schedule import ByFamily
+
+    return ByFamily(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

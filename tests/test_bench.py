@@ -1,5 +1,6 @@
 """Paired timing: the ratios on a clock that the test winds, and the programs that are put beside each other."""
 
+import functools
 import io
 import json
 import sys
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.models.family import seeded
+from tests.shared import shared
 from tokcompile import bench
 from tokcompile.errors import InputError, MethodError
 
@@ -44,12 +47,12 @@ class Named(nn.Module):
         return {"tokens": self.inner(x)}
 
 
+@functools.cache
 def model():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
         encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
-        return encoder, (torch.randn(2, 21, 16),)
+        return shared(encoder), (torch.randn(2, 21, 16),)
 
 
 def test_ratio_is_the_median_over_pairs_with_quartiles():

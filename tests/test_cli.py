@@ -1,5 +1,6 @@
 """The command line: what it prints, the files it writes, its exit codes, and its answers to wrong usage."""
 
+import functools
 import io
 import json
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.models.family import seeded
+from tests.shared import shared
 from tokcompile import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.cli import commands, main, show, values
 from tokcompile.recipe import methods as known_methods
@@ -56,10 +59,15 @@ class Vit(nn.Module):
         return self.head(x[:, 0])
 
 
+@functools.cache
+def small(batch):
+    with seeded():
+        return shared(Vit()), (torch.randn(batch, 3, 28, 28),)
+
+
 def tiny(batch=1):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Vit(), (torch.randn(batch, 3, 28, 28),)
+    model, args = small(batch)
+    return model.train(), args  # as models are before anybody calls eval()
 
 
 def convolution():

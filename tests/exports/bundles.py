@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 import tokcompile
+from tests.conftest import build
 from tests.exports.models import tiny
-from tests.models import FAMILIES, shake
 from tokcompile.exports.bundle_files.common import sha256
 from tokcompile.exports.onnx import export_onnx
 
@@ -30,8 +30,7 @@ SCRIPTS = ("build.sh", "run.py", "verify.py")
 @functools.cache
 def vit() -> tokcompile.OptimizedModel:
     """A tiny ViT of timm with two reductions."""
-    model, args, kwargs = FAMILIES["timm/vit"].build(1)
-    return tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6, where=[0, 1])
+    return tokcompile.optimize(*build("timm/vit"), method="tome", budget=0.6, where=[0, 1])
 
 
 @functools.cache
@@ -67,6 +66,12 @@ def new_folder() -> Path:
     return Path(FOLDERS[-1].name)
 
 
+@functools.cache
+def home() -> Path:
+    """A home for what is run: onnxruntime leaves a cache in it."""
+    return new_folder()
+
+
 def copy_of(target: str, tmp_path: Path) -> Path:
     """A bundle that may be changed."""
     return Path(shutil.copytree(made(target), tmp_path / "vit"))
@@ -80,7 +85,7 @@ def run(folder: Path, *command: str, stand_ins: bool = False, **environment: str
         headers = folder / "build" / "headers"
         write_headers(headers, environment.get("STAND_IN_HEADERS", "10 3"))
         wanted |= {"PYTHONPATH": str(STAND_INS), "TENSORRT_INCLUDE_DIR": str(headers)}
-    wanted |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    wanted |= {"HOME": str(home()), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
     script = [str(folder / command[0]), *command[1:]]
     return subprocess.run(
         script if command[0].endswith(".sh") else [sys.executable, *script],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -9,16 +11,25 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.models.family import seeded
+from tests.shared import shared
 
 DYNAMIC = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress"}
 
 
+@functools.cache
+def encoder(dtype: torch.dtype) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """Two blocks over fifty tokens."""
+    with seeded():
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().to(dtype)
+        return shared(model), (torch.randn(1, 50, 32).to(dtype),)
+
+
 def tiny(dtype: torch.dtype = torch.float32, **options) -> tokcompile.OptimizedModel:
-    """Two blocks over fifty tokens, optimized."""
+    """The same, optimized."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().to(dtype)
-    return tokcompile.optimize(model, (torch.randn(1, 50, 32).to(dtype),), **{"budget": 0.5, **options})
+    return tokcompile.optimize(*encoder(dtype), **{"budget": 0.5, **options})
 
 
 def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -9,8 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import tokcompile
+from tests.conftest import build
 from tests.exports.models import DYNAMIC, all_nodes, attributes, reductions, run, same, session, tiny
-from tests.models import FAMILIES, shake
 from tokcompile.exports import host
 from tokcompile.plugins.contract import ATTRIBUTES, INPUTS, OUTPUTS, op_type
 
@@ -27,8 +27,8 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "method", "batch"), CASES)
 def test_families(family, method, batch, tmp_path):
-    model, args, kwargs = FAMILIES[family].build(batch)
-    opt = tokcompile.optimize(shake(model), args, kwargs, method=method, budget=0.6)
+    model, args, kwargs = build(family, batch)
+    opt = tokcompile.optimize(model, args, kwargs, method=method, budget=0.6)
     path = tmp_path / "model.onnx"
     report = opt.export_onnx(path)
     assert 0 < report.error <= 1e-4
@@ -75,8 +75,8 @@ def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
     """Nothing is reshaped before and after a call; several samples, and other runtimes, see the batch."""
     ranks = {}
     for batch, target in ((1, "onnxruntime"), (2, "onnxruntime"), (1, "tensorrt")):
-        model, args, kwargs = FAMILIES["timm/vit"].build(batch)
-        opt = tokcompile.optimize(shake(model), args, kwargs, method=method, budget=0.6)
+        model, args, kwargs = build("timm/vit", batch)
+        opt = tokcompile.optimize(model, args, kwargs, method=method, budget=0.6)
         report = opt.export_onnx(tmp_path / "m.onnx", target=target)
         graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx")).graph
         shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
@@ -91,8 +91,8 @@ def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
 
 def test_two_reductions_may_read_the_same_value(tmp_path):
     """Two images in one sequence: in each block their reductions read the same keys and sizes."""
-    model, args, kwargs = FAMILIES["hf/qwen2_vl_vision"].build(2)
-    opt = tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6)
+    model, args, kwargs = build("hf/qwen2_vl_vision", 2)
+    opt = tokcompile.optimize(model, args, kwargs, method="tome", budget=0.6)
     report = opt.export_onnx(tmp_path / "m.onnx")
     called = reductions(onnx.load(tmp_path / "m.onnx"))
     assert len(called) == len(report.reductions) == 2 * len({row["block"] for row in report.reductions})
@@ -179,8 +179,8 @@ def test_reduced_outputs_carry_the_kept_tokens(tmp_path):
 
 
 def test_keys_of_a_model_output_are_its_names(tmp_path):
-    model, args, kwargs = FAMILIES["hf/vit_hidden_states"].build(1)
-    opt = tokcompile.optimize(shake(model), args, kwargs, method="grid", budget=0.5)
+    model, args, kwargs = build("hf/vit_hidden_states", 1)
+    opt = tokcompile.optimize(model, args, kwargs, method="grid", budget=0.5)
     report = opt.export_onnx(tmp_path / "m.onnx")
     hidden = [f"hidden_states_{i}" for i in range(5)]
     assert report.outputs == ["last_hidden_state", "pooler_output", *hidden]
@@ -235,21 +235,21 @@ def test_bfloat16_is_written_and_the_report_says_that_it_was_not_run(tmp_path):
 
 def test_an_addition_at_all_positions_is_an_addition(tmp_path):
     """NaFlexViT adds its position embedding by index_add_, on a view."""
-    model, args, kwargs = FAMILIES["timm/naflexvit_masked"].build(1)
+    model, args, kwargs = build("timm/naflexvit_masked", 1)
     for budget in (1.0, 0.6):
-        opt = tokcompile.optimize(shake(model), args, kwargs, method="random", budget=budget)
+        opt = tokcompile.optimize(model, args, kwargs, method="random", budget=budget)
         assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
 
 
 def test_padding_is_named_where_nothing_was_chosen(tmp_path):
-    model, args, kwargs = FAMILIES["hf/llama_padded"].build(1)
-    opt = tokcompile.optimize(shake(model), args, kwargs, budget=1.0, spans=[(5, 30)])
+    model, args, kwargs = build("hf/llama_padded", 1)
+    opt = tokcompile.optimize(model, args, kwargs, budget=1.0, spans=[(5, 30)])
     with pytest.raises(tokcompile.ExportError, match=r"computes this model otherwise; rows of attention .* \(padding\)"):
         opt.export_onnx(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_complex_rotary_tables(tmp_path):
-    model, args, kwargs = FAMILIES["hf/llama4_vision"].build(2)
-    opt = tokcompile.optimize(shake(model), args, kwargs, method="tome", budget=0.6)
+    model, args, kwargs = build("hf/llama4_vision", 2)
+    opt = tokcompile.optimize(model, args, kwargs, method="tome", budget=0.6)
     assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4

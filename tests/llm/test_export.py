@@ -12,6 +12,7 @@ import torch
 import tokcompile
 from tests.conftest import error
 from tests.exports.models import DYNAMIC, all_nodes
+from tests.shared import shared
 from tokcompile import ExportError, InputError
 from tokcompile.cli import main
 from tokcompile.llm import Generator, Prefill, export, load
@@ -185,7 +186,7 @@ def test_text_through_the_tokenizer_of_the_folder(generator, tmp_path, capsys):
 
 def half(generator, dtype):
     model, inputs, _ = generator("hf/llama")
-    model, inputs = copy.deepcopy(model).to(dtype), {"inputs_embeds": inputs["inputs_embeds"].to(dtype)}
+    model, inputs = shared(copy.deepcopy(model).to(dtype)), {"inputs_embeds": inputs["inputs_embeds"].to(dtype)}
     reduced = dict(method="dart", budget=tokcompile.Tokens(11), spans=[(5, 30)], outputs="reduced")
     return model, inputs, tokcompile.optimize(Prefill(model), kwargs=inputs, **reduced)
 

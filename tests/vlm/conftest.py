@@ -5,8 +5,8 @@ import functools
 import pytest
 
 import tokcompile
-from tests.vlm.models import vlm
-from tokcompile.vlm import Generator, split
+from tests.vlm.models import parts_of, reduced_parts, vlm
+from tokcompile.vlm import Generator
 
 COUNT = 32
 
@@ -15,9 +15,7 @@ COUNT = 32
 def made(name, language=(), vision=(), batch=1, padded=None):
     """(model, inputs, generator). language, vision: items of the arguments of `optimize`, none to leave a part whole."""
     model, inputs = vlm(name, batch)
-    parts = split(model, inputs, padded=padded)
-    if vision:
-        parts = parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **dict(vision)))
+    parts = reduced_parts(name, batch, padded, **dict(vision)) if vision else parts_of(name, batch, padded)
     options = dict(language) or dict(method="random", budget=1.0)
     prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **options)
     return model, inputs, Generator(parts, prefill, max_new_tokens=COUNT)

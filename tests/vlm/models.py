@@ -4,9 +4,12 @@ import functools
 
 import torch
 
+import tokcompile
 from tests.conftest import build
 from tests.models import shake
 from tests.models.family import noise, seeded, tokens
+from tests.shared import shared
+from tokcompile.vlm import Parts, split
 
 FAMILIES = [
     "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "gemma3", "smolvlm", "idefics3",
@@ -20,6 +23,25 @@ def vlm(name, batch=1):
         return OTHERS[name](batch)
     model, _, inputs = build(f"hf/{name}", batch)
     return model, inputs
+
+
+@functools.cache
+def parts_of(name, batch=1, padded=None, room=None):
+    """The model in parts, which are shared between tests and never changed."""
+    return lasting(split(*vlm(name, batch), padded=padded, room=room))
+
+
+@functools.cache
+def reduced_parts(name, batch=1, padded=None, room=None, **options):
+    """The same behind a vision part that gives fewer features."""
+    parts = parts_of(name, batch, padded, room)
+    return lasting(parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **options)))
+
+
+def lasting(parts: Parts) -> Parts:
+    shared(parts.vision.module)
+    shared(parts.language.module)
+    return parts
 
 
 def ids_with(batch, counts, token=60):

@@ -1,6 +1,7 @@
 """The folder of files: what generates from it in ONNX Runtime, what is in it, and what is refused."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from PIL import Image
 import tokcompile
 from tests.conftest import error
 from tests.exports.models import DYNAMIC, all_nodes
-from tests.vlm.models import vlm
+from tests.shared import shared
+from tests.vlm.models import parts_of, reduced_parts, vlm
 from tokcompile import ExportError, InputError, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
@@ -32,19 +34,18 @@ def tokenizer(path):
     return path
 
 
-def reduced(name, room, **language):
-    """(model, inputs, parts, prefill): half the features leave the vision part, and 6 tokens of them reach layer 2."""
-    model, inputs = vlm(name)
-    parts = split(model, inputs, room=room)
-    parts = parts.after(tokcompile.optimize(*parts.vision, method="divprune", budget=0.5, where=[2], outputs="reduced"))
-    options = dict(method="dart", budget=Tokens(4), text_pivots=2) | language
-    return model, inputs, parts, tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **options)
+@functools.cache
+def reduced(name, *room):
+    """(parts, prefill): half the features leave the vision part, and 4 tokens of them reach layer 2."""
+    parts = reduced_parts(name, room=room, method="divprune", budget=0.5, where=(2,))
+    options = dict(method="dart", budget=Tokens(4), text_pivots=2)
+    return parts, tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **options)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(inputs, parts, generator, folder, report) of LLaVA, with a tokenizer and a template."""
-    _, inputs, parts, prefill = reduced("llava", [6, 10])
+    inputs, (parts, prefill) = vlm("llava")[1], reduced("llava", 6, 10)
     place = tmp_path_factory.mktemp("vlm")
     report = export(
         parts, prefill, place / "folder", max_new_tokens=8, template="user : {image} {prompt} answer :",
@@ -148,7 +149,7 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
 
 def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
     """Qwen3-VL: patches in, DeepStack features gathered, positions that go on after the image's grid."""
-    _, _, parts, prefill = reduced("qwen3_vl", [6, 9])
+    parts, prefill = reduced("qwen3_vl", 6, 9)
     how = Preprocess((64, 48), fit="aspect", patches=Patches(8, 2, 2))
     export(parts, prefill, tmp_path / "folder", max_new_tokens=6, preprocess=how)
     folder = load(tmp_path / "folder", threads=1)
@@ -166,7 +167,7 @@ def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
 def test_half_precision(tmp_path):
     """In fp16: the tokens of fp16 in PyTorch, and logits within 2 % of the largest."""
     model, inputs = vlm("llava")
-    model = copy.deepcopy(model).half()
+    model = shared(copy.deepcopy(model).half())
     inputs = {**inputs, "pixel_values": inputs["pixel_values"].half()}
     parts = split(model, inputs)
     parts = parts.after(tokcompile.optimize(*parts.vision, method="divprune", budget=0.5, where=[2], outputs="reduced"))
@@ -181,8 +182,7 @@ def test_half_precision(tmp_path):
 
 
 def test_nothing_is_left_behind_where_it_fails(tmp_path):
-    model, inputs = vlm("llava")
-    parts = split(model, inputs)
+    parts = parts_of("llava")
     prefill = tokcompile.optimize(*parts.language, method="random", budget=0.5, spans=parts.spans, outputs="reduced")
     for kind, match, options in (
         (ExportError, "verification failed", dict(tolerance=0.0)),
@@ -210,7 +210,7 @@ def test_broken_folders(written, tmp_path):
 @pytest.mark.skipif(tensorrt_rtx.version() is None, reason=f"TensorRT-RTX is not here: {tensorrt_rtx.INSTALL}")
 def test_engines_of_all_three(tmp_path):
     """Vision part, prefill and decode step build for TensorRT-RTX, each with its planned counts."""
-    _, _, parts, prefill = reduced("qwen3_vl", [6, 9])
+    parts, prefill = reduced("qwen3_vl", 6, 9)
     made = Generator(parts, prefill, max_new_tokens=4)
     for name, graph in (("vision", parts.optimized), ("prefill", prefill), ("decode", made.text.decode)):
         path = tmp_path / f"{name}.engine"

@@ -11,7 +11,7 @@ from tests.conftest import error, run
 from tests.models.family import noise
 from tests.reference.dart import dart
 from tests.vlm.by_hand import by_hand
-from tests.vlm.models import FAMILIES, ids_with, vlm
+from tests.vlm.models import FAMILIES, ids_with, parts_of, reduced_parts, vlm
 from tokcompile import InputError, Tokens
 from tokcompile.llm import Sampling
 from tokcompile.llm.decode import Decode
@@ -168,11 +168,11 @@ def test_padding_is_never_chosen_by_nor_seen(name, method):
 
     The keys of LLaVA-OneVision's decoder have a bias, so that those of padding are not small by themselves.
     """
-    model, inputs = vlm(name)
+    _, inputs = vlm(name)
     options = dict(method=method, budget=Tokens(8), outputs="reduced")
     found = []
     for room in (None, (BEFORE + 3, TEXT + 4)):
-        parts = split(model, inputs, room=room)
+        parts = parts_of(name, room=room)
         texts = parts.prompt.texts_of(inputs["input_ids"][0].tolist())
         ids, mask = parts.prompt.lay_out(texts, padded=True)
         prefill = tokcompile.optimize(*parts.language, spans=parts.spans, **options)
@@ -186,8 +186,8 @@ def test_padding_is_never_chosen_by_nor_seen(name, method):
 
 
 def test_a_prompt_shorter_than_the_text_pivots():
-    model, inputs = vlm("llava")
-    parts = split(model, inputs, room=[5, 9])
+    _, inputs = vlm("llava")
+    parts = parts_of("llava", room=(5, 9))
     prefill = tokcompile.optimize(*parts.language, spans=parts.spans, method="dart", budget=Tokens(8), outputs="reduced")
     made = Generator(parts, prefill, max_new_tokens=2)
     with pytest.raises(InputError, match="dart reads 4 tokens of the text after the image, and this prompt has 2"):
@@ -195,16 +195,15 @@ def test_a_prompt_shorter_than_the_text_pivots():
 
 
 def test_a_method_that_would_let_padding_rate_the_image():
-    model, inputs = vlm("llava")
-    parts = split(model, inputs, padded=True)
+    parts = parts_of("llava", padded=True)
     prefill = tokcompile.optimize(*parts.language, spans=parts.spans, method="sparsevlm", budget=Tokens(8), outputs="reduced")
     with pytest.raises(InputError, match="sparsevlm reads all tokens of the text, and this language part takes padding"):
         Generator(parts, prefill, max_new_tokens=2)
 
 
 def test_padding_that_the_parts_do_not_take():
-    model, inputs = vlm("llava")
-    parts = split(model, inputs)
+    _, inputs = vlm("llava")
+    parts = parts_of("llava")
     mask = torch.ones_like(inputs["input_ids"])
     mask[:, 0] = 0
     with pytest.raises(InputError, match="takes no padding, and attention_mask hides some tokens"):
@@ -213,8 +212,7 @@ def test_padding_that_the_parts_do_not_take():
 
 def test_single_tokens_of_a_merge_unit():
     """Four patches become one token of the prompt; a plan that drops single patches cannot say which tokens are left."""
-    model, inputs = vlm("qwen2_vl")
-    parts = split(model, inputs)
+    parts = parts_of("qwen2_vl")
     whole = tokcompile.optimize(*parts.vision, method="divprune", where=[2], budget=0.5, outputs="reduced")
     (r,) = whole.plan.reductions
     assert (r.n, r.k, r.unit) == (12, 6, 4)
@@ -224,8 +222,8 @@ def test_single_tokens_of_a_merge_unit():
 
 
 def test_merged_tokens_that_weigh_more():
-    model, inputs = vlm("llava")
-    parts = split(model, inputs)
+    _, inputs = vlm("llava")
+    parts = parts_of("llava")
     options = dict(method="tome", budget=Tokens(30), where=[2], spans=parts.spans, outputs="reduced")
     with pytest.raises(InputError, match="tome lets a merged token weigh as much as the tokens in it"):
         Generator(parts, tokcompile.optimize(*parts.language, **options), max_new_tokens=4)
@@ -236,8 +234,8 @@ def test_merged_tokens_that_weigh_more():
 
 def test_windows_and_positions_of_several_axes():
     """A position of three numbers does not say how far away a token is."""
-    model, inputs = vlm("qwen2_vl")
-    parts = split(model, inputs)
+    model, _ = vlm("qwen2_vl")
+    parts = parts_of("qwen2_vl")
     prefill = tokcompile.optimize(
         *parts.language, spans=parts.spans, outputs="reduced", **dict(ENTRANCE, where=(2,), budget=Tokens(8))
     )
@@ -251,11 +249,11 @@ def test_windows_and_positions_of_several_axes():
 def test_positions_without_gaps():
     """As the model itself on the embeddings of a shorter prompt; padding changes nothing."""
     model, inputs = vlm("llava")
-    parts = split(model, inputs)
-    vision = tokcompile.optimize(*parts.vision, outputs="reduced", **dict(SHORTER))
+    parts = parts_of("llava")
+    vision = reduced_parts("llava", **dict(SHORTER)).optimized
     made = []
-    for room in (None, [BEFORE + 3, TEXT + 4]):
-        behind = split(model, inputs, room=room).after(vision, renumber=True)
+    for room in (None, (BEFORE + 3, TEXT + 4)):
+        behind = parts_of("llava", room=room).after(vision, renumber=True)
         whole = tokcompile.optimize(*behind.language, spans=behind.spans, outputs="reduced", method="random", budget=1.0)
         ids = inputs["input_ids"][0].tolist()
         prompt = behind.prompt.lay_out([ids[:BEFORE], ids[-TEXT:]], padded=room is not None)
@@ -269,8 +267,7 @@ def test_positions_without_gaps():
     assert made == [want.tolist(), want.tolist()]
     again = Prompt.from_data(behind.prompt.data())  # as in generate.json
     assert torch.equal(again.placed(parts.position_ids, None), behind.language.kwargs["position_ids"])
-    model, inputs = vlm("qwen2_vl")
-    parts = split(model, inputs)
+    parts = parts_of("qwen2_vl")
     with pytest.raises(InputError, match=r"(?s)renumber=True.*rows and columns.*leave renumber out"):
         parts.after(tokcompile.optimize(*parts.vision, outputs="reduced", **dict(SHORTER)), renumber=True)
 

@@ -5,8 +5,7 @@ import pytest
 
 import tokcompile
 from tests.conftest import run
-from tests.vlm.models import vlm
-from tokcompile.vlm import split
+from tests.vlm.models import parts_of, vlm
 
 
 def largest(tokens, site):
@@ -17,8 +16,8 @@ def largest(tokens, site):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_keys_are_those_of_the_projection(name):
-    model, inputs = vlm(name)
-    parts = split(model, inputs)
+    model, _ = vlm(name)
+    parts = parts_of(name)
     probe = tokcompile.Recipe("probe", largest, taps=("x", "k"))
     opt = tokcompile.optimize(
         *parts.language, method=probe, budget=tokcompile.Tokens(5), where=[1], spans=parts.spans, outputs="reduced"
