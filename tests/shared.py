@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.llm import Prefill
 from tokcompile.llm.decode import Decode
-from tokcompile.passes.mixers import MIXERS
+from tokcompile.passes.calls import CALLS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 SHARED: dict[int, torch.nn.Module] = {}
@@ -63,7 +63,7 @@ def remembered(export: Callable) -> Callable:
             program, guards = known[key]
             return program, list(guards)
         program, guards = export(model, args, kwargs)
-        if not program.graph_module.meta.get(MIXERS):
+        if not program.graph_module.meta.get(CALLS):
             known[key] = program, list(guards)
             PROGRAMS[id(program)] = program
         return program, guards
