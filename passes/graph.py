@@ -91,7 +91,7 @@ class Builder:
         self.origin: Node | None = None  # the old node that new ones are written for: they inherit its place in the model
         self._constants: dict[Any, Node] = {}
 
-    def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    def emit(self, target: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Node:
         """Adds one call and runs it on fake tensors."""
         fn = get_attr(self.root, target) if isinstance(target, str) else target
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -99,7 +99,7 @@ class Builder:
             value = fn(*fake_args, **fake_kwargs)
         return self.known(value, target, *args, **kwargs)
 
-    def known(self, value: Any, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    def known(self, value: Any, target: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Node:
         """Adds one call whose fake result is known."""
         op = "call_module" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(op, target, args, kwargs)
