@@ -73,8 +73,10 @@ class MixerCall:
         found = next((s for s in self.made if all(sizes.get(way) == size for way, size in s.sizes.items())), None)
         if found is None and sizes not in self.refused:
             found = traced_again(self, sizes)
-            self.made += [found] if found else []
-            self.refused += [] if found else [sizes]
+            if found is None:
+                self.refused.append(sizes)
+            else:
+                self.made.append(found)
         return found
 
     def like(self, other: MixerCall) -> bool:
@@ -159,7 +161,8 @@ def begin(path: str, calls: list[MixerCall], running: list[int]) -> Callable[...
         arguments = copied((args, kwargs), {id(t): holes[way] for way, t in given.items()})
         call = MixerCall(path, module, arguments, holes)
         same = next((one for one in calls if one.like(call)), None)
-        call.made = same.made if same else call.made
+        if same is not None:
+            call.made = same.made
         calls.append(call)
         running.append(len(calls) - 1)
         torch.ops.tokcompile.called(list(given.values()), running[-1], False)

@@ -188,7 +188,7 @@ def compile_plan(
 ) -> Compiled:
     """Passes 4 to 7: plan, rewrite with recovery, cost. earlier: see `Request`."""
     request = Request(settings, budget, where, plan, earlier)
-    return with_layout(lambda layout: compile_in(layout, analysis, request), settings.recover == "anywhere")
+    return with_layout(lambda layout: compile_in(layout, analysis, request), give_back=settings.recover == "anywhere")
 
 
 def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
