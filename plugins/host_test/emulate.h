@@ -87,10 +87,12 @@ template <class T>
 T warp_up(T v, int) {
   return v;
 }
+inline uint32_t warp_least(uint32_t v) { return v; }
+inline uint32_t warp_most(uint32_t v) { return v; }
 inline uint32_t ballot(bool v) { return v; }
 inline int lowest(uint32_t mask) { return __builtin_ctz(mask); }
 inline int leading_zeros(uint64_t v) { return v ? __builtin_clzll(v) : 64; }
-inline void atomic_add(int32_t* to, int32_t v) { std::atomic_ref(*to).fetch_add(v); }
+inline int32_t atomic_add(int32_t* to, int32_t v) { return std::atomic_ref(*to).fetch_add(v); }
 inline void atomic_max(uint64_t* to, uint64_t v) {
   std::atomic_ref at(*to);
   for (uint64_t old = at.load(); old < v && !at.compare_exchange_weak(old, v);) {

@@ -57,8 +57,9 @@ struct Pivots {
   int n, count;
   Text text;
   int32_t* pivots;
+  TC_BOTH int most() const { return count > text.pivots ? count : text.pivots; }
   size_t shared() const {
-    return sizeof(SelectShared) + sizeof(uint64_t) * (count > text.pivots ? count : text.pivots);
+    return sizeof(SelectShared) + sizeof(uint64_t) * most() + sizeof(uint32_t) * (n > text.total ? n : text.total);
   }
 
   TC_DEVICE void operator()(const Block& t) const {
@@ -75,14 +76,14 @@ struct Pivots {
   TC_DEVICE void choose(const Block& t, const float* scores, int all, int need, const Name& name, int32_t* to) const {
     auto* s = reinterpret_cast<SelectShared*>(t.shared);
     auto* chosen = reinterpret_cast<uint64_t*>(s + 1);
-    const auto key = [&](int i) { return key_of(ordered(scores[i]), i); };
+    auto* order = reinterpret_cast<uint32_t*>(chosen + most());
+    for (int i = t.thread; i < all; i += t.threads) order[i] = ordered(scores[i]);
+    const auto key = [&](int i) { return key_of(order[i], i); };
     const uint64_t least = threshold(t, all, need, key, s);
-    compact(
-        t, all, [&](int i) { return key(i) >= least; },
-        [&](int i, bool is, int before) {
-          if (is) chosen[before] = key(i);
-        },
-        s->counts);
+    if (t.thread == 0) s->length = 0;
+    t.sync();
+    for (int i = t.thread; i < all; i += t.threads)
+      if (key(i) >= least) chosen[atomic_add(&s->length, 1)] = key(i);
     t.sync();
     for (int i = t.thread; i < need; i += t.threads) {
       int rank = 0;
@@ -97,7 +98,7 @@ struct Pivots {
 // up to AT pivots; the pivots' rows come from the caches.
 template <class T, int V, bool ONE, int AT>
 struct PivotDots {
-  static constexpr int THREADS = 256;
+  static constexpr int THREADS = 128;  // small blocks spread evenly over the SMs
   static constexpr int ROWS = 2, PART = THREADS / WARP * ROWS;
   Rows<T> x;
   int count, other;
@@ -125,8 +126,7 @@ struct PivotDots {
     }
     TC_UNROLL for (int q = 0; q < AT; ++q) pivot[q] = pivot_row(t, Min()(p + q, all - 1));
     float sum[ROWS][AT] = {}, squares[ROWS] = {};
-    // up to 128 registers let two blocks share an SM
-#pragma unroll(AT > 4 ? 1 : 2)
+#pragma unroll 2
     for (int c = t.lane() * V; c < x.dim; c += WARP * V) {
       float a[ROWS][V];
       TC_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -155,41 +155,47 @@ struct PivotDots {
 };
 
 // Each pivot in turn picks the least similar groups that are still free; then the kept ones in their order. The first
-// `count` pivots are groups and kept themselves, the `other` ones are text. One block per image; a free group's order
-// stands in shared memory, 0 once it is taken. list: (B, k), slot: (B, n) or NULL.
+// `count` pivots are groups and kept themselves, the `other` ones are text. One block per image, which reads the products
+// of as many pivots at once as shared memory has room for. list: (B, k), slot: (B, n) or NULL.
 struct DartPicks {
   static constexpr int THREADS = 1024;
+  static constexpr size_t ROOM = 64 * 1024;  // that any GPU gives a block
   int n, k, count, other;
   const int32_t* pivots;
   const float *dots, *inverse;
   int32_t *list, *slot;
   int64_t* index;
-  size_t shared() const { return sizeof(SelectShared) + size_t(n) * 5; }
+  TC_BOTH int at_once() const {
+    const int fit = int((ROOM - sizeof(SelectShared) - n) / (sizeof(uint32_t) * n));
+    return fit < 1 ? 1 : fit < count + other ? fit : count + other;
+  }
+  size_t shared() const { return sizeof(SelectShared) + size_t(n) * (sizeof(uint32_t) * at_once() + 1); }
 
   TC_DEVICE void operator()(const Block& t) const {
     auto* s = reinterpret_cast<SelectShared*>(t.shared);
-    auto* order = reinterpret_cast<uint32_t*>(s + 1);
-    auto* kept = reinterpret_cast<uint8_t*>(order + n);
+    auto* orders = reinterpret_cast<uint32_t*>(s + 1);
+    auto* kept = reinterpret_cast<uint8_t*>(orders + size_t(at_once()) * n);
     const int all = count + other;
     const int32_t* pivot = pivots + size_t(t.y) * all;
-    const float* scale = inverse + size_t(t.y) * (n + other);
     for (int i = t.thread; i < n; i += t.threads) kept[i] = 0;
     t.sync();
     for (int r = t.thread; r < count; r += t.threads) kept[pivot[r]] = 1;
     t.sync();
     int total = k - count;
-    for (int r = 0; r < all; ++r) {
-      const int left = all - r, quota = (total + left - 1) / left;
-      total -= quota;
-      if (quota == 0) continue;
-      const float* dot = dots + (size_t(t.y) * all + r) * n;
-      const float own = scale[r < count ? pivot[r] : n + r - count];
-      // from here to the marks a thread stays with its own groups, so no barrier is needed in between
-      for (int i = t.thread; i < n; i += t.threads) order[i] = kept[i] ? 0 : ordered(-(dot[i] * own * scale[i]));
-      const auto key = [&](int i) { return order[i] ? key_of(order[i], i) : uint64_t(0); };
-      const uint64_t least = threshold(t, n, quota, key, s);
-      for (int i = t.thread; i < n; i += t.threads)
-        if (key(i) >= least) kept[i] = 1;
+    for (int first = 0; first < all && total > 0; first += at_once()) {
+      const int some = Min()(at_once(), all - first);
+      load_orders(t, first, some, orders);
+      for (int r = first; r < first + some; ++r) {
+        const int left = all - r, quota = (total + left - 1) / left;
+        total -= quota;
+        if (quota == 0) continue;
+        // a thread stays with its own groups, so no barrier is needed between orders, keys and marks
+        const uint32_t* order = orders + size_t(r - first) * n;
+        const auto key = [&](int i) { return kept[i] ? uint64_t(0) : key_of(order[i], i); };
+        const uint64_t least = threshold(t, n, quota, key, s);
+        for (int i = t.thread; i < n; i += t.threads)
+          if (key(i) >= least) kept[i] = 1;
+      }
     }
     t.sync();
     compact(
@@ -200,6 +206,21 @@ struct DartPicks {
           if (slot) slot[size_t(t.y) * n + i] = is ? before : -1;
         },
         s->counts);
+  }
+
+  // orders: (some, n), the larger the less similar to the pivots from `first` on.
+  TC_DEVICE void load_orders(const Block& t, int first, int some, uint32_t* orders) const {
+    const int all = count + other;
+    const int32_t* pivot = pivots + size_t(t.y) * all;
+    const float* scale = inverse + size_t(t.y) * (n + other);
+    for (int i = t.thread; i < n; i += t.threads) {
+      const float own = scale[i];
+#pragma unroll 4
+      for (int r = first; r < first + some; ++r) {
+        const float dot = dots[(size_t(t.y) * all + r) * n + i], of_pivot = scale[r < count ? pivot[r] : n + r - count];
+        orders[size_t(r - first) * n + i] = ordered(-(dot * of_pivot * own));
+      }
+    }
   }
 };
 

@@ -60,7 +60,7 @@ struct FarthestPicks {
       best = Max()(best, second[size_t(t.y) * n + i]);
     }
     for (int step = 1;; ++step) {
-      const int last = key_index(block_all(t, best, uint64_t(0), Max(), s->keys[0]));
+      const int last = key_index(block_all(t, best, uint64_t(0), Max(), s->keys));
       if (last % t.threads == t.thread) kept[last] = 1;
       if (step == k) break;
       const float* row = distance + (size_t(t.y) * n + last) * n;

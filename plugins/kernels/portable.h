@@ -66,10 +66,20 @@ template <class T>
 TC_DEVICE T warp_up(T v, int by) {
   return __shfl_up_sync(0xffffffffu, v, by);
 }
+// One instruction from Ampere on, where shuffles take five steps.
+TC_DEVICE uint32_t warp_least(uint32_t v) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(0xffffffffu, v);
+#else
+  for (int mask = WARP / 2; mask > 0; mask /= 2) v = min(v, warp_xor(v, mask));
+  return v;
+#endif
+}
+TC_DEVICE uint32_t warp_most(uint32_t v) { return ~warp_least(~v); }
 TC_DEVICE uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 TC_DEVICE int lowest(uint32_t mask) { return __ffs(int(mask)) - 1; }
 TC_DEVICE int leading_zeros(uint64_t v) { return __clzll(static_cast<long long>(v)); }
-TC_DEVICE void atomic_add(int32_t* to, int32_t v) { atomicAdd(to, v); }
+TC_DEVICE int32_t atomic_add(int32_t* to, int32_t v) { return atomicAdd(to, v); }
 TC_DEVICE void atomic_max(uint64_t* to, uint64_t v) {
   atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(v));
 }

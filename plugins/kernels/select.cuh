@@ -18,43 +18,65 @@ TC_DEVICE uint32_t ordered(float v) {
 TC_DEVICE uint64_t key_of(uint32_t order, int i) { return uint64_t(order) << 32 | (0xffffffffu - uint32_t(i)); }
 TC_DEVICE int key_index(uint64_t key) { return int(0xffffffffu - uint32_t(key)); }
 
-constexpr int BITS = 10, BINS = 1 << BITS;
+constexpr int BITS = 10, BINS = 1 << BITS, FEW = 128;
 
 struct SelectShared {
-  uint64_t keys[2][SCRATCH];
+  uint64_t keys[SCRATCH], few[FEW], found;
+  uint32_t low[SCRATCH], high[SCRATCH];
   int counts[SCRATCH];
   int histogram[2][BINS];
-  int bin, before, inside;
+  int bin, before, inside, length;
 };
 
-// The key that exactly `need` of the keys reach, 1 <= need <= how many keys are not 0. `key(i)` gives the i-th key.
-// Each round counts the keys in BINS parts of the range that is left and goes on in the one where the threshold lies:
-// two or three rounds for scores that differ, seven at most. Barriers are most of the cost: three a round, as each
-// clears the histogram of the next and what it writes is written again only behind another round's first barrier.
+// The key that `need` of those from low to high reach; they are FEW at most.
+template <class Key>
+TC_DEVICE uint64_t among_few(const Block& t, int n, int need, uint64_t low, uint64_t high, const Key& key,
+                             SelectShared* s) {
+  for (int i = t.thread; i < n; i += t.threads) {
+    const uint64_t v = key(i);
+    if (v && v >= low && v <= high) s->few[atomic_add(&s->length, 1)] = v;
+  }
+  t.sync();
+  const int count = s->length;
+  for (int i = t.thread; i < count; i += t.threads) {
+    const uint64_t own = s->few[i];
+    int above = 1;
+#pragma unroll 8
+    for (int j = 0; j < count; ++j) above += s->few[j] > own;
+    if (above == need) s->found = own;
+  }
+  t.sync();
+  return s->found;
+}
+
+// The key that exactly `need` of the keys reach, 1 <= need <= how many keys are not 0. `key(i)` gives the i-th key, always
+// to the same thread. Each round counts the keys in BINS parts of the range that is left and goes on in the one where the
+// threshold lies, until it holds FEW of them, which are compared one by one: one or two rounds for scores that differ,
+// seven at most. Barriers are most of the cost: three a round, as each clears the histogram of the next and what it
+// writes is written again only behind another round's first barrier.
 template <class Key>
 TC_DEVICE uint64_t threshold(const Block& t, int n, int need, const Key& key, SelectShared* s) {
-  uint64_t low = ~uint64_t(0), high = 0;
+  uint32_t least = ~uint32_t(0), most = 0;  // of the scores alone
   for (int i = t.thread; i < n; i += t.threads) {
     const uint64_t v = key(i);
     if (v) {
-      low = Min()(low, v);
-      high = Max()(high, v);
+      least = Min()(least, uint32_t(v >> 32));
+      most = Max()(most, uint32_t(v >> 32));
     }
   }
-  low = warp_all(low, Min());
-  high = warp_all(high, Max());
+  least = warp_least(least);
+  most = warp_most(most);
   if (t.lane() == 0) {
-    s->keys[0][t.warp()] = low;
-    s->keys[1][t.warp()] = high;
+    s->low[t.warp()] = least;
+    s->high[t.warp()] = most;
   }
   for (int i = t.thread; i < BINS; i += t.threads) s->histogram[0][i] = 0;
   t.sync();
   for (int w = t.lane(); w < t.warps(); w += WARP) {
-    low = Min()(low, s->keys[0][w]);
-    high = Max()(high, s->keys[1][w]);
+    least = Min()(least, s->low[w]);
+    most = Max()(most, s->high[w]);
   }
-  low = warp_all(low, Min());
-  high = warp_all(high, Max());
+  uint64_t low = uint64_t(warp_least(least)) << 32, high = uint64_t(warp_most(most)) << 32 | 0xffffffffu;
   for (int round = 0; round < 8; ++round) {
     int* histogram = s->histogram[round % 2];
     const int bits = 64 - leading_zeros(high - low), shift = bits > BITS ? bits - BITS : 0;
@@ -64,6 +86,7 @@ TC_DEVICE uint64_t threshold(const Block& t, int n, int need, const Key& key, Se
     }
     t.sync();
     for (int i = t.thread; i < BINS; i += t.threads) s->histogram[1 - round % 2][i] = 0;
+    if (t.thread == 0) s->length = 0;
     const int own = (BINS + t.threads - 1) / t.threads, top = BINS - 1 - t.thread * own;  // from the best bin down
     int sum = 0;
     for (int b = top; b > top - own && b >= 0; --b) sum += histogram[b];
@@ -82,6 +105,7 @@ TC_DEVICE uint64_t threshold(const Block& t, int n, int need, const Key& key, Se
     low += uint64_t(s->bin) << shift;
     high = low + Min()(high - low, (uint64_t(1) << shift) - 1);  // the other way round it would overflow
     if (need == s->inside) break;
+    if (s->inside <= FEW) return among_few(t, n, need, low, high, key, s);
   }
   return low;
 }
@@ -136,7 +160,7 @@ struct SelectBest {
         const uint64_t v = key(i);
         if (v < least) next = Max()(next, v);
       }
-      next = block_all(t, next, uint64_t(0), Max(), s->keys[0]);
+      next = block_all(t, next, uint64_t(0), Max(), s->keys);
       if (t.thread == 0) {
         if (list) list[out + take] = key_index(next);
         if (index) index[out + take] = key_index(next);
