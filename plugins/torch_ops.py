@@ -15,7 +15,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +190,7 @@ def available(device: str) -> bool:
 
 def call(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], assign: bool) -> tuple[Tensor | None, ...]:
     """What `ReductionModule.reference` gives, from the op."""
-    op = getattr(torch.ops.tokcompile, use.name)
+    op = getattr(torch.ops.tokcompile, use.name).default
     taps = [t.to(x.dtype) for t in taps]
     new, index, new_size, slots = op(x, size, taps, use.place, use.numbers, use.text, assign)
     return new, index, new_size if KERNELS[use.name].merges else None, slots if assign else None
@@ -242,18 +242,46 @@ def launch(
     """Enqueues one kernel on the current stream. Inputs are kept until then; after it, the allocator knows the stream."""
     x, taps = dense(x), [dense(t) for t in taps]
     size = None if size is None else dense(size.float())
-    shape = shape_of(x, dict(zip(kernel.taps, taps)), place)
-    own = [kind(int(v) if kind is INT else v) for kind, v in zip(kernel.numbers, numbers)]
-    more = [ctypes.byref(c_text(text))] if kernel.text else []
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        needed = getattr(lib, f"tc_{kernel.name}_workspace")(ctypes.byref(shape), *own[: kernel.sized], *more)
+    tap_shapes = tuple(t.shape for t in taps)
+    go, arguments, needed = prepared(lib, kernel, x.dtype, x.shape, tap_shapes, tuple(place), tuple(numbers), tuple(text))
+    with on_device(x):
         space = torch.empty(needed + ALIGN, dtype=torch.uint8, device=x.device)
         workspace = -(-space.data_ptr() // ALIGN) * ALIGN
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
         new, index, new_size, slots = out
-        given = [pointer(x), *([pointer(size)] if kernel.sizes else []), *map(pointer, taps)]
-        wanted = [pointer(new), pointer(index), *([pointer(new_size)] if kernel.sizes else []), pointer(slots)]
-        return getattr(lib, f"tc_{kernel.name}")(ctypes.byref(shape), *own, *more, *given, *wanted, workspace, stream)
+        if kernel.sizes:
+            given, wanted = (pointer(x), pointer(size), *map(pointer, taps)), (new, index, new_size, slots)
+        else:
+            given, wanted = (pointer(x), *map(pointer, taps)), (new, index, slots)
+        return go(*arguments, *given, *map(pointer, wanted), workspace, stream_of(x))
+
+
+@functools.lru_cache(maxsize=1024)
+def prepared(
+    lib: ctypes.CDLL, kernel: Kernel, dtype: torch.dtype, x: torch.Size, taps: tuple[torch.Size, ...],
+    place: tuple[int, ...], numbers: tuple[float, ...], text: tuple[int, ...],
+) -> tuple[Callable[..., int], tuple[Any, ...], int]:  # fmt: skip
+    """(function, its first arguments, bytes of workspace): what every call with these shapes shares, as making it anew
+    takes longer than a kernel."""
+    shape = ctypes.byref(shape_of(dtype, x, dict(zip(kernel.taps, taps)), place))
+    own = [kind(int(v) if kind is INT else v) for kind, v in zip(kernel.numbers, numbers)]
+    more = [ctypes.byref(c_text(text))] if kernel.text else []
+    needed = getattr(lib, f"tc_{kernel.name}_workspace")(shape, *own[: kernel.sized], *more)
+    return getattr(lib, f"tc_{kernel.name}"), (shape, *own, *more), needed
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of x the current one, which mostly it is already: asking costs less than switching."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def stream_of(x: Tensor) -> int | None:
+    """The current stream of the device of x."""
+    if not x.is_cuda:
+        return None
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what inductor's own code calls; no object around it
+    return raw(x.device.index) if raw else torch.cuda.current_stream(x.device).cuda_stream
 
 
 def c_text(text: Sequence[int]) -> Text:
@@ -262,16 +290,16 @@ def c_text(text: Sequence[int]) -> Text:
     return Text(pivots, len(edges) // 2, (ctypes.c_int32 * (2 * SPANS))(*edges))
 
 
-def shape_of(x: Tensor, taps: dict[str, Tensor], place: Sequence[int]) -> Shape:
+def shape_of(dtype: torch.dtype, x: torch.Size, taps: dict[str, torch.Size], place: Sequence[int]) -> Shape:
     n, k, unit, start, tap_start = place
-    b, length, dim = x.shape
+    b, length, dim = x
     heads, head_dim, tap_length = 0, 0, length
     for name, tap in taps.items():
         if name == "normed":
-            tap_length = tap.shape[1]
+            tap_length = tap[1]
         else:  # keys: (B, H, L, d) or an attention row: (B, H, L)
-            heads, tap_length, head_dim = (*tap.shape[1:], 0)[:3]
-    return Shape(DTYPES[x.dtype], b, length, dim, start, n, k, unit, tap_length, tap_start, heads, head_dim)
+            heads, tap_length, head_dim = (*tap[1:], 0)[:3]
+    return Shape(DTYPES[dtype], b, length, dim, start, n, k, unit, tap_length, tap_start, heads, head_dim)
 
 
 def dense(t: Tensor) -> Tensor:
