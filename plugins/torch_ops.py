@@ -168,7 +168,7 @@ def applies(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], an
 
     Not in exported programs, which must run where this package is not; and not where gradients are wanted.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or (analysing and isinstance(x, FakeTensor)):
+    if exporting() or torch.jit.is_tracing() or (analysing and isinstance(x, FakeTensor)):
         return False
     if size is not None and not KERNELS[use.name].merges:
         return False
@@ -181,6 +181,11 @@ def applies(use: Use, x: Tensor, size: Tensor | None, taps: Sequence[Tensor], an
     if any(t.dtype != x.dtype and not (x.dtype == torch.float32 and t.dtype in DTYPES) for t in taps):
         return False
     return available(x.device.type)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 takes is_exporting() itself for true whenever it compiles
+def exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result
