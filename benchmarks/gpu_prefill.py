@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 import tokcompile
 from benchmarks.gpu_models import pair, running, times
 from benchmarks.gpu_session import Session
+from tokcompile import bench
 from tokcompile.passes.trace import trace
 
 BEFORE, AFTER = 35, 64  # text around the visual tokens: LLaVA-1.5's prompt, and a question
 LAYER, REMOVED = 2, 0.889  # DART as published
+ANSWERS = (1, 16, 128)  # tokens
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,21 @@ class Layer(nn.Module):
         self.down = nn.Linear(size.hidden, size.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.after(x, self.attention(*self.before(x, cos, sin), is_causal=True))
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, heads, n, head)."""
         b, n, _ = x.shape
         y = self.norm1(x)
         q = rotate(self.q(y).view(b, n, self.heads, self.head).transpose(1, 2), cos, sin)
         k = rotate(self.k(y).view(b, n, self.kv_heads, self.head).transpose(1, 2), cos, sin)
-        v = self.v(y).view(b, n, self.kv_heads, self.head).transpose(1, 2)
-        y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        x = x + self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.head))
+        return q, k, self.v(y).view(b, n, self.kv_heads, self.head).transpose(1, 2)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=self.heads != self.kv_heads)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.out(y.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head))
         y = self.norm2(x)
         return x + self.down(silu(self.gate(y)) * self.up(y))
 
@@ -92,6 +103,28 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
         return self.head(self.norm(x)[:, -1:])
+
+
+class Step(nn.Module):
+    """One token decoded over caches of random values, of `lengths` tokens in each layer: its logits."""
+
+    def __init__(self, decoder: Decoder, lengths: Sequence[int]):
+        super().__init__()
+        self.decoder, self.position = decoder, decoder.cos.shape[2] - 1
+        like = decoder.cos
+        self.caches = [
+            tuple(torch.randn(1, layer.kv_heads, n + 1, layer.head, device=like.device, dtype=like.dtype) for _ in "kv")
+            for layer, n in zip(decoder.layers, lengths, strict=True)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = slice(self.position, self.position + 1)
+        cos, sin = self.decoder.cos[:, :, at], self.decoder.sin[:, :, at]
+        for layer, (keys, values) in zip(self.decoder.layers, self.caches):
+            q, k, v = layer.before(x, cos, sin)
+            keys[:, :, -1:], values[:, :, -1:] = k, v
+            x = layer.after(x, layer.attention(q, keys, values))
+        return self.decoder.head(self.decoder.norm(x))
 
 
 def made_on(device: str, dtype: torch.dtype, size: Size, length: int) -> Decoder:
@@ -138,7 +171,8 @@ def time_prefill(session: Session, name: str, visual: int, runtime: str) -> None
     size, length = MODELS[name], BEFORE + visual + AFTER
     dtype = torch.float32 if session.dry else torch.bfloat16
     x = torch.randn(1, length, size.width, device=session.device, dtype=dtype)
-    source: Any = trace(made_on(session.device, dtype, size, length), (x,), None).program
+    model = made_on(session.device, dtype, size, length)
+    source: Any = trace(model, (x,), None).program
     place: Any = {"spans": [(BEFORE, BEFORE + visual)], "where": [LAYER]}
     plain = tokcompile.optimize(source, (x,), method="dart", budget=1.0, **place)
     run = functools.partial(running, session, runtime)
@@ -154,9 +188,21 @@ def time_prefill(session: Session, name: str, visual: int, runtime: str) -> None
     short = x[:, : length - visual + left].contiguous()
     brief = pair(session, unreduced, run(made_on(session.device, dtype, size, short.shape[1]), short)).median
     by_layers = (LAYER + (size.depth - LAYER) * brief) / size.depth
+    shorter = [length if layer < LAYER else short.shape[1] for layer in range(size.depth)]
+    decoding = pair(session, *(run(Step(model, n), x[:, :1].contiguous()) for n in ([length] * size.depth, shorter)))
     at_random = tokcompile.optimize(source, (x,), plan=made.plan.replace(method="random", options={}), spans=place["spans"])
     for method, reduced in (("dart", made), ("random", at_random)):
         ratio = pair(session, unreduced, run(reduced.graph_module, x))
         flops = reduced.report.flops_ratio
         row = {"method": method, "kept": left, "flops": flops, **times(ratio), "over flops": ratio.median / flops - 1}
-        session.add("prefill", {**about, **row, "by layers": by_layers, "over layers": ratio.median / by_layers - 1})
+        row |= {"by layers": by_layers, "over layers": ratio.median / by_layers - 1, "decode": decoding.median}
+        session.add("prefill", {**about, **row, "decode ms": decoding.a * 1e3, **totals(ratio, decoding)})
+
+
+def totals(prefill: bench.Ratio, step: bench.Ratio) -> dict[str, float]:
+    """Time of the prompt and of the tokens after its first, over the unreduced model's, for answers of some lengths."""
+    found = {}
+    for tokens in ANSWERS:
+        full, reduced = (a + (tokens - 1) * b for a, b in ((prefill.a, step.a), (prefill.b, step.b)))
+        found[f"total, {tokens} tokens"] = reduced / full
+    return found
