@@ -55,7 +55,7 @@ find_package()
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_checks, gpu_kernels, gpu_models, gpu_prefill  # noqa: E402
+from benchmarks import gpu_checks, gpu_kernels, gpu_models, gpu_prefill, gpu_profile  # noqa: E402
 from benchmarks.common import RESULTS, environment, names, save, table  # noqa: E402
 from benchmarks.gpu_session import Session, copy_bandwidth  # noqa: E402
 from tokcompile.plugins import torch_library, torch_ops  # noqa: E402
@@ -153,6 +153,8 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "build": build,
     "check": gpu_checks.check,
     "headline": gpu_kernels.headline,
+    "profile": gpu_profile.profile,
+    "attention": gpu_profile.attention,
     "prefill": gpu_prefill.prefill,
     "models": gpu_models.models,
     "sanitize": gpu_checks.sanitize,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tokcompile
-from benchmarks import gpu, gpu_checks, gpu_kernels, gpu_prefill
+from benchmarks import gpu, gpu_checks, gpu_kernels, gpu_prefill, gpu_profile
 from benchmarks.gpu_kernels import EAGER, METHODS, Case
 from benchmarks.gpu_session import Session
 from tests.plugins.host import host_library
@@ -223,3 +223,31 @@ def test_the_reduced_prefill_keeps_fused_causal_attention_and_one_kernel(session
     assert reduction.kernel.text == (4, span[1], length)
     gathers = [n for n in made.graph_module.graph.nodes if n.target == torch.ops.aten.index_select.default]
     assert [n.args[0].name for n in gathers] == ["cos", "sin"]  # once for all layers and both of q and k
+
+
+def test_the_decode_step_goes_on_where_the_prefill_ended():
+    torch.manual_seed(0)
+    decoder = gpu_prefill.made_on("cpu", torch.float32, gpu_prefill.MODELS["tiny"], 9)
+    x = torch.randn(1, 9, 64)
+    step = gpu_prefill.Step(decoder, [8] * 4)
+    y = x
+    for layer, (keys, values) in zip(decoder.layers, step.caches):
+        _, k, v = layer.before(y, decoder.cos, decoder.sin)
+        keys[:, :, :8], values[:, :, :8] = k[:, :, :8], v[:, :, :8]
+        y = layer(y, decoder.cos, decoder.sin)
+    assert torch.allclose(step(x[:, -1:]), decoder(x), atol=1e-5)
+
+
+def test_forms_of_attention_with_sizes_are_one():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 13, 8)
+    sizes = torch.randint(1, 5, (2, 13)).float()
+    forms = {name: run() for name, run in gpu_profile.attention_forms(q, k, v, sizes).items()}
+    want = ((q @ k.mT / 8**0.5 + sizes.log()[:, None, None]).softmax(-1)) @ v
+    for name, got in forms.items():
+        assert torch.allclose(got, want, atol=1e-5) == (name != "no sizes"), name
+
+
+def test_kernels_go_by_the_name_of_their_body():
+    assert gpu_profile.short("void tc::run<tc::PivotDots<tc::F16, 8, true, 4> >(tc::PivotDots<...)") == "PivotDots"
+    assert gpu_profile.short("nvjet_sm90") == "nvjet_sm90"
