@@ -53,7 +53,7 @@ class Hole:
 @dataclass
 class MixerCall:
     """One call. arguments: with holes for tensors. holes: these, by the way that leads to them. left: the ways to all tensors
-    that were there afterwards, in the result or in an argument such as a cache. made: of modules like this one too."""
+    that were there afterwards, in the result or in an argument such as a cache. made, refused: of modules like this one too."""
 
     path: str
     module: nn.Module
@@ -162,7 +162,7 @@ def begin(path: str, calls: list[MixerCall], running: list[int]) -> Callable[...
         call = MixerCall(path, module, arguments, holes)
         same = next((one for one in calls if one.like(call)), None)
         if same is not None:
-            call.made = same.made
+            call.made, call.refused = same.made, same.refused
         calls.append(call)
         running.append(len(calls) - 1)
         torch.ops.tokcompile.called(list(given.values()), running[-1], False)
