@@ -39,8 +39,9 @@ struct Block {
 };
 
 // __grid_constant__: a body that is indexed by a variable is else copied to every thread's own memory.
+// Registers are to leave room for a second block on an SM, but for the largest blocks.
 template <class Body>
-__global__ void __launch_bounds__(Body::THREADS, 1) run(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(Body::THREADS, Body::THREADS > 256 ? 1 : 2) run(const __grid_constant__ Body body) {
   extern __shared__ uint4 shared[];
   body(Block{int(threadIdx.x), Body::THREADS, int(blockIdx.x), int(blockIdx.y), reinterpret_cast<char*>(shared)});
 }

@@ -28,6 +28,7 @@ template <Use USE, int M>
 struct Tile {
   static constexpr int THREADS = 256, PLACES = 256, SIDE = 16 * M, DEEP = 16, PITCH = SIDE + 4;
   static constexpr int OWN = HOST ? PLACES : 1;
+  static constexpr int RUNS = SIDE * DEEP / 4, SHARE = HOST ? RUNS : RUNS / THREADS;  // of 4 columns
   const float* rows;  // (B, n, dim)
   int n, dim;
   Subset a, b;
@@ -51,21 +52,40 @@ struct Tile {
   // A micro tile's rows are in groups of 4, so that a half warp reads shared memory in 16-byte runs.
   TC_DEVICE static int at(int place, int i) { return i / 4 * 64 + place * 4 + i % 4; }
 
-  TC_DEVICE void fill(const Block& t, const Subset& set, int first, int depth, float (&to)[DEEP][PITCH]) const {
+  // A thread's share of DEEP columns of one set, on its way from the rows to shared memory.
+  struct Slab {
+    int from[SHARE];  // the rows; -1 beyond the set
+    float some[SHARE][4];
+  };
+
+  TC_DEVICE void find(const Block& t, const Subset& set, int first, Slab& slab) const {
+    TC_UNROLL for (int f = 0; f < SHARE; ++f) {
+      const int r = first + (t.thread + f * t.threads) / (DEEP / 4);
+      slab.from[f] = r < set.count ? set.at(t.y, r) : -1;
+    }
+  }
+
+  TC_DEVICE void read(const Block& t, int depth, Slab& slab) const {
     const bool wide = dim % 4 == 0;
-    for (int v = t.thread; v < SIDE * DEEP / 4; v += t.threads) {
-      const int r = v / (DEEP / 4), c = v % (DEEP / 4) * 4;
-      float some[4] = {};
-      if (first + r < set.count && depth + c < dim) {
-        const float* p = rows + (size_t(t.y) * n + set.at(t.y, first + r)) * dim + depth + c;
-        if (wide) {
-          load<float, 4>(p, some);
-        } else {
-          TC_UNROLL for (int e = 0; e < 4; ++e)
-            if (depth + c + e < dim) some[e] = p[e];
-        }
+    TC_UNROLL for (int f = 0; f < SHARE; ++f) {
+      const int c = depth + (t.thread + f * t.threads) % (DEEP / 4) * 4;
+      TC_UNROLL for (int e = 0; e < 4; ++e) slab.some[f][e] = 0;
+      if (slab.from[f] < 0 || c >= dim) continue;
+      const float* p = rows + (size_t(t.y) * n + slab.from[f]) * dim + c;
+      if (wide) {
+        load<float, 4>(p, slab.some[f]);
+      } else {
+        TC_UNROLL for (int e = 0; e < 4; ++e)
+          if (c + e < dim) slab.some[f][e] = p[e];
       }
-      TC_UNROLL for (int e = 0; e < 4; ++e) to[c + e][r] = some[e];
+    }
+  }
+
+  TC_DEVICE void put(const Block& t, const Slab& slab, float (&to)[DEEP][PITCH]) const {
+    TC_UNROLL for (int f = 0; f < SHARE; ++f) {
+      const int v = t.thread + f * t.threads;
+      if (v >= RUNS) break;
+      TC_UNROLL for (int e = 0; e < 4; ++e) to[v % (DEEP / 4) * 4 + e][v / (DEEP / 4)] = slab.some[f][e];
     }
   }
 
@@ -74,14 +94,23 @@ struct Tile {
     const int across = int(tiles(b.count)), row0 = t.x / across * SIDE, col0 = t.x % across * SIDE;
     if (USE == Use::DISTANCE && col0 < row0) return;
     float acc[OWN][M][M] = {};
+    Slab from_a, from_b;
+    find(t, a, row0, from_a);
+    find(t, b, col0, from_b);
+    read(t, 0, from_a);
+    read(t, 0, from_b);
     for (int depth = 0; depth < dim; depth += DEEP) {
-      fill(t, a, row0, depth, s->in.a);
-      fill(t, b, col0, depth, s->in.b);
+      put(t, from_a, s->in.a);
+      put(t, from_b, s->in.b);
       t.sync();
+      if (depth + DEEP < dim) {  // arrives while the products are taken
+        read(t, depth + DEEP, from_a);
+        read(t, depth + DEEP, from_b);
+      }
       TC_UNROLL for (int o = 0; o < OWN; ++o) {
         const int place = t.thread + o * t.threads;
         if (OWN > 1 && place >= PLACES) break;
-#pragma unroll 4
+#pragma unroll 2
         for (int c = 0; c < DEEP; ++c) {
           float x[M], y[M];
           TC_UNROLL for (int i = 0; i < M; ++i) {
