@@ -56,7 +56,7 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
             if source is not inner:
                 node, times = source, _numel(node) // _numel(inner)
         segments = whole is None and len(attentions) > 1
-        parts.append(repeated(rw, standard(rw, s, node, name, attention, segments), times))
+        parts.append(repeated(rw, standard(rw, s, node, name, attention, segments, in_line=True), times))
     return side_by_side(rw, s, parts)
 
 
@@ -101,9 +101,12 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
-def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention, segments: bool) -> Node:
+def standard(
+    rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention, segments: bool, in_line: bool = False
+) -> Node:
     """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. segments: whether it may
-    hold a part of the tokens."""
+    hold a part of the tokens. in_line: whether it may be of an attention over all samples at once, which are the windows of
+    an image."""
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
     length, full = token_length(rw, s), shape(s.at)[s.block.token_axis]
     sizes = shape(value)
@@ -115,7 +118,8 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
     axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
     operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known
     token = usual if operand or usual in axes else next(iter(reversed(axes)), usual)
-    if sizes[token] != wanted:
+    in_line &= is_labelled(label) and sizes[token] == s.batch * wanted and label[token][:1] == (Batch(s.batch),)
+    if sizes[token] != wanted and not in_line:
         raise UnsupportedGraph(
             f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
             "residual stream (windows, or attention over channels)",
@@ -127,6 +131,9 @@ def standard(rw: Rewriter, s: Splice, node: Node, name: str, attention: Attentio
     if [*lead, token, channel] != list(range(rank)):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
     count = prod(sizes[d] for d in lead)
+    if in_line:
+        value = rw.gather.reshape(value, [count, s.batch, wanted, sizes[channel]])
+        return rw.builder.emit(aten.permute.default, value, [1, 0, 2, 3])
     value = rw.gather.reshape(value, [s.batch, count // s.batch, wanted, sizes[channel]])
     return restricted(rw, s, value, 2) if wanted == full != length else value
 

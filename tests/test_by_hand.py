@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import tokcompile
 from tests.conftest import counts, error, run
-from tokcompile import Recipe, Remove
+from tokcompile import Merge, Recipe, Remove, Schedule
 from tokcompile.methods.random import RANDOM
 from tokcompile.recipe import methods as known_methods
 
@@ -91,6 +92,63 @@ def test_tome_equals_tome_by_hand(r, batch, family, program):
     optimized = tokcompile.optimize(program("timm/vit", batch), method="tome", budget=Remove(r))
     assert [n - k for _, n, k in counts(optimized)] == [r] * 4
     assert error(run(optimized, image), run(tome_by_hand, model, image, [r] * 4)) < 1e-5
+
+
+class Windows(nn.Module):
+    """Two blocks over the windows of an image, which lie along the batch; the second attends to all of them at once."""
+
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out, self.up = (nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for _ in range(2))
+
+    def attend(self, block, x, sizes=None):
+        q, k, v = self.qkv[block](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if sizes is None else sizes.log()[None, None, None]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out[block](y.transpose(1, 2).flatten(2)), k
+
+    def forward(self, x):  # (4 windows, 9 tokens, width)
+        x = x + self.attend(0, x)[0]
+        x = x + self.up[0](x).tanh()
+        x = x + self.attend(1, x.reshape(1, -1, x.shape[-1]))[0].reshape(x.shape)
+        return x + self.up[1](x).tanh()
+
+
+def test_merged_tokens_weigh_in_attention_over_all_windows():
+    """Keys of such an attention are read window by window, and every window's sizes weigh."""
+    torch.manual_seed(0)
+    model, x, seen = Windows().eval(), torch.randn(4, 9, 16), []
+
+    def pairs(tokens, site):  # neighbours join, the same in each window
+        seen.append(tokens.k)
+        removed, rows = site.n - site.k, tokens.x.shape[0]
+        index = [i for i in range(site.n) if i % 2 == 0 or i >= 2 * removed]
+        sources = torch.arange(removed) * 2 + 1
+        return Merge(*(torch.as_tensor(v).expand(rows, -1) for v in (index, sources, torch.arange(removed))))
+
+    recipe = Recipe(
+        "pairs", pairs, taps=("x", "k"), steps=tokcompile.steps.every_block(), track_size=True, proportional=True
+    )
+    optimized = tokcompile.optimize(model, (x,), method=recipe, budget=Schedule({0: 6, 1: 5}), outputs="reduced")
+    got = run(optimized, x)[0]
+
+    def join(x, size, removed):
+        weighed = torch.cat([x * size[..., None], size[..., None]], -1)
+        both = weighed[:, : 2 * removed].unflatten(1, (removed, 2)).sum(2)
+        weighed = torch.cat([both, weighed[:, 2 * removed :]], 1)
+        return weighed[..., :-1] / weighed[..., -1:], weighed[..., -1]
+
+    with torch.no_grad():
+        y, size = join(x + model.attend(0, x)[0], torch.ones(4, 9), 3)
+        y = y + model.up[0](y).tanh()
+        flat, keys = model.attend(1, y.reshape(1, -1, 16), size.reshape(-1))
+        y, size = join(y + flat.reshape(y.shape), size, 1)
+        y = y + model.up[1](y).tanh()
+    assert size.unique().tolist() == [1, 2, 4]
+    assert error(seen[-1], keys.reshape(2, 4, 6, 8).transpose(0, 1)) < 1e-5
+    assert error(got, y) < 1e-5
 
 
 def test_the_seed_of_random_matters(family, program):

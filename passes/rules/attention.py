@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.renumber import as_numbered
 from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
@@ -81,6 +82,8 @@ def sorted_tokens(scores: Label) -> bool:
 
 def log_sizes(call: Call, keys: Axis, scores: Label) -> Node | None:
     """log(size) of each key, shaped to be added to scores: (B or 1, 1.., 1, keys); None where all sizes are 1."""
+    # attention over all samples at once, as over the windows of an image that are a batch elsewhere
+    keys, scores = samples_in_line(call.gather, keys), tuple(samples_in_line(call.gather, axis) for axis in scores)
     seq = next((a for a in keys if isinstance(a, Seq)), None)
     if seq is None or not any(s.size is not None and s.proportional for s in seq.spaces):
         return None
