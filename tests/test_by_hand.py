@@ -128,9 +128,7 @@ def test_merged_tokens_weigh_in_attention_over_all_windows():
         sources = torch.arange(removed) * 2 + 1
         return Merge(*(torch.as_tensor(v).expand(rows, -1) for v in (index, sources, torch.arange(removed))))
 
-    recipe = Recipe(
-        "pairs", pairs, taps=("x", "k"), steps=tokcompile.steps.every_block(), track_size=True, proportional=True
-    )
+    recipe = Recipe("pairs", pairs, taps=("x", "k"), steps=tokcompile.steps.every_block(), track_size=True, proportional=True)
     optimized = tokcompile.optimize(model, (x,), method=recipe, budget=Schedule({0: 6, 1: 5}), outputs="reduced")
     got = run(optimized, x)[0]
 
