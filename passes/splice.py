@@ -67,6 +67,14 @@ def body(s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[
             rest = at + width - start - n
             return None, [*parts[:i], *[start - at] * (start > at)], [*[rest] * (rest > 0), *parts[i + 1 :]]
         at += width
+    expected = start + n + s.site.suffix
+    if seq is None and s.aligned and expected < parts[0]:
+        raise UnsupportedGraph(
+            f"the plan expects {expected} tokens here, but all {parts[0]} are there again: they were given back on the way from "
+            "the reduction before",
+            s.at,
+            "reduce at one place only, as with where=[one block], or in blocks that no such place lies between",
+        )
     raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
 
 
