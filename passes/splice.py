@@ -70,8 +70,8 @@ def body(s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[
     expected = start + n + s.site.suffix
     if seq is None and s.aligned and expected < parts[0]:
         raise UnsupportedGraph(
-            f"the plan expects {expected} tokens here, but all {parts[0]} are there again: they were given back on the way from "
-            "the reduction before",
+            f"the plan expects {expected} tokens here, but all {parts[0]} are there again: they were given back on the way "
+            "from the reduction before",
             s.at,
             "reduce at one place only, as with where=[one block], or in blocks that no such place lies between",
         )

@@ -101,7 +101,7 @@ def test_ops_that_need_all_tokens_inside_the_blocks(between, op):
 def test_a_second_reduction_of_tokens_that_were_given_back(family):
     model, args, kwargs = family("hf/vitdet")  # block 1 ends in convolutions over the grid
     where = {"method": "random", "recover": "anywhere"}
-    with pytest.raises(tokcompile.UnsupportedGraph, match="30 tokens here, but all 49 are there again.*\n.*\n.*layer.2"):
+    with pytest.raises(tokcompile.UnsupportedGraph, match=r"30 tokens here, but all 49 are there again.*\n.*\n.*layer.2"):
         tokcompile.optimize(model, args, kwargs, budget=tokcompile.Schedule({1: 30, 2: 20}), **where)
     assert tokcompile.optimize(model, args, kwargs, budget=tokcompile.Schedule({1: 30}), **where).report.blocks[1]["left"] == 30
 
