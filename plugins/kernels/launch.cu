@@ -283,10 +283,14 @@ int32_t merge_rows(int dtype, int dim, int batch, const void* x, void* out, cons
                    tc_stream stream) {
   return by_type(dtype, [&](auto type) {
     using T = decltype(type);
+    const auto go = [&](auto body) { return launch(body, body.parts(), batch, body.shared(), stream); };
+    const auto* from_x = static_cast<const T*>(x);
+    auto* to = static_cast<T*>(out);
+    using Many = MergeRows<T, 1, true>;
+    if (layout.n - layout.k > Many::CHUNK)
+      return go(Many{from_x, to, layout, dim, from, sources, slots, size, new_size});
     return by_width<T>(wide(x, dim, sizeof(T)) && wide(out, dim, sizeof(T)), [&](auto form) {
-      const MergeRows<T, form.WIDTH> body{static_cast<const T*>(x), static_cast<T*>(out), layout, dim, from,
-                                                      sources, slots, size, new_size};
-      return launch(body, body.parts(), batch, 0, stream);
+      return go(MergeRows<T, form.WIDTH, false>{from_x, to, layout, dim, from, sources, slots, size, new_size});
     });
   });
 }

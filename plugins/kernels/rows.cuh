@@ -95,21 +95,32 @@ struct Metric {
   int64_t parts() const { return (keys.n + THREADS / WARP - 1) / (THREADS / WARP); }
 
   TC_DEVICE void operator()(const Block& t) const {
-    constexpr int PART = THREADS / WARP;
+    constexpr int PART = THREADS / WARP, COLUMNS = 2, HEADS = ONE ? 6 : 4;  // on the way at a time
+    const size_t head = size_t(keys.length) * keys.dim;
     for (int i = t.x * PART + t.warp(); i < Min()(keys.n, (t.x + 1) * PART); i += t.warps()) {
       float* out = to + (size_t(t.y) * keys.n + i) * keys.dim;
       float squares = 0;
-      for (int c = t.lane(); c < keys.dim; c += WARP) {
-        float sum = 0;
-#pragma unroll 4
-        for (int h = 0; h < keys.heads; ++h) {
-          float v[1];
-          load_group<T, 1, ONE>(keys.group(t.y, h, i) + c, keys.unit, keys.dim, v);
-          sum += v[0];
+      for (int c = t.lane(); c < keys.dim; c += COLUMNS * WARP) {
+        const T* row = keys.group(t.y, 0, i);
+        float sum[COLUMNS] = {};
+        for (int h = 0; h < keys.heads; h += HEADS) {
+          float v[HEADS][COLUMNS][1];
+          // beyond the last head or column the last one is read again: no branch comes between loads
+          TC_UNROLL for (int a = 0; a < HEADS; ++a) {
+            TC_UNROLL for (int b = 0; b < COLUMNS; ++b)
+              load_group<T, 1, ONE>(row + Min()(c + b * WARP, keys.dim - 1), keys.unit, keys.dim, v[a][b]);
+            row += h + a + 1 < keys.heads ? head : 0;
+          }
+          TC_UNROLL for (int a = 0; a < HEADS; ++a)
+            TC_UNROLL for (int b = 0; b < COLUMNS; ++b)
+              if (h + a < keys.heads) sum[b] += v[a][b][0];
         }
-        const float mean = sum / float(keys.heads);
-        out[c] = mean;
-        squares += mean * mean;
+        TC_UNROLL for (int b = 0; b < COLUMNS; ++b)
+          if (c + b * WARP < keys.dim) {
+            const float mean = sum[b] / float(keys.heads);
+            out[c + b * WARP] = mean;
+            squares += mean * mean;
+          }
       }
       const float norm = at_least_epsilon(sqrtf(warp_all(squares, Sum())));
       for (int c = t.lane(); c < keys.dim; c += WARP) out[c] /= norm;  // a lane's own columns

@@ -35,7 +35,7 @@ struct HeadMeans {
 // The first `kept` slots are left out, so a kept NaN does not spread. Weights are rounded to T as in PyTorch.
 template <class T, int V>
 struct FuseSums {
-  static constexpr int THREADS = 128, AT = 64;
+  static constexpr int THREADS = 128, AT = 32, AT_ONCE = 8;
   Rows<T> x;
   const float* scores;
   const int32_t* slot;
@@ -47,15 +47,32 @@ struct FuseSums {
 
   TC_DEVICE void operator()(const Block& t) const {
     const int tiles = (columns() + THREADS * V - 1) / (THREADS * V), chunk = t.x / tiles, first = t.x % tiles * THREADS;
+    const size_t begin = size_t(t.y) * x.n + chunk * AT;
+    uint32_t dropped = 0;  // known before any row is read, so that AT_ONCE of them are on the way at a time
+    for (int i = 0; i < AT; i += WARP) {
+      const int at = i + t.lane();
+      dropped |= ballot(chunk * AT + at < x.n && slot[begin + at] < 0) << i;
+    }
     for (int v = first + t.thread; v < Min()(first + THREADS, columns() / V); v += t.threads) {
+      const T* rows = x.group(t.y, chunk * AT) + size_t(v) * V;
       float sum[V] = {};
-#pragma unroll 4
-      for (int i = chunk * AT; i < Min()(x.n, (chunk + 1) * AT); ++i) {
-        if (slot[size_t(t.y) * x.n + i] >= 0) continue;
-        const float weight = to_float(rounded<T>(scores[size_t(t.y) * x.n + i]));
-        T some[V];
-        load<T, V>(x.group(t.y, i) + size_t(v) * V, some);
-        TC_UNROLL for (int e = 0; e < V; ++e) sum[e] += weight * to_float(some[e]);
+      for (uint32_t left = dropped; left;) {
+        T some[AT_ONCE][V];
+        float weight[AT_ONCE];
+        int count = 0;
+        TC_UNROLL for (int a = 0; a < AT_ONCE; ++a)
+          if (left) {
+            const int i = lowest(left);
+            load<T, V>(rows + size_t(i) * columns(), some[a]);
+            weight[a] = scores[begin + i];
+            left &= left - 1;
+            ++count;
+          }
+        TC_UNROLL for (int a = 0; a < AT_ONCE; ++a)
+          if (a < count) {
+            const float w = to_float(rounded<T>(weight[a]));
+            TC_UNROLL for (int e = 0; e < V; ++e) sum[e] += w * to_float(some[a][e]);
+          }
       }
       float* to = partial + (size_t(t.y) * ((x.n + AT - 1) / AT) + chunk) * columns() + size_t(v) * V;
       constexpr int W = V > 4 ? 4 : V;
@@ -82,6 +99,7 @@ struct FuseWrite {
   TC_DEVICE void operator()(const Block& t) const {
     for (int c = t.x * THREADS + t.thread; c < Min()(columns, (t.x + 1) * THREADS); c += t.threads) {
       float sum = 0;
+#pragma unroll 8
       for (int i = 0; i < chunks; ++i) sum += partial[(size_t(t.y) * chunks + i) * columns + c];
       out[(size_t(t.y) * length + row) * dim + c] = rounded<T>(sum);
       if (c == 0) slot[size_t(t.y) * n + list[size_t(t.y) * k + k - 1]] = k - 1;
