@@ -22,7 +22,7 @@ from tokcompile.passes.plan import Plan
 from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
-from tokcompile.vlm.observe import PIXELS
+from tokcompile.vlm.observe import IMAGES, VIDEOS
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
@@ -117,10 +117,11 @@ class Folder:
         """
         try:
             loaded = np.load(path, allow_pickle=False)
-            given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {PIXELS: loaded}
-            pixels = torch.from_numpy(np.ascontiguousarray(given[PIXELS], dtype=np.float32))
+            given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {IMAGES.pixels: loaded}
+            found = given[VIDEOS.pixels if VIDEOS.pixels in given else IMAGES.pixels]
+            pixels = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
         except KeyError as error:
-            raise InputError(f"{path} holds no {PIXELS} (it holds {', '.join(given) or 'nothing'})") from error
+            raise InputError(f"{path} holds no {IMAGES.pixels} (it holds {', '.join(given) or 'nothing'})") from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the pixel values {path!r}: {error}") from error
         if hasattr(loaded, "files"):

@@ -1,7 +1,7 @@
 """One eager run of a whole vision-language model, and what passes between its parts on the way.
 
-No family is named: what counts is the function `get_image_features`, the module that owns the token embeddings, and the
-masks that arrive at its attention.
+No family is named: what counts is the function `get_image_features` (`get_video_features` for videos), the module that owns
+the token embeddings, and the masks that arrive at its attention.
 """
 
 from __future__ import annotations
@@ -18,18 +18,41 @@ from torch import Tensor, nn
 from tokcompile.errors import InputError
 from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
 
-FEATURES = "get_image_features"
-PIXELS = "pixel_values"
+
+@dataclass(frozen=True)
+class Source:
+    """What is seen. pixels: the input that holds it. features: the function that makes features of it. tokens: what the id of
+    its placeholders may be called in a configuration."""
+
+    pixels: str
+    features: str
+    tokens: tuple[str, ...]
+
+
+IMAGES = Source("pixel_values", "get_image_features", ("image_token_id", "image_token_index"))
+VIDEOS = Source("pixel_values_videos", "get_video_features", ("video_token_id", "video_token_index"))
+
+
+def source_of(inputs: Mapping[str, Any]) -> Source:
+    """Images, or videos where there are such. Raises: InputError where there are both."""
+    images, videos = (isinstance(inputs.get(source.pixels), Tensor) for source in (IMAGES, VIDEOS))
+    if images and videos:
+        raise InputError(
+            f"the example inputs have {IMAGES.pixels} and {VIDEOS.pixels}: images and videos go through different functions of "
+            "the model\n  what to do: split once for images and once for videos"
+        )
+    return VIDEOS if videos else IMAGES
 
 
 @dataclass
 class Observed:
-    """owner: name of the module whose get_image_features ran. args, kwargs: of that call. features: one (n, D) an image.
-    whole: name of a module that gives them all side by side, (images, n, D), where there is one. deepstack: the same as
-    features, for each layer of those that are added inside of the decoder. language: name of the decoder. fixed: inputs of
-    that call beside the pixels, which say how the images lie, such as image_sizes. masks: (B or 1, L, L) by layer, True where
-    a query sees a key. windows: the sliding window by layer."""
+    """source: what is seen. owner: name of the module whose get_image_features or get_video_features ran. args, kwargs: of
+    that call. features: one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where
+    there is one. deepstack: the same as features, for each layer of those that are added inside of the decoder. language:
+    name of the decoder. fixed: inputs of that call beside the pixels, which say how the images lie, such as image_sizes.
+    masks: (B or 1, L, L) by layer, True where a query sees a key. windows: the sliding window by layer."""
 
+    source: Source = IMAGES
     owner: str = ""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -46,11 +69,11 @@ class Observed:
 
 def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     """Runs the model once. Raises: InputError where it is no vision-language model, or does not run."""
-    seen = Observed(language=decoder_of(model))
+    seen = Observed(source_of(inputs), language=decoder_of(model))
     decoder = model.get_submodule(seen.language)
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if callable(getattr(module, FEATURES, None)):
+            if callable(getattr(module, seen.source.features, None)):
                 stack.enter_context(recorded_features(module, name, seen))
         handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
         stack.callback(handle.remove)
@@ -68,12 +91,14 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     seen.fixed = {
         name: value
         for name, value in inputs.items()
-        if name != PIXELS and any(value is one for one in (*seen.args, *seen.kwargs.values())) and isinstance(value, Tensor)
+        if name != seen.source.pixels
+        and any(value is one for one in (*seen.args, *seen.kwargs.values()))
+        and isinstance(value, Tensor)
     }
     if not seen.features:
         raise InputError(
-            f"{type(model).__name__} did not call {FEATURES} on these inputs ({', '.join(inputs)})\n"
-            "  what to do: pass pixel_values and what belongs to them, such as image_grid_thw or image_sizes"
+            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({', '.join(inputs)})\n"
+            f"  what to do: pass {seen.source.pixels} and what belongs to them, such as image_grid_thw or image_sizes"
         )
     if seen.embeds is None or not seen.masks:
         raise InputError(
@@ -105,8 +130,8 @@ def layers_of(decoder: nn.Module, count: int) -> nn.ModuleList:
 
 @contextmanager
 def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
-    """Notes the call of `get_image_features` that returns first, which is the innermost one."""
-    own = getattr(module, FEATURES)
+    """Notes the call for features that returns first, which is the innermost one."""
+    own = getattr(module, seen.source.features)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         outputs: dict[str, Any] = {}
@@ -122,11 +147,11 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
             seen.whole = next((n for n, out in outputs.items() if is_all_of(out, seen.features)), None)
         return result
 
-    module.__dict__[FEATURES] = call
+    module.__dict__[seen.source.features] = call
     try:
         yield
     finally:
-        del module.__dict__[FEATURES]
+        del module.__dict__[seen.source.features]
 
 
 def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, result: Any) -> None:

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.llm.caches import Collecting, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
-from tokcompile.vlm.observe import FEATURES, Observed, features_of, layers_of
+from tokcompile.vlm.observe import Observed, features_of, layers_of
 
 
 class Vision(nn.Module):
-    """Pixel values to image features as the language model receives them.
+    """Pixel values of images or videos to features as the language model receives them.
 
     forward gives {"features": (rows, n, D), "deepstack": [(rows, n, D), ...]}, the latter where the model has such: one row
     an image where all are computed side by side, else one row for all. What belongs to the pixel values (grids, image sizes)
@@ -28,7 +28,7 @@ class Vision(nn.Module):
 
     def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
         super().__init__()
-        self.model, self.owner, self.whole = model, seen.owner, seen.whole
+        self.model, self.owner, self.whole, self.features = model, seen.owner, seen.whole, seen.source.features
         self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
         self.train(model.training)
 
@@ -41,7 +41,7 @@ class Vision(nn.Module):
         if self.whole is not None:  # before the model cuts the features of all images apart
             handle = self.model.get_submodule(self.whole).register_forward_hook(lambda m, a, out: caught.append(out))
         try:
-            pooled, deep = features_of(getattr(self.model.get_submodule(self.owner), FEATURES)(*given, **named))
+            pooled, deep = features_of(getattr(self.model.get_submodule(self.owner), self.features)(*given, **named))
         finally:
             if handle is not None:
                 handle.remove()
@@ -53,7 +53,7 @@ def in_one_row(images: Sequence[Tensor]) -> Tensor:
     return (images[0] if len(images) == 1 else torch.cat(list(images)))[None]
 
 
-HERE = object()  # stands for the pixel values among the arguments of get_image_features
+HERE = object()  # stands for the pixel values among the arguments of get_image_features or its like
 
 
 def marked(value: Any, pixels: Tensor) -> Any:

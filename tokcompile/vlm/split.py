@@ -15,7 +15,7 @@ from tokcompile.llm.caches import config_of
 from tokcompile.passes.calls import is_mixer
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import PIXELS, Observed, observe
+from tokcompile.vlm.observe import Observed, Source, observe, source_of
 from tokcompile.vlm.parts import Embeddings, Language, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
 
@@ -148,12 +148,13 @@ def split(
 ) -> Parts:
     """Takes a vision-language model apart.
 
-    model: of transformers, or alike: with get_image_features, get_input_embeddings and a decoder, in eval mode. inputs: an
-    example call, with pixel_values, input_ids and what the model takes beside; it fixes all shapes and the places of the
-    images. image_token: id of the image placeholders, the configuration's by default. spans: a finer division of the image's
-    tokens, such as one span a tile. padded: whether prompts may be padded; by default if the example is. room: how many
-    tokens of text there may be before, between and after the images, which shorter texts are padded to, each on its left; as
-    in the example by default. all_logits: logits of all tokens and not of the last one alone.
+    model: of transformers, or alike: with get_image_features (get_video_features for videos), get_input_embeddings and a
+    decoder, in eval mode. inputs: an example call, with pixel_values (pixel_values_videos), input_ids and what the model takes
+    beside; it fixes all shapes and the places of the images. image_token: id of the placeholders of what is seen, the
+    configuration's by default. spans: a finer division of the image's tokens, such as one span a tile. padded: whether prompts
+    may be padded; by default if the example is. room: how many tokens of text there may be before, between and after the
+    images, which shorter texts are padded to, each on its left; as in the example by default. all_logits: logits of all tokens
+    and not of the last one alone.
 
     Raises: InputError, UnsupportedGraph.
 
@@ -163,7 +164,7 @@ def split(
         ...                               spans=parts.spans, outputs="reduced")                      # doctest: +SKIP
     """
     ids, pixels, mask = check_inputs(model, inputs)
-    token = image_token_of(model, image_token)
+    token = image_token_of(model, image_token, source_of(inputs))
     found = image_spans(ids, token)
     seen = observe(model, inputs)
     view = visibility(seen, mask, found)
@@ -205,11 +206,12 @@ def axes(positions: Tensor) -> Tensor:
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input_ids, pixel_values, attention_mask or None). Raises: InputError."""
+    """(input_ids, pixel values, attention_mask or None). Raises: InputError."""
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    ids, pixels, mask = (inputs.get(name) for name in ("input_ids", PIXELS, "attention_mask"))
-    for name, value, dims in (("input_ids", ids, "(batch, length)"), (PIXELS, pixels, "those of one call")):
+    seen = source_of(inputs).pixels
+    ids, pixels, mask = (inputs.get(name) for name in ("input_ids", seen, "attention_mask"))
+    for name, value, dims in (("input_ids", ids, "(batch, length)"), (seen, pixels, "of the images of one call")):
         if not isinstance(value, Tensor):
             raise InputError(
                 f"the example inputs have no {name} ({', '.join(inputs) or 'they are empty'}): pass {name} {dims}, as a tensor"
@@ -223,16 +225,16 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, T
     return ids, pixels, mask
 
 
-def image_token_of(model: Any, given: int | None) -> int:
+def image_token_of(model: Any, given: int | None, source: Source) -> int:
     """The id of the placeholders. Raises: InputError."""
     if given is not None:
         return given
     for config in (getattr(model, "config", None), config_of(model)):
-        for name in ("image_token_id", "image_token_index"):
+        for name in source.tokens:
             found = getattr(config, name, None)
             if isinstance(found, int):
                 return found
-    raise InputError("the configuration names no image_token_id: pass image_token=, the id of an image's placeholders")
+    raise InputError(f"the configuration names no {source.tokens[0]}: pass image_token=, the id of the placeholders")
 
 
 def image_spans(ids: Tensor, token: int) -> list[Span]:
