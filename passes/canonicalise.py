@@ -22,6 +22,7 @@ ASSERTS = {
     "aten.sym_constrain_range_for_size", "aten._functional_assert_scalar", "aten._functional_assert_async",
 }  # fmt: skip
 IDENTITIES = {"aten.alias", "aten.detach", "aten.detach_", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
+PADS = {"aten.pad", "aten.constant_pad_nd"}
 DROPOUTS = {
     "aten.dropout",
     "aten.feature_dropout",
@@ -182,7 +183,9 @@ def drop_no_ops(gm: GraphModule) -> None:
         if node.op != "call_function":
             continue
         name = packet(node)
-        no_op = name in IDENTITIES or whole(node) or (name in CASTS and same_type(node))
+        no_op = (
+            name in IDENTITIES or whole(node) or (name in CASTS and same_type(node)) or (name in PADS and not any(node.args[1]))
+        )
         if no_op or (name in DROPOUTS and not bind(node).get("train", False)):
             forward(gm, node, node.args[0])
         elif name == "aten.cat":

@@ -68,6 +68,8 @@ class Movement:
         if node.target is operator.getitem:
             return values[node.args[0]][node.args[1]]
         args, kwargs = map_arg((node.args, node.kwargs), value)
+        if packet(node) == "aten.view":  # numbers may lie otherwise in memory than the values they stand for
+            return args[0].reshape(*args[1:])
         if packet(node) == "aten.im2col":  # there is none for integers
             return node.target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
         return node.target(*args, **kwargs)
@@ -94,6 +96,9 @@ def moves(node: Node) -> bool:
         return windows(node) is not None
     if name == "aten.index_select":
         return bind(node)["index"].op == "get_attr" and bind(node)["self"].op != "get_attr"
+    if name == "aten.index":  # by one constant list, as in x[:, order]
+        before, index = bind(node)["indices"][:-1], bind(node)["indices"][-1]
+        return bind(node)["self"].op != "get_attr" and not any(before) and index.op == "get_attr" and len(shape(index)) == 1
     return name in MOVES or (node.target is operator.getitem and packet(node.args[0]) in MOVES)
 
 

@@ -55,17 +55,38 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
     """
     fixed = []
     for node in list(gm.graph.nodes):
-        if packet(node) == "aten.masked_scatter":
-            mask = value_of(gm, node.args[1], inputs)
-            spans = None if mask is None else spans_of_mask(mask, shape(node))
-            if mask is not None and spans and numel(node.args[2]) == written(spans, shape(node)):
-                program = program_of(gm, node.args[1])
-                joined(gm, node, node.args[0], node.args[2], spans)
+        masked = write_by_mask(node)
+        if masked is not None:
+            base, mask_node, features = masked
+            mask = value_of(gm, mask_node, inputs)
+            spans = None if mask is None else spans_of_mask(as_rows(mask, node), shape(node))
+            if mask is not None and spans and numel(features) == written(spans, shape(node)):
+                program = program_of(gm, mask_node)
+                joined(gm, node, base, features, spans)
                 if any(n.op == "placeholder" and n.users for n in program.graph.nodes):
                     fixed.append(Fixed(program, mask, spans))
         elif packet(node) in ("aten.index_put", "aten.index"):
             at_positions(gm, node, inputs)
     return fixed
+
+
+def write_by_mask(node: Node) -> tuple[Node, Node, Node] | None:
+    """(tensor, mask, features) of `x.masked_scatter(mask, features)` and of `x[mask] = features`; None for other ops."""
+    if packet(node) == "aten.masked_scatter":
+        base, mask, features = node.args
+        return base, mask, features
+    if packet(node) != "aten.index_put":
+        return None
+    a = bind(node)
+    mask = a["indices"][0] if len(a["indices"]) == 1 else None
+    if not isinstance(mask, Node) or mask.meta["val"].dtype is not torch.bool or shape(mask) != shape(node)[:-1]:
+        return None
+    return None if a["accumulate"] else (a["self"], mask, a["values"])
+
+
+def as_rows(mask: Tensor, node: Node) -> Tensor:
+    """A mask of tokens as one of their channels."""
+    return mask.unsqueeze(-1) if mask.dim() == len(shape(node)) - 1 and packet(node) == "aten.index_put" else mask
 
 
 def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:

@@ -105,8 +105,8 @@ def length_in(node: Node, block: Block) -> int | None:
     for length in (block.stage.length, block.stage.n):
         if tokens_first(block):
             fits = sizes[:-1] == (length, batch)
-        else:
-            fits = sizes[:-1] in ((batch, length), (batch * length,))
+        else:  # of one sample both orders are the same numbers
+            fits = sizes[:-1] in ((batch, length), (batch * length,)) or (batch == 1 and sizes[:-1] == (length, 1))
         if fits:
             return length
     return None

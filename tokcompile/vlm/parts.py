@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tokcompile.errors import InputError
 from tokcompile.llm.caches import Collecting, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
 from tokcompile.vlm.observe import Observed, features_of, layers_of
@@ -30,6 +31,11 @@ class Vision(nn.Module):
         super().__init__()
         self.model, self.owner, self.whole, self.features = model, seen.owner, seen.whole, seen.source.features
         self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
+        if not any(value is HERE for value in [*self.call[0], *self.call[1].values()]):
+            raise InputError(
+                f"{self.features} of {self.owner or 'the model'} is not called with the example's pixel values themselves, but "
+                "with something made of them\n  what to do: optimize the vision part by itself, or the whole model"
+            )
         self.train(model.training)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Any]:
@@ -57,7 +63,11 @@ HERE = object()  # stands for the pixel values among the arguments of get_image_
 
 
 def marked(value: Any, pixels: Tensor) -> Any:
-    return HERE if value is pixels else value
+    """Also where a view of all of them is passed on, as by `pixel_values[:1]`."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (pixels.shape, pixels.dtype, pixels.device):
+        return value
+    same = (value.data_ptr(), value.stride()) == (pixels.data_ptr(), pixels.stride())
+    return HERE if same else value
 
 
 class Embeddings(nn.Module):

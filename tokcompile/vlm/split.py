@@ -132,7 +132,13 @@ class Parts:
                 moved=attention_mask is not None or self.optimized is not None, all_logits=self.all_logits,
             )  # fmt: skip
 
-        slim = used_only(self.model, lambda model: make(model)(**inputs))
+        try:
+            slim = used_only(self.model, lambda model: make(model)(**inputs))
+        except TypeError as error:  # its forward wants what is seen too
+            raise InputError(
+                f"the model does not run on embeddings alone: {error}\n  what to do: optimize the parts of it one by one, or "
+                "the whole model"
+            ) from error
         return replace(self, language=Part(make(slim).eval(), (), inputs))
 
 
