@@ -13,8 +13,9 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, side_by_side, standard, token_length
+from tokcompile.passes.samples import heads_first
 from tokcompile.passes.splice import Splice, body, text_ranges
-from tokcompile.passes.tokens import make_seq
+from tokcompile.passes.tokens import make_seq, plain
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -44,7 +45,7 @@ def scores_of(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> No
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)
     scale = attention.scale if attention.scale is not None else shape(query)[-1] ** -0.5
     scores = emit(aten.matmul.default, emit(aten.mul.Scalar, query, scale), emit(aten.transpose.int, key, -1, -2))
-    return masked(rw, attention, scores, which)
+    return masked(rw, attention, scores, which, s.batch > 1 and query_heads_first(rw, s, attention))
 
 
 def some_rows(rw: Rewriter, value: Node, dim: int, which: Which) -> Node:
@@ -73,7 +74,17 @@ def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
             attention.node,
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
-    return rw.gather.reshape(value, [s.batch, prod(sizes[:-2]) // s.batch, *sizes[-2:]])
+    each = prod(sizes[:-2]) // s.batch
+    if s.batch > 1 and query_heads_first(rw, s, attention):
+        value = rw.gather.reshape(value, [each, s.batch, *sizes[-2:]])
+        return rw.builder.emit(aten.permute.default, value, [1, 0, 2, 3])
+    return rw.gather.reshape(value, [s.batch, each, *sizes[-2:]])
+
+
+def query_heads_first(rw: Rewriter, s: Splice, attention: Attention) -> bool:
+    """Whether this attention's maps are those of all samples for each head; see `heads_first`."""
+    query = attention.q
+    return heads_first(rw.old, s, query, rw.labels.get(query) or plain(shape(query)), list(range(len(shape(query)) - 2)))
 
 
 def sinks_follow(attention: Attention) -> bool:
@@ -84,8 +95,9 @@ def sinks_follow(attention: Attention) -> bool:
     return isinstance(node, Node) and packet(node) == "aten.cat" and len(set(shape(node.args[0][0])[-2:])) == 1
 
 
-def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which) -> Node:
-    """Scores with the mask that the rewritten attention itself uses (it holds log sizes too)."""
+def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which, turned: bool) -> Node:
+    """Scores with the mask that the rewritten attention itself uses (it holds log sizes too). turned: whether heads come before
+    samples there."""
     fused = rw.env[attention.node]
     bound, emit = (bind(fused) if packet(fused) == SDPA else {}), rw.builder.emit
     mask, length = bound.get("attn_mask"), shape(scores)[-1]
@@ -96,7 +108,10 @@ def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which) -> No
         return scores
     if len(shape(mask)) == 3:  # (B * H or 1, L, L)
         b, h = shape(scores)[:2]
-        mask = emit(aten.reshape.default, mask, [b, h, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
+        each = [h, b] if turned else [b, h]
+        mask = emit(aten.reshape.default, mask, [*each, *shape(mask)[1:]] if shape(mask)[0] == b * h else [1, *shape(mask)])
+    if turned and len(shape(mask)) == 4:
+        mask = emit(aten.transpose.int, mask, 0, 1)
     if len(shape(mask)) > 1 and shape(mask)[-2] > 1:
         mask = some_rows(rw, mask, -2, which)
     if mask.meta["val"].dtype is torch.bool:

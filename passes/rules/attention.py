@@ -10,8 +10,20 @@ from torch.fx import Node
 from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.renumber import as_numbered
-from tokcompile.passes.rules.core import Axis, Call, Label, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
-from tokcompile.passes.tokens import Seq, new
+from tokcompile.passes.rules.core import (
+    Axis,
+    Call,
+    Label,
+    NeedsFull,
+    has_batch,
+    has_tokens,
+    old,
+    one_sample,
+    plain,
+    rule,
+    tokens_of,
+)  # fmt: skip
+from tokcompile.passes.tokens import Batch, Seq, new
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -104,13 +116,19 @@ def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> N
     if repeat:  # groups of u rows share their token's size
         value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
         sizes[dim] = shape(value)[1]
-    merged = next((d for d, one in enumerate(like) if has_batch(one) and len(one) > 1), None)
-    if merged is None:
-        return call.op(aten.reshape.default, value, sizes)
-    batch = shape(value)[0]
-    heads = old(like[merged]) // batch
-    value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
-    sizes[merged] = batch * heads
+    samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), dim)
+    if len(like[samples]) > 1 and samples != dim:  # a batch of heads
+        batch = shape(value)[0]
+        heads = old(like[samples]) // batch
+        if isinstance(like[samples][0], Batch):
+            value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
+        elif isinstance(like[samples][-1], Batch):
+            value = call.op(aten.repeat.default, value, [heads, 1])
+        else:
+            raise NeedsFull("its samples stand between other axes")
+        sizes[samples] = batch * heads
+    if samples > dim:
+        value = call.op(aten.transpose.int, value, 0, 1)
     return call.op(aten.reshape.default, value, sizes)
 
 

@@ -1,0 +1,85 @@
+"""Samples of a batch are reduced each by itself, in whatever order a model lays samples and heads."""
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tests.conftest import build, error, run
+from tests.models import shake
+from tests.models.family import seeded
+
+WIDTH, HEADS, LENGTH = 24, 3, 17
+
+
+class Attention(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.qkv, self.out = order, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        qkv = self.qkv(x).view(b, n, 3, HEADS, -1)
+        if self.order == "heads, samples":  # on one axis, and the softmax written out
+            q, k, v = qkv.permute(2, 3, 0, 1, 4).reshape(3, HEADS * b, n, -1)
+            y = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+            return self.out(y.view(HEADS, b, n, -1).permute(1, 2, 0, 3).reshape(b, n, WIDTH))
+        lead = (2, 3, 0, 1, 4) if self.order == "heads first" else (2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*qkv.permute(*lead))
+        return self.out((y.permute(1, 2, 0, 3) if self.order == "heads first" else y.transpose(1, 2)).reshape(b, n, WIDTH))
+
+
+class Model(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.attention, self.up = (nn.ModuleList(m() for _ in range(3)) for m in (lambda: Attention(order), self.linear))
+
+    @staticmethod
+    def linear():
+        return nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for attention, up in zip(self.attention, self.up):
+            x = x + attention(x)
+            x = x + up(x).relu()
+        return x.mean(1)
+
+
+def each_by_itself(model, x, axis=0, **options):
+    together = run(tokcompile.optimize(model, (x,), budget=0.5, **options), x)
+    for i, sample in enumerate(x.split(1, axis)):
+        alone = run(tokcompile.optimize(model, (sample,), budget=0.5, **options), sample)
+        assert error(together[i : i + 1], alone) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tome", "topk", "dart", "pitome"])
+@pytest.mark.parametrize("order", ["samples first", "heads first", "heads, samples"])
+@pytest.mark.parametrize("batch", [2, HEADS])
+def test_heads_are_not_taken_for_samples(batch, order, method):
+    with seeded():
+        model, x = shake(Model(order).eval()), torch.randn(batch, LENGTH, WIDTH)
+    each_by_itself(model, x, method=method)
+
+
+@pytest.mark.parametrize("name", ["encoder_sequence_first", "encoder_batch_first"])
+def test_every_sample_has_its_own_sizes_in_a_mean(name):
+    model, (x,), _ = build(f"torch/{name}", 3)
+    each_by_itself(model, x, method="tome")
+
+
+def test_heads_in_another_order_are_refused():
+    class Odd(Attention):
+        def forward(self, x):  # heads 0 and 2 of a sample, then those of the next; then heads 1
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).reshape(3, b * HEADS, n, -1)[:, order]
+            y = ((q @ k.mT).softmax(-1) @ v)[back]
+            return self.out(y.view(b, HEADS, n, -1).transpose(1, 2).reshape(b, n, WIDTH))
+
+    pairs = torch.arange(2 * HEADS).view(2, HEADS)
+    order = torch.cat([pairs[:, ::2].flatten(), pairs[:, 1]])
+    back = order.argsort()
+    model = Model("samples first")
+    model.attention = nn.ModuleList(Odd("") for _ in range(3))
+    model.eval()
+    with pytest.raises(tokcompile.UnsupportedGraph, match="which samples and heads"):
+        tokcompile.optimize(model, (torch.randn(2, LENGTH, WIDTH),), method="tome", recover="anywhere")
