@@ -11,9 +11,16 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import is_tensor, packet, shape
-from tokcompile.passes.movement import MOVES, Movement
+from tokcompile.passes.movement import POOLS, Movement, moves
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Batch, Label, is_labelled, old
+
+# ops that leave all axes but the channels where they are, along which some of them mix
+STAYS = {"aten.linear", "aten.matmul", "aten.addmm", "aten.mm", "aten.layer_norm", "aten.rms_norm", "aten.normalize",
+         "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.neg", "aten.pow", "aten.square", "aten.sqrt", "aten.rsqrt",
+         "aten.mean", "aten.var", "aten.abs", "aten.clamp", "aten.clamp_min", "aten.to", "aten._to_copy", "aten.type_as",
+         "aten.sigmoid", "aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.linalg_vector_norm", "aten.expand",
+         "aten.expand_as"}  # fmt: skip
 
 
 def heads_first(gm: GraphModule, s: Splice, node: Node, label: Label, lead: list[int]) -> bool:
@@ -59,11 +66,11 @@ def of_moved(gm: GraphModule, node: Node, s: Splice) -> Tensor | None:
     def marks(n: Node) -> Any:
         if n not in known:
             known[n] = None  # for the time being: no way leads through a loop
-            if packet(n) in MOVES or n.target is operator.getitem:
+            if (moves(n) and packet(n) not in POOLS) or n.target is operator.getitem:
                 given = {i: marks(i) for i in n.all_input_nodes if i.op != "get_attr"}
                 if given and all(v is not None for v in given.values()):
                     known[n] = Movement(gm, n).call(n, given)
-            elif is_tensor(n):
+            elif is_tensor(n) and packet(n) in STAYS:
                 known[n] = of_inputs(n, [m for i in n.all_input_nodes if (m := marks(i)) is not None])
         return known[n]
 
