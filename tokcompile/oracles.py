@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Space, is_labelled
 from tokcompile.passes.trace import trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens
-from tokcompile.shaken import noise_floor, prepare, run, worst
+from tokcompile.shaken import noise_floor, off_from_model, prepare, run, worst
 
 
 @dataclass
@@ -102,6 +102,7 @@ def check(
         True
     """
     traced = trace(model, args, kwargs)
+    apart = off_from_model(model, args, kwargs, traced)
     analysis, outputs = prepare(traced, seed)
     graph = analysis.graph
     if not analysis.structure.blocks:
@@ -115,6 +116,9 @@ def check(
         )
     structure = analysis.structure
     report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), analysis.guards)
+    if apart is not None:
+        note = f"traced, it differs from the model itself by {apart:.1e}: while exported its code takes another way"
+        report = replace(report, ok=False, results=[Result("traced program", 0, "the whole model", apart, False, note)])
     report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
     try:
         sites = places(structure, spans)
