@@ -17,6 +17,8 @@ from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Seq
 from tokcompile.recipe import Recipe
 
+OTHER_BLOCKS = "reduce in other blocks: where=[...]; `tokcompile inspect` lists them"
+NO_OTHER_BLOCKS = "all blocks of this model are like that: export it as it is"
 NOT_SAID = "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)"
 NAME_THEM = "name them: spans=[(start, stop)]"
 
@@ -72,6 +74,7 @@ def choose_slots(
         raise UnsupportedGraph(
             f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
             refused[0].mid,
+            OTHER_BLOCKS if any(not b.why_not for b in blocks) else NO_OTHER_BLOCKS,
         )
     chosen = [b for b in chosen if not b.why_not]
     if place == "block" and recipe.reads_attention() and not recipe.ahead and not recipe.opening:

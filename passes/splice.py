@@ -75,7 +75,11 @@ def body(s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[
             s.at,
             "reduce at one place only, as with where=[one block], or in blocks that no such place lies between",
         )
-    raise UnsupportedGraph(f"tokens {s.prefix}.. are not one run of the token axis {parts} here", s.at)
+    raise UnsupportedGraph(
+        f"tokens {s.prefix}.. are not one run of the token axis {parts} here",
+        s.at,
+        "reduce within one stack of blocks, whose tokens are the same: where=[...]",
+    )
 
 
 def text_ranges(rw: Rewriter, s: Splice, original: bool = False) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.conftest import error, run
-from tests.vlm.models import FAMILIES, OTHERS, vlm
+from tests.models.family import noise
+from tests.vlm.models import FAMILIES, OTHERS, ids_with, vlm
 from tokcompile import InputError, UnsupportedGraph
 from tokcompile.vlm import split
 
@@ -27,6 +28,53 @@ def test_the_parts_together_are_the_model(name, batch):
         (start, stop) for start, stop in parts.spans if bool((inputs["input_ids"][:, start:stop] == 60).all())
     ]
     assert sum(stop - start for start, stop in parts.spans) == int((inputs["input_ids"][0] == 60).sum())
+
+
+def video(name):
+    """Two frames of one clip in a prompt of a Qwen model: 24 features of 8 x 6 patches each."""
+    model, _ = vlm(name)
+    inputs = ids_with(1, (24,), model.config.video_token_id)
+    there = inputs["input_ids"] == model.config.video_token_id
+    pixels = dict(pixel_values_videos=noise(1, 96, 3 * 2 * 8 * 8)[0], video_grid_thw=torch.tensor([[2, 8, 6]]))
+    return model, inputs | pixels | dict(mm_token_type_ids=2 * there.int())
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_video_is_seen_like_images(name):
+    model, inputs = video(name)
+    parts = split(model, inputs, all_logits=True)
+    clip = inputs["pixel_values_videos"]
+    assert parts.spans == [(5, 29)]
+    for pixels in (clip, clip.flip(0)):  # another clip of the same size too
+        want = run(model, **{**inputs, "pixel_values_videos": pixels}).logits
+        assert error(parts(pixels, inputs["input_ids"])["logits"], want) < 1e-5
+
+
+def test_images_and_videos_in_one_call():
+    model, inputs = video("qwen2_vl")
+    refused("split once for images and once for videos", model, inputs | dict(pixel_values=inputs["pixel_values_videos"]))
+    model, inputs = vlm("llava")
+    refused("no video_token_id", model, inputs | dict(pixel_values=None, pixel_values_videos=inputs["pixel_values"]))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["a view", "a copy"])
+def test_pixels_that_are_passed_on_as_something_else(same, monkeypatch):
+    """A view of all of them is still them; of a copy it cannot be known."""
+    model, inputs = vlm("llava")
+    forward = model.model.forward
+
+    def call(pixel_values=None, **more):
+        if pixel_values is not None:
+            pixel_values = pixel_values[:1] if same else pixel_values * 1
+        return forward(pixel_values=pixel_values, **more)
+
+    monkeypatch.setattr(model.model, "forward", call)
+    if same:
+        other = inputs["pixel_values"].flip(-1)
+        parts = split(model, inputs)
+        assert not torch.equal(parts.see(other)["features"], parts.see(inputs["pixel_values"])["features"])
+    else:
+        refused("not called with the example's pixel values", model, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
