@@ -17,9 +17,10 @@ from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.gather import once
 from tokcompile.passes.graph import shape
 from tokcompile.passes.groups import put_back, tokens_of_groups
+from tokcompile.passes.picks import apart
 from tokcompile.passes.reduction import RESULTS, ReductionModule, tap_axis
 from tokcompile.passes.renumber import numbers_anew
-from tokcompile.passes.segments import apart, folded, side_by_side
+from tokcompile.passes.segments import folded, side_by_side
 from tokcompile.passes.splice import Splice, body, native, standard, text_ranges
 from tokcompile.passes.taps import read_taps, taps_of
 from tokcompile.passes.tokens import Batch, Label, Seq, Space, make_seq, normal, plain
@@ -143,9 +144,9 @@ def left_by(
     results, many = node.meta["val"], len(node.meta["val"]) > len(RESULTS)
 
     def each(i: int, given: bool = True) -> Sequence[Any]:
-        return apart(rw, rw.builder.emit(operator.getitem, node, i), len(run)) if given else [None] * len(run)
+        return apart(rw.builder, rw.builder.emit(operator.getitem, node, i), len(run)) if given else [None] * len(run)
 
-    assigns = once(lambda: apart(rw, assignment_of(rw, node, module, run[0].site.n), len(run)))
+    assigns = once(lambda: apart(rw.builder, assignment_of(rw, node, module, run[0].site.n), len(run)))
     picked = zip(run, above, each(1), each(2, results[2] is not None), each(len(RESULTS), many))
     return [left_of_one(rw, i, *one, assigns, bool(module.ordered)) for i, one in enumerate(picked)]
 

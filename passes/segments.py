@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.picks import together
 from tokcompile.passes.splice import Splice, body
 from tokcompile.passes.tokens import Label, make_seq
 
@@ -73,24 +74,4 @@ def side_by_side(rw: Rewriter, values: Sequence[Node]) -> Node:
     if len(values) == 1:
         return values[0]
     batch, n = shape(values[0])
-    return rw.builder.emit(aten.reshape.default, stacked(rw, values), [batch * len(values), n])
-
-
-def stacked(rw: Rewriter, values: Sequence[Node]) -> Node:
-    """(B, segments, n): what they were picked out of, where an earlier reduction left them together."""
-    source = values[0].args[0]
-    if all(v.target is aten.select.int and v.args == (source, 1, i) for i, v in enumerate(values)):
-        assert isinstance(source, Node)
-        if shape(source)[1] == len(values):
-            return source
-    return rw.builder.emit(aten.stack.default, list(values), 1)
-
-
-def apart(rw: Rewriter, value: Node, count: int) -> list[Node]:
-    """A result (B * count, k, ..) as one (B, k, ..) for each segment."""
-    if count == 1:
-        return [value]
-    sizes = shape(value)
-    wide = rw.builder.emit(aten.reshape.default, value, [sizes[0] // count, count, *sizes[1:]])
-    first = rw.builder.emit(aten.select.int, wide, 1, 0)
-    return [first, *(rw.builder.known(first.meta["val"], aten.select.int, wide, 1, i) for i in range(1, count))]
+    return rw.builder.emit(aten.reshape.default, together(rw.builder, values), [batch * len(values), n])
