@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes import picks
 from tokcompile.passes.graph import Builder, aten, shape
 from tokcompile.passes.tokens import (
     Atom,
@@ -47,13 +49,18 @@ class Gatherer:
         parts = have.parts if isinstance(have, Seq) else spread(have, want)
         have = make_seq(parts) if isinstance(have, Seq) else Seq(tuple(parts))
         if (have, want) not in self._index:
-            pieces, start = [], 0
-            for part, target in zip(parts, aligned(parts, want)):
-                if isinstance(target, Space) and target is not part:
-                    pieces.append(self.shifted(self.within(part, target), start))
+            pieces, targets = [], aligned(parts, want)
+            starts = [0, *accumulate(map(length, parts))]
+            for run in picks.runs(targets, parts):
+                target, start = targets[run[0]], starts[run[0]]
+                if len(run) > 1:
+                    inside = slice(run.start, run.stop)
+                    wide = picks.within(self.b, targets[inside], parts[inside])
+                    pieces.append(picks.end_to_end(self.b, wide, starts[run.start : run.stop]))
+                elif isinstance(target, Space) and target is not parts[run[0]]:
+                    pieces.append(self.shifted(self.within(parts[run[0]], target), start))
                 else:
-                    pieces.append(self.arange(start, start + length(part), samples(want)))
-                start += length(part)
+                    pieces.append(self.arange(start, starts[run.stop], samples(want)))
             self._index[have, want] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._index[have, want]
 
@@ -117,13 +124,16 @@ class Gatherer:
     def assign(self, seq: Seq) -> Node:
         """(B, old) positions, within the reduced axis, of the token that stands for each original one."""
         if seq not in self._assign:
-            pieces, start = [], 0
-            for part in seq.parts:
-                if isinstance(part, Space):
+            pieces, starts = [], [0, *accumulate(map(length, seq.parts))]
+            for run in picks.runs(seq.parts):
+                part, start = seq.parts[run[0]], starts[run[0]]
+                if len(run) > 1:
+                    wide = picks.slots(self.b, seq.parts[run.start : run.stop])
+                    pieces.append(picks.end_to_end(self.b, wide, starts[run.start : run.stop]))
+                elif isinstance(part, Space):
                     pieces.append(self.shifted(self.slots(part), start))
                 else:
                     pieces.append(self.arange(start, start + part, samples(seq)))
-                start += length(part)
             self._assign[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._assign[seq]
 
@@ -136,11 +146,13 @@ class Gatherer:
         """(B, new) float32: how many original tokens each one holds; 1 for plain ones."""
         if seq not in self._size:
             pieces = []
-            for part in seq.parts:
-                if isinstance(part, Space) and part.size is not None:
-                    pieces.append(part.size)
+            for run in picks.runs(seq.parts):
+                sizes = [s.size for i in run if isinstance(s := seq.parts[i], Space) and s.size is not None]
+                if sizes:
+                    pieces.append(sizes[0] if len(run) == 1 else picks.end_to_end(self.b, picks.together(self.b, sizes)))
                 else:
-                    pieces.append(self.b.constant(torch.ones(samples(seq), length(part)), "ones"))
+                    count = sum(length(seq.parts[i]) for i in run)
+                    pieces.append(self.b.constant(torch.ones(samples(seq), count), "ones"))
             self._size[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._size[seq]
 

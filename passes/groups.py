@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,17 +11,10 @@ from torch.fx import Node
 
 from tokcompile.passes.gather import once
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.reduction import tap_axis
 from tokcompile.passes.tokens import Space
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
-
-
-def taken_out(rw: Rewriter, names: Sequence[str], taps: Sequence[Node], start: int, length: int) -> list[Node]:
-    """The taps over the groups' tokens alone."""
-    axes = [tap_axis(name) for name in names]
-    return [t if a is None else rw.builder.emit(aten.slice.Tensor, t, a, start, start + length) for t, a in zip(taps, axes)]
 
 
 def put_back(rw: Rewriter, x: Node, new: Node, start: int, stop: int) -> Node:
@@ -29,7 +22,7 @@ def put_back(rw: Rewriter, x: Node, new: Node, start: int, stop: int) -> Node:
     length, emit = shape(x)[1], rw.builder.emit
     before = [emit(aten.slice.Tensor, x, 1, 0, start)] if start else []
     after = [emit(aten.slice.Tensor, x, 1, stop, length)] if stop < length else []
-    return emit(aten.cat.default, [*before, new, *after], 1)
+    return emit(aten.cat.default, [*before, new, *after], 1) if before or after else new
 
 
 def tokens_of_groups(rw: Rewriter, space: Space, unit: int, parent: Space | None) -> Space:

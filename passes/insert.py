@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.groups import put_back, taken_out, tokens_of_groups
-from tokcompile.passes.reduction import RESULTS, ReductionModule
+from tokcompile.passes.graph import shape
+from tokcompile.passes.groups import put_back, tokens_of_groups
+from tokcompile.passes.picks import apart
+from tokcompile.passes.reduction import RESULTS, ReductionModule, tap_axis
 from tokcompile.passes.renumber import numbers_anew
+from tokcompile.passes.segments import folded, side_by_side
 from tokcompile.passes.splice import Splice, body, native, standard, text_ranges
 from tokcompile.passes.taps import read_taps, taps_of
 from tokcompile.passes.tokens import Batch, Label, Seq, Space, make_seq, normal, plain
@@ -27,28 +29,39 @@ if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
 
 
-def insert(rw: Rewriter, s: Splice) -> None:
-    """Reduces the value of a node; all that is read from it afterwards is shorter."""
+def insert(rw: Rewriter, run: Sequence[Splice]) -> None:
+    """Reduces the value of a node; all that is read from it afterwards is shorter. run: one reduction, or those of segments
+    side by side that are alike."""
+    s, count = run[0], len(run)
     x, label = rw.env[s.at], rw.labels.get(s.at)
     rw.before.setdefault(s.at, (x, label))
-    parent, before, after = body(s, label)
+    bodies = [body(one, label) for one in run]
+    before, after = bodies[0][1], bodies[-1][2]
     rows = s.unit if s.aligned else 1
     start = make_seq(before).new * rows
     tap_start = make_seq(body(s, rw.before[s.at][1])[1]).new * rows
     stream = standard(rw, x, s.block)
-    above = parent.groups if parent and not s.aligned else parent
+    above = [parent.groups if parent and not s.aligned else parent for parent, *_ in bodies]
+    sizes = [space.size for space in above if space and space.size]
     with look_ahead(rw, s) if s.recipe.ahead else nullcontext(), overhead(rw):
         taps = read_taps(rw, s)
-    node, module = call(rw, s, stream, above.size if above else None, taps, start, tap_start)
+    node, module = call(rw, run, stream, side_by_side(rw, sizes) if sizes else None, taps, start, tap_start)
     new = rw.builder.emit(operator.getitem, node, 0)
-    space = left_by(rw, s, node, module, above)
-    rw.spaces.append(space)
-    left = space if s.aligned else tokens_of_groups(rw, space, s.unit, parent)
-    if not s.aligned:
-        new = put_back(rw, stream, new, start, start + s.site.n * s.unit)
+    spaces = left_by(rw, run, node, module, above)
+    left = [p if s.aligned else tokens_of_groups(rw, p, s.unit, parent) for p, (parent, *_) in zip(spaces, bodies)]
+    if taken_apart(run):
+        batch, length, width = shape(new)
+        new = rw.gather.reshape(new, [batch // count, count * length, width])
+        new = put_back(rw, stream, new, start, start + count * s.site.n * s.unit)
     rw.env[s.at] = native(rw, new, s.block)
-    rw.labels[s.at] = label_after(rw, s, make_seq([*before, left, *after]))
+    rw.labels[s.at] = label_after(rw, s, make_seq([*before, *left, *after]))
     rw.full.pop(s.at, None)
+
+
+def taken_apart(run: Sequence[Splice]) -> bool:
+    """Whether only the tokens to reduce go into the module, and not all of the stream: segments are a batch then, and groups
+    beside single tokens can be counted."""
+    return len(run) > 1 or not run[0].aligned
 
 
 @contextmanager
@@ -60,21 +73,22 @@ def overhead(rw: Rewriter) -> Iterator[FlopCounterMode]:
 
 
 def call(
-    rw: Rewriter, s: Splice, stream: Node, size: Node | None, taps: list[Node], start: int, tap_start: int
+    rw: Rewriter, run: Sequence[Splice], stream: Node, size: Node | None, taps: list[Node], start: int, tap_start: int
 ) -> tuple[Node, ReductionModule]:
-    """The node of a reduction, and its module. start, tap_start: where its tokens begin in the stream and in the taps.
+    """The node of a run, and its module. start, tap_start: where its tokens begin in the stream and in the taps.
 
     Raises: MethodError that names the method where its plan fails on fake tensors.
     """
+    s, count = run[0], len(run)
     name = f"reduction_{len(rw.spaces)}_{s.recipe.name}"
-    begins = (start, tap_start) if s.aligned else (0, 0)
-    site = replace(s.site, start=begins[1] // s.unit, text=text_ranges(rw, s))
+    begins = (0, 0) if taken_apart(run) else (start, tap_start)
+    site = replace(s.site, start=begins[1] // s.unit, text=text_ranges(rw, s), segments=count)
     module = ReductionModule(s.recipe, site, s.unit, taps_of(rw, s), *begins)
     rw.builder.root.add_module(name, module)
-    if not s.aligned:  # single tokens stand beside the groups, which are taken out of the stream
-        length = s.site.n * s.unit
-        stream = rw.builder.emit(aten.slice.Tensor, stream, 1, start, start + length)
-        taps = taken_out(rw, module.names, taps, tap_start, length)
+    if taken_apart(run):
+        length, axes = s.site.n * s.unit, map(tap_axis, module.names)
+        stream = folded(rw, stream, 1, start, count, length)
+        taps = [t if axis is None else folded(rw, t, axis, tap_start, count, length) for t, axis in zip(taps, axes)]
     key = kind_of(s, stream, size, taps)
     if key in rw.reduced:
         return rw.reduced[key].again(rw, name, module, stream, size, taps), module
@@ -98,7 +112,8 @@ def kind_of(s: Splice, stream: Node, size: Node | None, taps: list[Node]) -> tup
     """What the sizes of a reduction's results depend on, where it is one of many segments of a stream."""
     fakes = [n.meta["val"] for n in (size, *taps) if n is not None]
     read = tuple((tuple(f.shape), f.dtype) for f in fakes)
-    return id(s.recipe), s.at, s.k, s.unit, s.aligned, s.site.n, s.site.grid, size is None, stream.meta["val"].dtype, read
+    x = stream.meta["val"]
+    return id(s.recipe), s.at, s.k, s.unit, s.aligned, s.site.n, s.site.grid, size is None, x.shape[0], x.dtype, read
 
 
 @dataclass(frozen=True)
@@ -122,20 +137,41 @@ class Seen:
         return rw.builder.known((new, *self.results[1:]), name, stream, size, *taps)
 
 
-def left_by(rw: Rewriter, s: Splice, node: Node, module: ReductionModule, above: Space | None) -> Space:
-    """What a reduction left of the space above it."""
-    results = node.meta["val"]
-    space = Space(f"s{len(rw.spaces)}", s.site.n, s.k, above, rw.builder.emit(operator.getitem, node, 1))
-    space.size = rw.builder.emit(operator.getitem, node, 2) if results[2] is not None else None
-    space.assign = once(lambda: assignment_of(rw, node, module, space.n))
+def left_by(
+    rw: Rewriter, run: Sequence[Splice], node: Node, module: ReductionModule, above: Sequence[Space | None]
+) -> list[Space]:
+    """What a run left of the spaces above it, one for each of its reductions."""
+    results, many = node.meta["val"], len(node.meta["val"]) > len(RESULTS)
+
+    def each(i: int, given: bool = True) -> Sequence[Any]:
+        return apart(rw.builder, rw.builder.emit(operator.getitem, node, i), len(run)) if given else [None] * len(run)
+
+    assigns = once(lambda: apart(rw.builder, assignment_of(rw, node, module, run[0].site.n), len(run)))
+    picked = zip(run, above, each(1), each(2, results[2] is not None), each(len(RESULTS), many))
+    return [left_of_one(rw, i, *one, assigns, bool(module.ordered)) for i, one in enumerate(picked)]
+
+
+def left_of_one(
+    rw: Rewriter,
+    i: int,
+    s: Splice,
+    above: Space | None,
+    index: Node,
+    size: Node | None,
+    positions: Node | None,
+    assigns: Callable[[], list[Node]],
+    ordered: bool,
+) -> Space:
+    """What reduction i of a run left."""
+    space = Space(f"s{len(rw.spaces)}", s.site.n, s.k, above, index, once(lambda: assigns()[i]), size, ordered=ordered)
     space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
-    space.ordered = bool(module.ordered)
     space.renumber = numbers_anew(rw, s)
     if s.hidden:
         space.hidden = torch.tensor([[i in one for i in range(space.root_n)] for one in map(set, s.hidden)])
-    if len(results) > len(RESULTS):
-        space.positions = rw.builder.emit(operator.getitem, node, len(RESULTS))
+    if positions is not None:
+        space.positions = positions
         space.bands = tuple(s.site.options.get("sections") or ())
+    rw.spaces.append(space)
     return space
 
 

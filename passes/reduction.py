@@ -19,7 +19,7 @@ class ReductionModule(nn.Module):
 
     forward(x: (B, L, D), size: (B, n) or None, *taps) -> (x': (B, L', D), index: (B, k), size': (B, k) or None,
     assign: (B, n) or None), and positions: (B, k, P) where the plan gives several to each token. With `unit` u the n
-    tokens are groups of u rows, kept or dropped together.
+    tokens are groups of u rows, kept or dropped together. Segments that are alike are samples of one batch.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ReductionModule(nn.Module):
             size = torch.ones(x.shape[0], site.n, dtype=torch.float32, device=x.device)
         summary = body if u == 1 else body.reshape(x.shape[0], site.n, u, -1).mean(2)
         full: dict[str, Tensor] = dict(zip(self.names, taps))
-        whole = Tokens(x=x, **full) if u == 1 else None  # type: ignore[arg-type]
+        whole = Tokens(x=x, **full) if u == 1 and site.segments == 1 else None  # type: ignore[arg-type]
         plan = self.recipe.plan(Tokens(x=summary, size=size, whole=whole, **given), site)
         check_plan(plan, self.recipe, site, x.shape[0])
         if self.ordered is None:

@@ -23,6 +23,7 @@ from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
+from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Axis, Label, Seq, Space, SplitsTokens, is_labelled
 
@@ -102,8 +103,8 @@ class Rewriter:
                 output_labels, extra = write_outputs(self, node)
             else:
                 self.step(node)
-                for splice in self.splices.get(node, ()):
-                    insert(self, splice)
+                for run in runs(self, node):
+                    insert(self, run)
         check_positions(self)
         graph = self.builder.graph
         GraphModule(self.builder.root, graph).graph.eliminate_dead_code()

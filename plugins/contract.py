@@ -4,7 +4,8 @@ domain "tokcompile", op_type the method's name in CamelCase (`tome` -> `Tome`): 
 and `plugin_version` that is the name TensorRT looks the plugin up by, the same for every reduction of a method. Where
 the bodies of two reductions of a model differ in more than constants (a method that takes another road for some count),
 the second body is written as `Tome_2`, and fused only in a plugin file, where it is a `Tome` like the first. All shapes
-are static; B is the batch and L is prefix + n*unit + suffix. For onnxruntime, which reads no plugin, a B of 1 is left out.
+are static; B is the batch and L is prefix + n*unit + suffix. Segments of one sequence (images, windows) that are reduced
+alike are samples of one batch: B counts them, and L is n*unit. For onnxruntime, which reads no plugin, a B of 1 is left out.
 
 inputs, in the order that the attribute `inputs` names:
     x                   (B, L, D)       the residual stream, in the model's dtype

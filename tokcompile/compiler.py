@@ -30,7 +30,7 @@ from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reduction
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, get_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, get_method
 from tokcompile.steps import same_number
 
 PLAIN = Layout()
@@ -336,7 +336,7 @@ def solve_flops(
     """
     original = total(terms(analysis.graph.graph, {}))
     n, many = slots[0].n, len(slots[0].spans)
-    stand_in = Recipe("probe", first_tokens)
+    stand_in = Recipe("probe", first_tokens, together=anywhere)
     steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
     probe = reductions(steps, slots, stand_in, {})
     recipes = {**settings.recipes, stand_in.name: stand_in}

@@ -29,7 +29,7 @@ from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Space, is_labelled
 from tokcompile.passes.trace import trace
-from tokcompile.recipe import Keep, Recipe, Site, Tokens
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere
 from tokcompile.shaken import noise_floor, off_from_model, prepare, run, worst
 
 
@@ -279,10 +279,11 @@ def constant_recipe(name: str, seed: int, sort: bool) -> Recipe:
         from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
         with disable_proxy_modes_tracing():
-            index = subset_index(site.n, site.k, tokens.x.shape[0], seed, sort)
+            index = subset_index(site.n, site.k, tokens.x.shape[0] // site.segments, seed, sort)
+            index = index.repeat_interleave(site.segments, 0)  # segments of one sequence draw alike
         return Keep(index, ordered=sort)
 
-    return Recipe(name, plan)
+    return Recipe(name, plan, together=anywhere)
 
 
 def shuffled(seed: int) -> Recipe:

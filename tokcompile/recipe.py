@@ -26,7 +26,8 @@ class Site:
     step, steps: which of the method's reductions this is. block, depth: which block of how many.
     grid: (rows, columns) while the tokens still are the whole patch grid in raster order, else None.
     start: where the n tokens begin in `Tokens.whole`. text: the (start, stop) of the text tokens there; empty in a vision
-    tower. options: the method's options, defaults filled in.
+    tower. segments: of each sample so many run through the plan one after the other, as samples of their own (see
+    `Recipe.together`); prefix and suffix are then those of the first. options: the method's options, defaults filled in.
     """
 
     n: int
@@ -40,7 +41,13 @@ class Site:
     grid: tuple[int, ...] | None = None
     start: int = 0
     text: tuple[tuple[int, int], ...] = ()
+    segments: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def anywhere(site: Site) -> Any:
+    """`Recipe.together` of a plan that does not look at where its tokens stand."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Tokens:
     queries. scores: (B, H, L, L) before the softmax, scaled and masked. embeds: (B, n0, D) these tokens as they came into
     the first block, before any reduction; text_embeds: (B, T', D) all text tokens there; both None where there is no text.
     size: (B, n) original tokens in each, float32, where tracked. whole: the same taps over the whole sequence of L
-    tokens, `site.start` of which come before these n; None where tokens are in groups.
+    tokens, `site.start` of which come before these n; None where tokens are in groups, and where segments are a batch.
     """
 
     x: Tensor
@@ -129,7 +136,9 @@ class Recipe:
     attention is `earlier_attention`. steps: at which blocks, and how the budget spreads over them. track_size: whether
     tokens carry how many original ones they hold. proportional: whether attention weighs keys by that size.
     renumber(step, options): whether, in a language model, tokens get new positions without gaps after that reduction, if
-    the user does not say by renumber=True or False. options: names and defaults of the method's own options;
+    the user does not say by renumber=True or False. together(site): what `plan` looks at of the place of a segment (images or
+    windows in one sequence); those side by side for which it is equal go through `plan` as one batch. None where each goes
+    by itself, as it has to where `plan` reads `whole`. options: names and defaults of the method's own options;
     `least(n, options)` says how few of n tokens one step may leave. paper: the source.
 
     Example:
@@ -151,6 +160,7 @@ class Recipe:
     track_size: bool = False
     proportional: bool = False
     renumber: Callable[[int, Mapping[str, Any]], bool] = lambda step, options: False
+    together: Callable[[Site], Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     least: Callable[[int, Mapping[str, Any]], int] = lambda n, options: 1
     paper: str = ""

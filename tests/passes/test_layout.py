@@ -1,4 +1,6 @@
-"""What a graph demands of the tokens is learnt in few tries, however many windows it has."""
+"""What a graph demands of the tokens is learnt in few tries, however many windows it has; windows alike are one batch."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import tokcompile
 from tokcompile import UnsupportedGraph, compiler
 from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
+from tokcompile.passes.reduction import ReductionModule
+from tokcompile.recipe import Keep, Recipe, get_method
 
 
 class Windows(nn.Module):
@@ -61,3 +65,67 @@ def test_where_no_layout_helps_tokens_are_given_back_on_demand():
     assert tries == [Layout(), Layout(4), Layout(final=True)]
     with pytest.raises(UnsupportedGraph, match="groups of four"):
         with_layout(attempt, give_back=False)
+
+
+# -- windows alike are reduced together --------------------------------------------------------------------------------
+
+
+def batches(made):
+    """How many windows each reduction takes, and of how many tokens."""
+    modules = [m for m in made.graph_module.modules() if isinstance(m, ReductionModule)]
+    return [(m.site.segments, m.site.n) for m in modules]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("outputs", ["keep", "reduced"])
+@pytest.mark.parametrize("method", ["divprune", "evit", "grid", "pitome", "random", "tome", "topk"])
+def test_windows_alike_are_reduced_as_one_batch(method, outputs, batch):
+    """As if each were reduced by itself, with the same plan; the second block reduces further what the first one left."""
+    model, x = Windows([8, 8, 8, 4, 4, 8], False).eval(), torch.randn(batch, 40, 16)
+    alone = replace(get_method(method), together=None)
+    one, many = (
+        tokcompile.optimize(model, (x,), method=m, where=[0, 1], budget=0.5, outputs=outputs, **dict(recover="anywhere"))
+        for m in (get_method(method), alone)
+    )
+    assert one.plan == many.plan
+    assert one.report.flops == many.report.flops
+    together = [(1, 8), (2, 8)] if method == "tome" else [(3, 8)]  # which orders tokens otherwise where nothing stands before
+    assert batches(one)[: len(batches(one)) // 2] == [*together, (2, 4), (1, 8)]
+    assert len(batches(many)) == 12
+    for _ in range(2):
+        for a, b in zip(torch.utils._pytree.tree_leaves(one(x)), torch.utils._pytree.tree_leaves(many(x)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        x = torch.randn(batch, 40, 16)
+
+
+def test_a_plan_that_does_not_say_so_sees_one_window_at_a_time():
+    seen = []
+
+    def plan(tokens, site):
+        seen.append((len(tokens.x), site.prefix, tokens.whole.x.shape[1]))
+        return Keep(tokens.x[..., 0].topk(site.k).indices, ordered=False)
+
+    x = torch.randn(2, 24, 16)
+    made = tokcompile.optimize(Windows([8, 8, 8], False).eval(), (x,), method=Recipe("mine", plan), where=[0], budget=0.5)
+    seen.clear()
+    made(x)
+    assert seen == [(2, 0, 24), (2, 8, 20), (2, 16, 16)]
+
+
+def test_each_window_draws_what_it_draws_by_itself():
+    """Random selection is seeded by the sample and not by the row of the batch."""
+    x = torch.randn(2, 24, 16)
+    made = tokcompile.optimize(
+        Windows([8, 8, 8], False).eval(), (x,), method="random", where=[0], budget=0.5, outputs="reduced"
+    )
+    first, second, third = (v for v in torch.utils._pytree.tree_leaves(made(x)) if v.dtype == torch.int64)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_a_file_of_windows_has_one_node_for_those_alike(tmp_path):
+    x = torch.randn(1, 40, 16)
+    made = tokcompile.optimize(Windows([8, 8, 8, 4, 4, 8], False).eval(), (x,), method="divprune", where=[0], budget=0.5)
+    report = made.export_onnx(tmp_path / "m.onnx")
+    assert [row["shape"][0] for row in report.reductions][:2] == [3, 2]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import ascending, cosine, gather_rows, top_k
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -78,6 +78,7 @@ DART = register_method(
         place="block",
         steps=once(1 / 6, language=2),
         options={"pivots": 4, "text_pivots": 4},
+        together=anywhere,
         paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494",
     )
 )

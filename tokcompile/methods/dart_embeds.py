@@ -7,7 +7,7 @@ import torch
 from tokcompile.errors import MethodError
 from tokcompile.methods.dart import pick
 from tokcompile.primitives import gather_rows, identity, top_k
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -36,6 +36,7 @@ DART_EMBEDS = register_method(
         place="block",
         steps=once(1 / 6, language=0),
         options={"pivots": 4, "text_pivots": 4},
+        together=anywhere,
         paper="DART (arXiv 2502.11494), the variant on embeddings in NVIDIA/TensorRT-Edge-LLM",
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokcompile.primitives import ascending, cosine, farthest_points, first_argmax, identity
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -24,6 +24,7 @@ DIVPRUNE = register_method(
         plan,
         place="block",
         steps=once(1 / 6),
+        together=anywhere,
         paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, arXiv 2503.02175",
     )
 )

@@ -7,7 +7,7 @@ from math import ceil
 import torch
 
 from tokcompile.primitives import ascending, identity, keep_best, top_k
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import stages
 
 
@@ -38,6 +38,7 @@ EVIT = register_method(
         steps=stages(rate=rate_with_fused),
         options={"fuse": True},
         least=lambda n, options: min(n, 1 + bool(options["fuse"])),
+        together=anywhere,
         paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations, arXiv 2202.07800",
     )
 )

@@ -9,7 +9,7 @@ import torch
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import identity, keep_best, unit
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -53,6 +53,7 @@ EVS = register_method(
         steps=last_block(language=0),
         options={"frames": None},
         least=least,
+        together=anywhere,
         paper="Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference, arXiv 2510.14624",
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokcompile.primitives import keep_best
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -20,6 +20,7 @@ FASTERVLM = register_method(
         taps=("x", "cls_attention"),
         place="block",
         steps=last_block(),
+        together=anywhere,
         paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818",
     )
 )

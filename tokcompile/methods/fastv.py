@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokcompile.primitives import keep_best
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -20,6 +20,7 @@ FASTV = register_method(
         taps=("x", "last_attention"),
         place="block",
         steps=once(1 / 6, language=2),
+        together=anywhere,
         paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
     )
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import ascending, gather_rows, identity, keep_best, top_k
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -48,6 +48,7 @@ FOPRU = register_method(
         place="block",
         steps=last_block(),
         options={"strategy": "rank"},
+        together=anywhere,
         paper="FoPru: Focal Pruning for Efficient Large Vision-Language Models, arXiv 2411.14164",
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import constant
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -61,6 +61,7 @@ GRID = register_method(
         language_place="block",
         steps=once(1 / 4, language=0),
         options={"shape": None},
+        together=anywhere,
         paper="baseline: an even sub-grid of the patches",
     )
 )

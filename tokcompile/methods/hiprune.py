@@ -10,7 +10,7 @@ import torch
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import constant, identity, keep_best, top_k
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -57,6 +57,7 @@ HIPRUNE = register_method(
         earlier=object_layer,
         steps=last_block(),
         options={"alpha": 0.1, "layer": 1 / 3},
+        together=anywhere,
         paper="HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in VLMs, arXiv 2508.00553",
     )
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import ascending, constant, identity, top_k, unit
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 EPS = 1e-6
@@ -79,6 +79,7 @@ HOLOV = register_method(
         place="block",
         steps=last_block(),
         options={"groups": 16, "alpha": 0.09},
+        together=anywhere,
         paper="Don't Just Chase Highlighted Tokens in MLLMs: Revisiting Visual Holistic Context Retention, arXiv 2510.02912",
     )
 )

@@ -6,7 +6,7 @@ import torch
 
 from tokcompile.methods.grid import raster, sub_grid
 from tokcompile.primitives import constant, identity
-from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -43,6 +43,7 @@ M3 = register_method(
         place="block",
         steps=last_block(language=0),
         options={"shape": None},
+        together=anywhere,
         paper="Matryoshka Multimodal Models, arXiv 2405.17430",
     )
 )

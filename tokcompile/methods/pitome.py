@@ -8,7 +8,7 @@ from torch.nn.functional import elu
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import first_argmax, gather_rows, identity, top_k, unit
-from tokcompile.recipe import Keep, Merge, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Merge, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import every_block, same_share
 
 # which variant the first and the second half of the blocks use; B pairs all tokens by rank, P only the most redundant
@@ -57,6 +57,7 @@ PITOME = register_method(
         proportional=True,
         options={"margin": 0.75, "alpha": 1.0, "variant": "deit", "proportional": False},
         least=lambda n, options: n - n // 2,
+        together=anywhere,
         paper="Accelerating Transformers with Spectrum-Preserving Token Merging, arXiv 2405.16148",
     )
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import density_peaks, identity, members
-from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -50,6 +50,7 @@ PPE = register_method(
         place="block",
         steps=last_block(language=0),
         options={"positions": 8, "sections": None},
+        together=anywhere,
         paper="Positional Preservation Embedding for Token Compression in Multimodal Large Language Models, arXiv 2510.22936",
     )
 )

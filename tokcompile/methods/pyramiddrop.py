@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokcompile.primitives import keep_best
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import int_of_first, stages
 
 
@@ -22,6 +22,7 @@ PYRAMIDDROP = register_method(
         ahead=True,
         renumber=lambda step, options: True,
         steps=stages(rate=int_of_first),
+        together=anywhere,
         paper="PyramidDrop: Accelerating Your LVLMs via Pyramid Visual Redundancy Reduction, arXiv 2410.17247",
     )
 )

@@ -7,7 +7,7 @@ import random
 import torch
 
 from tokcompile.primitives import constant
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import stages
 
 
@@ -17,8 +17,10 @@ def draw(n: int, k: int, seed: int) -> list[int]:
 
 
 def plan(tokens: Tokens, site: Site) -> Keep:
-    """The same seeded draw for every input, another one at every step and for every sample of the batch."""
-    seeds = [site.options["seed"] * 7919 + site.step * 101 + b for b in range(tokens.x.shape[0])]
+    """The same seeded draw for every input, another one at every step and for every sample of the batch; segments of one
+    sequence draw alike."""
+    samples = [row // site.segments for row in range(tokens.x.shape[0])]
+    seeds = [site.options["seed"] * 7919 + site.step * 101 + b for b in samples]
     return Keep(constant([draw(site.n, site.k, seed) for seed in seeds], tokens.x))
 
 
@@ -29,6 +31,7 @@ RANDOM = register_method(
         language_place="block",
         steps=stages(),
         options={"seed": 0},
+        together=anywhere,
         paper="baseline: a seeded uniform draw",
     )
 )

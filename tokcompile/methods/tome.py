@@ -41,6 +41,7 @@ TOME = register_method(
         proportional=True,
         options={"proportional": True},
         least=lambda n, options: n - n // 2,
+        together=lambda site: (site.prefix > 0, site.prefix % 2),
         paper="Token Merging: Your ViT But Faster, arXiv 2210.09461",
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokcompile.primitives import keep_best
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import int_of_first, stages
 
 
@@ -19,6 +19,7 @@ TOPK = register_method(
         plan,
         taps=("cls_attention",),
         steps=stages(rate=int_of_first),
+        together=anywhere,
         paper="Which Tokens to Use? Investigating Token Reduction in Vision Transformers, arXiv 2308.04657",
     )
 )

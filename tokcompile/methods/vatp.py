@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokcompile.primitives import keep_best
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import once
 
 
@@ -23,6 +23,7 @@ VATP = register_method(
         taps=("x", "last_attention", "v"),
         place="block",
         steps=once(1 / 6, language=2),
+        together=anywhere,
         paper="Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction, arXiv 2406.12335",
     )
 )

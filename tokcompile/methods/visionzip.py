@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import ascending, complement, first_argmax, gather_rows, identity, top_k, unit
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, register_method
+from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
 from tokcompile.steps import last_block
 
 
@@ -55,6 +55,7 @@ VISIONZIP = register_method(
         place="block",
         steps=last_block(),
         options={"contextual": 10 / 64},
+        together=anywhere,
         paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467",
     )
 )
