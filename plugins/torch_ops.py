@@ -253,11 +253,8 @@ def launch(
         space = torch.empty(needed + ALIGN, dtype=torch.uint8, device=x.device)
         workspace = -(-space.data_ptr() // ALIGN) * ALIGN
         new, index, new_size, slots = out
-        if kernel.sizes:
-            given, wanted = (pointer(x), pointer(size), *map(pointer, taps)), (new, index, new_size, slots)
-        else:
-            given, wanted = (pointer(x), *map(pointer, taps)), (new, index, slots)
-        return go(*arguments, *given, *map(pointer, wanted), workspace, stream_of(x))
+        given = [x, *([size] if kernel.sizes else []), *taps, new, index, *([new_size] if kernel.sizes else []), slots]
+        return go(*arguments, *map(pointer, given), workspace, stream_of(x))
 
 
 @functools.lru_cache(maxsize=1024)
