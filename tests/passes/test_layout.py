@@ -25,9 +25,9 @@ class Windows(nn.Module):
 
     def forward(self, x):
         for _ in range(2):
-            q, k, v = (t[:, None] for t in self.qkv(self.norm(x)).chunk(3, -1))
-            y = torch.cat([scaled_dot_product_attention(*w) for w in zip(*map(self.windows, (q, k, v)))], 2)[:, 0]
-            x = x + self.proj(y)
+            q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            y = torch.cat([scaled_dot_product_attention(*w) for w in zip(*map(self.windows, (q, k, v)))], 2)
+            x = x + self.proj(y.transpose(1, 2).flatten(2))
         return self.head(x)
 
     def windows(self, t):
