@@ -18,7 +18,7 @@ HEAD = 64
 
 def profile(session: Session) -> None:
     """Microseconds of every kernel in one reduction, from a CUDA graph over inputs that do not stay in the cache."""
-    for case in headline_cases(session):
+    for case in headline_cases(session)[: 2 if session.dry else None]:
         if session.left() <= 0:
             session.part("profile")["errors"].append({"error": f"{case}: the time was up"})
             continue
