@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, side_by_side, standard, token_length
-from tokcompile.passes.samples import heads_first
+from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.splice import Splice, body, text_ranges
 from tokcompile.passes.tokens import make_seq, plain
 
@@ -74,11 +73,8 @@ def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
             attention.node,
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
-    each = prod(sizes[:-2]) // s.batch
-    if s.batch > 1 and query_heads_first(rw, s, attention):
-        value = rw.gather.reshape(value, [each, s.batch, *sizes[-2:]])
-        return rw.builder.emit(aten.permute.default, value, [1, 0, 2, 3])
-    return rw.gather.reshape(value, [s.batch, each, *sizes[-2:]])
+    turned = s.batch > 1 and query_heads_first(rw, s, attention)
+    return samples_first(rw, value, s.batch, sizes[-2:], turned)
 
 
 def query_heads_first(rw: Rewriter, s: Splice, attention: Attention) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from math import prod
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
@@ -11,7 +10,7 @@ from torch.fx import Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
 from tokcompile.passes.graph import aten, packet, shape
-from tokcompile.passes.samples import heads_first
+from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
 
 if TYPE_CHECKING:
@@ -131,12 +130,8 @@ def standard(
     lead = [d for d in range(rank) if d not in (token, channel)]
     if [*lead, token, channel] != list(range(rank)):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
-    count = prod(sizes[d] for d in lead) // (1 if in_line else s.batch)
-    if in_line or (s.batch > 1 and heads_first(rw.old, s, node, label, lead)):
-        value = rw.gather.reshape(value, [count, s.batch, wanted, sizes[channel]])
-        value = rw.builder.emit(aten.permute.default, value, [1, 0, 2, 3])
-    else:
-        value = rw.gather.reshape(value, [s.batch, count, wanted, sizes[channel]])
+    turned = in_line or (s.batch > 1 and heads_first(rw.old, s, node, label, lead))
+    value = samples_first(rw, value, s.batch, [wanted, sizes[channel]], turned)
     return restricted(rw, s, value, 2) if wanted == full != length and not in_line else value
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.graph import is_tensor, packet, shape
+from tokcompile.passes.graph import aten, is_tensor, packet, shape
 from tokcompile.passes.movement import POOLS, Movement, moves
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Batch, Label, is_labelled, old
+
+if TYPE_CHECKING:
+    from tokcompile.passes.rewrite import Rewriter
 
 # ops that leave all axes but the channels where they are, along which some of them mix
 STAYS = {"aten.linear", "aten.matmul", "aten.addmm", "aten.mm", "aten.layer_norm", "aten.rms_norm", "aten.normalize",
@@ -45,6 +50,14 @@ def heads_first(gm: GraphModule, s: Splice, node: Node, label: Label, lead: list
         node,
         "choose a method that does not read attention, such as 'random', 'grid' or 'divprune', or a batch of one",
     )
+
+
+def samples_first(rw: Rewriter, value: Node, batch: int, tail: Sequence[int], turned: bool) -> Node:
+    """A head tensor as (B, H, *tail). turned: whether its entries run over the samples for each head."""
+    each = prod(shape(value)) // (batch * prod(tail))
+    if not turned:
+        return rw.gather.reshape(value, [batch, each, *tail])
+    return rw.builder.emit(aten.permute.default, rw.gather.reshape(value, [each, batch, *tail]), [1, 0, 2, 3])
 
 
 def of_label(label: Label, batch: int) -> Tensor | None:

@@ -65,7 +65,7 @@ def mask(call: Call, scores: Label) -> Node | None:
         n, m = old(scores[-2]), old(scores[-1])
         causal = call.rewriter.builder.constant(torch.ones(n, m, dtype=torch.bool).tril(), "causal")
         out = call.coerce_node(causal, plain((n, m)), scores)
-    bias = log_sizes(call, scores[-1], scores)
+    bias = log_sizes(call, scores)
     if bias is None:
         return out
     dtype = call["query"].meta["val"].dtype
@@ -92,20 +92,22 @@ def sorted_tokens(scores: Label) -> bool:
     return scores[-2] == scores[-1] and seq is not None and all(s.in_order for s in seq.spaces)
 
 
-def log_sizes(call: Call, keys: Axis, scores: Label) -> Node | None:
-    """log(size) of each key, shaped to be added to scores: (B or 1, 1.., 1, keys); None where all sizes are 1."""
-    # attention over all samples at once, as over the windows of an image that are a batch elsewhere
-    keys, scores = samples_in_line(call.gather, keys), tuple(samples_in_line(call.gather, axis) for axis in scores)
-    seq = next((a for a in keys if isinstance(a, Seq)), None)
-    if seq is None or not any(s.size is not None and s.proportional for s in seq.spaces):
+def log_sizes(call: Call, scores: Label, dim: int = -1) -> Node | None:
+    """log(size) of each key along axis `dim` of scores, which it can be added to; None where all sizes are 1."""
+    if not any(s.size is not None and s.proportional for a in scores[dim] if isinstance(a, Seq) for s in a.spaces):
         return None
-    log = call.op(aten.log.default, call.gather.sizes(seq))
-    return spread(call, log, keys, scores)
+    return sizes_along(call, scores, dim, log=True)
 
 
-def spread(call: Call, value: Node, axis: Axis, like: Label, dim: int = -1) -> Node:
-    """(B, tokens) laid out so that it broadcasts against `like`, whose axis `dim` is typed `axis`."""
+def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
+    """How many tokens those along axis `dim` hold, or the log of it, laid out so that it broadcasts against the label."""
+    # over all samples at once, as over the windows of an image that are a batch elsewhere
+    like = tuple(samples_in_line(call.gather, axis) for axis in label)
     dim = dim % len(like)
+    axis = like[dim]
+    value = call.gather.sizes(next(a for a in axis if isinstance(a, Seq)))
+    if log:
+        value = call.op(aten.log.default, value)
     sizes = []
     for d, one in enumerate(like):
         if d == dim:
@@ -144,18 +146,9 @@ def softmax(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
     one_sample(label, [dim])
-    bias = log_sizes(call, label[dim], with_last(label, dim)) if has_tokens(label[dim]) else None
+    bias = log_sizes(call, label, dim)
     if bias is None:
         return call.emit(label)
-    if dim != len(label) - 1:
-        bias = call.op(aten.transpose.int, bias, dim, len(label) - 1)
     dtype = call["self"].meta["val"].dtype
     scores = call.op(aten.add.Tensor, call["self"], call.op(aten.to.dtype, bias, dtype))
     return call.emit(label, self=scores)
-
-
-def with_last(label: Label, dim: int) -> Label:
-    """The label with axis `dim` swapped to the end."""
-    out = list(label)
-    out[dim], out[-1] = out[-1], out[dim]
-    return tuple(out)

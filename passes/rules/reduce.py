@@ -5,9 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.rules.attention import spread
+from tokcompile.passes.rules.attention import sizes_along
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, one_sample, rule
 from tokcompile.passes.tokens import Seq
 
@@ -35,9 +34,7 @@ def mean_or_sum(call: Call) -> Any:
     if len(merged) > 1:
         raise NeedsFull("it sums over two token axes at once")
     dim = merged[0]
-    line = tuple(samples_in_line(call.gather, axis) for axis in label)  # over all samples at once
-    seq = next(a for a in line[dim] if isinstance(a, Seq))
-    size = spread(call, call.gather.sizes(seq), line[dim], line, dim)
+    size = sizes_along(call, label, dim)
     size = call.op(aten.to.dtype, size, call["self"].meta["val"].dtype)
     weighted = call.op(aten.mul.Tensor, call["self"], size)
     total = call.op(aten.sum.dim_IntList, weighted, dims, bool(call.args.get("keepdim")))
