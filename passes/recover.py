@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph, module_path
 from tokcompile.passes.graph import packet
-from tokcompile.passes.tokens import Label, Seq, Space, describe, is_labelled
+from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -92,7 +93,7 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
             s for s in rw.spaces if s not in parents
         ]
         for space in spaces:
-            extra, own = kept_tokens(rw, space)
+            extra, own = kept_tokens(rw, space, seqs)
             values += extra
             names += own
     new = rw.builder.graph.output(values)
@@ -100,12 +101,21 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
     return labels, names
 
 
-def kept_tokens(rw: Rewriter, space: Space) -> tuple[list[Node], list[str]]:
+def kept_tokens(rw: Rewriter, space: Space, seqs: Sequence[Seq]) -> tuple[list[Node], list[str]]:
     """The extra outputs of a reduced program: which original tokens are left, and how many each one holds."""
     root: Any = space.lineage()[-1].n
     values, names = [rw.gather.within(root, space)], [f"{space.name}_index"]
-    rw.kept_of[names[0]] = root
+    rw.kept_of[names[0]] = run_of(root, space, seqs)
     if space.size is not None:
         values.append(space.size)
         names.append(f"{space.name}_size")
     return values, names
+
+
+def run_of(n: int, space: Space, seqs: Sequence[Seq]) -> Run:
+    """The original tokens of a space among those of the first output that holds it."""
+    for parts in (seq.parts for seq in seqs if space in seq.parts):
+        at = parts.index(space)
+        before, after = parts[at - 1] if at else 0, parts[-1] if at == len(parts) - 2 else 0
+        return Run(before if isinstance(before, int) else 0, n, after if isinstance(after, int) else 0)
+    return Run(0, n, 0)

@@ -25,7 +25,7 @@ from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Axis, Label, Seq, Space, SplitsTokens, is_labelled
+from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Rewritten:
     recovered: set[Node]
     output_labels: list[Label | None]
     extra_outputs: list[str] = field(default_factory=list)
-    kept_of: dict[str, int] = field(default_factory=dict)  # of how many tokens the indices among the extra outputs are
+    kept_of: dict[str, Run] = field(default_factory=dict)  # what the indices among the extra outputs are indices of
     overhead_flops: int = 0  # of the reductions themselves
     checks: list[Consecutive] = field(default_factory=list)  # what is right only for some inputs
     mixed: dict[Node, Axis] = field(default_factory=dict)  # old nodes of mixers that were traced again, see mixers.py,
@@ -79,7 +79,7 @@ class Rewriter:
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.spaces: list[Space] = []
-        self.kept_of: dict[str, int] = {}
+        self.kept_of: dict[str, Run] = {}
         self.overhead_flops = 0
         self.reduced: dict[tuple[Any, ...], Seen] = {}  # reductions of segments that are alike
         self.positioned: set[Space] = set()  # whose several positions, or new numbers, a rotary table was read at

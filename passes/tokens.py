@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.fx import Node
@@ -114,6 +114,14 @@ class Seq:
 
     def __repr__(self) -> str:
         return "Seq(" + " + ".join(map(str, self.parts)) + ")"
+
+
+class Run(NamedTuple):
+    """A row of an output as it was: n tokens, of which some are kept, between plain ones, which all are."""
+
+    before: int
+    n: int
+    after: int
 
 
 Atom = int | Batch | Seq

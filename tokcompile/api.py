@@ -55,7 +55,7 @@ class OptimizedModel(torch.nn.Module):
         self.input_names = [n.name for n in traced.gm.graph.nodes if n.op == "placeholder"]
         self.example_inputs = traced.inputs
         self.extra_outputs = compiled.rewritten.extra_outputs if compiled.rewritten else []
-        self.kept_of = compiled.rewritten.kept_of if compiled.rewritten else {}  # index output -> tokens it is an index of
+        self.kept_of = compiled.rewritten.kept_of if compiled.rewritten else {}
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
         checks: list[Fixed | Consecutive] = [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []

@@ -50,7 +50,7 @@ def test_the_map_is_shorter(rows, columns, more):
     assert not optimized.report.recoveries
     assert optimized.report.cut_off == (16 - each) * rows * columns
     # both layers are behind what is kept: the model itself on the tokens of each view that the indices name
-    starts = [0, *accumulate(optimized.kept_of.values())]
+    starts = [0, *accumulate(map(sum, optimized.kept_of.values()))]
     where = torch.cat([kept[name][0] + start for name, start in zip(optimized.kept_of, starts)])
     assert sorted(where.tolist()) == where.tolist()
     fill = run(model.head, model.newline[None])

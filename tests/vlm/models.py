@@ -103,6 +103,21 @@ def onevision_cut(batch):
     return model, inputs | ids_with(batch, (49 + 5 * 8,)) | dict(image_sizes=torch.tensor([[40, 56]] * batch))
 
 
+def video_llava(batch, frames=3):
+    """A clip whose frames keep their class tokens among the features: 1 + 16 each."""
+    from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+    small = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
+    config = VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**small, vocab_size=64, num_key_value_heads=2, max_position_embeddings=256),
+        image_token_index=60, video_token_index=61,
+    )  # fmt: skip
+    with seeded():
+        model = shake(VideoLlavaForConditionalGeneration(config).eval())
+    return model, ids_with(batch, (17 * frames,), 61) | dict(pixel_values_videos=noise(batch, frames, 3, 32, 32))
+
+
 def left(name, pads=3):
     """The same prompt behind padding on its left, with the positions that generation gives it."""
 

@@ -19,6 +19,7 @@ from tokcompile.llm.folder import Folder as TextFolder
 from tokcompile.llm.generate import Generated
 from tokcompile.llm.tokenizer import encoded
 from tokcompile.passes.plan import Plan
+from tokcompile.passes.tokens import Run
 from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
@@ -48,7 +49,7 @@ class Folder:
             data = self.text.data[KEY]
             self.prompt = Prompt.from_data(data["prompt"])
             self.plan = Plan.from_json(json.dumps(data["plan"]))
-            self.kept_of = {name: int(n) for name, n in data["kept"].items()}
+            self.kept_of = {name: Run(*map(int, run)) for name, run in data["kept"].items()}
             self.shape = tuple(data["shape"])
             self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
             self.fixed = {name: torch.tensor(values) for name, values in data["fixed"].items()}

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import InputError
+from tokcompile.passes.tokens import Run
 from tokcompile.vlm.prompt import Prompt
 
 
-def seen_by(prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
+def seen_by(prompt: Prompt, made: Mapping[str, Any], indices: Mapping[str, Tensor], runs: Mapping[str, Run]) -> dict[str, Any]:
     """The outputs of a vision part, sample by sample: features (B, k, D), deepstack alike, and kept (B, k), among the image's
-    tokens, where not all are left. indices: its outputs s0_index and so on, sizes: of how many tokens each is. Raises:
+    tokens, where not all are left. indices: its outputs s0_index and so on, runs: what each is an index of. Raises:
     InputError."""
     batch = prompt.position_ids.shape[-2]
     features, deep = (flat(value, batch) for value in (made["features"], made.get("deepstack", [])))
-    kept = kept_of(prompt, features, indices, sizes)
+    kept = kept_of(prompt, features, indices, runs)
     out: dict[str, Any] = {"features": features}
     if "deepstack" in made:
-        out["deepstack"] = [like(prompt, one, kept, features.shape[1], indices, sizes) for one in deep]
+        out["deepstack"] = [like(prompt, one, kept, features.shape[1], indices, runs) for one in deep]
     if kept is None:
         return out
     return in_order(out, kept) if prompt.in_order else out | {"kept": kept}
@@ -45,15 +46,15 @@ def flat(value: Any, batch: int) -> Any:
     return [flat(one, batch) for one in value]
 
 
-def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
-    """(B, k), or None where all are there. sizes: of how many tokens each of the indices is. Raises: InputError."""
+def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], runs: Mapping[str, Run]) -> Tensor | None:
+    """(B, k), or None where all are there. runs: what each of the indices is an index of. Raises: InputError."""
     count, total = features.shape[1], sum(prompt.images)
     if count == total:
         return None
-    names = [name for name in indices if name in sizes]
+    names = [name for name in indices if name in runs]
     for first in range(len(names)):
         for last in range(first + 1, len(names) + 1):
-            found = [(indices[name], sizes[name]) for name in names[first:last]]
+            found = [(indices[name], runs[name]) for name in names[first:last]]
             kept = among_images(found, features.shape[0], total)
             if kept is not None and kept.shape[1] == count:
                 return kept
@@ -65,17 +66,18 @@ def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], siz
     )
 
 
-def among_images(found: Sequence[tuple[Tensor, int]], batch: int, total: int) -> Tensor | None:
-    """Indices (rows, k) into runs of n tokens, which follow each other row by row, as indices among the `total` image tokens
+def among_images(found: Sequence[tuple[Tensor, Run]], batch: int, total: int) -> Tensor | None:
+    """Indices (rows, k) into runs of tokens, which follow each other row by row, as indices among the `total` image tokens
     of each sample, (B, k); None where the runs are no such tokens."""
     rows = {index.shape[0] for index, _ in found}
-    if len(rows) != 1 or sum(n for _, n in found) * max(rows) != batch * total:
+    if len(rows) != 1 or sum(sum(run) for _, run in found) * max(rows) != batch * total:
         return None
     pieces, start = [], 0
     for row in range(rows.pop()):
-        for index, n in found:
-            pieces.append(index[row] + start)
-            start += n
+        for index, (before, n, after) in found:
+            plain = torch.arange(before + n + after, device=index.device)
+            pieces += [one + start for one in (plain[:before], index[row] + before, plain[before + n :])]
+            start += before + n + after
     positions = torch.cat(pieces)
     samples = [positions[(positions >= b * total) & (positions < (b + 1) * total)] - b * total for b in range(batch)]
     return torch.stack(samples) if len({len(s) for s in samples}) == 1 else None
@@ -87,13 +89,13 @@ def like(
     kept: Tensor | None,
     count: int,
     indices: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
+    runs: Mapping[str, Run],
 ) -> Tensor:
     """Features that were taken at an earlier layer, of more tokens, at those that are left at the end. Raises: InputError."""
     if kept is None or deep.shape[1] == count:
         return deep
     rows = kept
-    there = kept_of(prompt, deep, indices, sizes)
+    there = kept_of(prompt, deep, indices, runs)
     if there is not None:
         same = kept[:, :, None] == there[:, None]
         if not bool(same.any(-1).all()):
