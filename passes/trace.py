@@ -9,17 +9,20 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
 from tokcompile.passes.calls import CALLS, MixerCall, watched
+from tokcompile.passes.faithful import check_faithful
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
@@ -69,7 +72,11 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
         program, guards = export(model, args or (), kwargs or {})
     else:
         raise InputError(f"model must be an nn.Module, an ExportedProgram or the path of a .pt2, not {type(model).__name__}")
-    return from_program(program, args or (), kwargs or {}, names, guards)
+    traced = from_program(program, args or (), kwargs or {}, names, guards)
+    if not isinstance(model, ExportedProgram):
+        with unchanged(model):
+            check_faithful(model, args or (), kwargs or {}, traced.gm)
+    return traced
 
 
 def from_program(
@@ -121,15 +128,10 @@ def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
 
 def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, list[str]]:
     """torch.export, plainly if that gives a static graph, else with values recorded in one eager run and replayed."""
-    plain: Exception | None = None
+    program = attempt(model, args, kwargs, [], known_values_only())
+    if program is not None:
+        return program, []
     failures: list[Exception] = []
-    try:
-        with quiet():
-            program = plain_export(model, args, kwargs)
-        if not data_dependent(program):
-            return program, []
-    except Exception as error:  # torch.export raises many kinds; all of them lead to the second try
-        plain = error
     recording = Recording()
     for flags in (as_if_exporting, nullcontext):
         try:
@@ -142,18 +144,45 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
                 "  what to do: pass inputs that model(*args, **kwargs) accepts"
             ) from error
-        if not recording.reads:
-            continue
-        try:
-            with replay(recording), quiet():
-                program = plain_export(model, args, kwargs)
-            if not data_dependent(program):
-                guards = collect(unlift(program))
-                return program, guards.lines if guards else []
-        except Exception as error:
-            failures.append(error)
-    reason = next(iter(failures), plain) or RuntimeError("shapes in the traced graph depend on the values of tensors")
+        program = attempt(model, args, kwargs, failures, replay(recording)) if recording.reads else None
+        if program is not None:
+            guards = collect(unlift(program))
+            return program, guards.lines if guards else []
+    program = attempt(model, args, kwargs, failures, nullcontext())  # what it reads back may change nothing
+    if program is not None:
+        return program, []
+    reason = next(iter(failures), None) or RuntimeError("shapes in the traced graph depend on the values of tensors")
     raise TraceError(refusal(reason, recording)) from reason
+
+
+def attempt(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    failures: list[Exception],
+    context: AbstractContextManager[Any],
+) -> ExportedProgram | None:
+    """The program where torch.export gives a static one. What it raises, of many kinds, is added to failures."""
+    try:
+        with context, quiet():
+            program = plain_export(model, args, kwargs)
+        return None if data_dependent(program) else program
+    except Exception as error:
+        failures.append(error)
+        return None
+
+
+@contextmanager
+def known_values_only() -> Iterator[None]:
+    """torch.export goes on with a symbol for a value that it does not know; here it stops, as it would be in vain."""
+
+    def unknown(shapes: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("the value of a tensor is read back into Python")
+
+    with ExitStack() as stack:
+        for kind in ("int", "float", "bool"):
+            stack.enter_context(mock.patch.object(ShapeEnv, f"create_unbacked_sym{kind}", unknown))
+        yield
 
 
 def data_dependent(program: ExportedProgram) -> bool:

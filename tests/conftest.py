@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
-from tests.shared import analysed, remembered, shared
+from tests.shared import analysed, compared, remembered, shared
 from tokcompile import api
 from tokcompile.passes import trace
 
@@ -97,6 +97,7 @@ def traces():
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "export", remembered(trace.export))
+        patch.setattr(trace, "check_faithful", compared(trace.check_faithful))
         patch.setattr(api, "analyse", analysed(api.analyse))
         yield
 

@@ -71,6 +71,20 @@ def remembered(export: Callable) -> Callable:
     return once
 
 
+def compared(check_faithful: Callable) -> Callable:
+    """`trace.check_faithful`, which compares a shared model and its trace once."""
+    known = set()
+
+    @functools.wraps(check_faithful)
+    def once(model, args, kwargs, gm):
+        marked = mark(model)
+        if marked is None or marked not in known:
+            check_faithful(model, args, kwargs, gm)
+            known.add(marked)
+
+    return once
+
+
 def analysed(analyse: Callable) -> Callable:
     """`analyse`, which answers again what it answered for a program of a shared model.
 

@@ -174,21 +174,6 @@ def test_fresh_zero_tables_are_shaken(program, monkeypatch):
     assert tokcompile.check(model, args, blocks=[1]).results[0].ok
 
 
-def test_a_model_that_computes_otherwise_while_exported():
-    """As some do that choose a mask by whether they are traced; both oracles only know the traced form."""
-
-    class Two(Tiny):
-        def forward(self, x):
-            return super().forward(x.flip(-1) if torch.compiler.is_exporting() else x)
-
-    model, x = Two().eval(), torch.randn(1, LENGTH, WIDTH)
-    found = tokcompile.check(model, (x,))
-    assert not found.ok
-    assert [r.oracle for r in found.results if not r.ok] == ["traced program"]
-    assert "differs from the model itself" in str(found)
-    assert tokcompile.check(Tiny().eval(), (x,)).ok
-
-
 def test_a_model_without_blocks_is_told_why():
     check = tokcompile.check(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (torch.randn(1, 3, 4),))
     assert not check.ok

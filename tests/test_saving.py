@@ -34,6 +34,19 @@ def test_save_and_load(method, options, family, program, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
 
 
+def test_what_torch_cannot_write(program, tmp_path, monkeypatch):
+    """As a symbolic bool in torch 2.11."""
+
+    def save(program, path, **options):
+        open(path, "wb").write(b"half")
+        raise RuntimeError("unsupported node")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    with pytest.raises(tokcompile.ExportError, match=r"unsupported node\n  what to do: try a newer torch"):
+        tokcompile.optimize(program("timm/vit"), method="random").save(tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_load_needs_the_registered_recipe(family, program, tmp_path):
     loud = Recipe(
         "loudest",

@@ -146,7 +146,13 @@ class OptimizedModel(torch.nn.Module):
         erase_marks(self._source.graph)
         data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self._spec})
         with atomic(path) as temporary:
-            torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})
+            try:
+                torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})
+            except RuntimeError as error:
+                raise ExportError(
+                    f"torch.export.save of torch {torch.__version__} cannot write this program: {error}\n  what to do: try a newer "
+                    "torch; or save the plan (optimized.plan.save) and optimize the model with it again"
+                ) from error
 
 
 def optimize(

@@ -5,24 +5,19 @@ Zero-initialised tables and tiny layer scales would hide a missing step, so they
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from tokcompile.compiler import Analysis, understand
-from tokcompile.errors import InputError, TokcompileError
+from tokcompile.errors import InputError
 from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.faithful import TOLERANCE, worst
 from tokcompile.passes.graph import copy_graph, get_attr
 from tokcompile.passes.trace import Traced
-
-ROUNDING = 2e-2  # between a model's own kernels and those of its traced form, after many layers
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def prepare(traced: Traced, seed: int) -> tuple[Analysis, list[Any]]:
@@ -68,27 +63,6 @@ def shaken(gm: GraphModule, seed: int, strength: float = 1.0) -> GraphModule:
 def run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
     with torch.no_grad():
         return list(gm(*inputs))
-
-
-def off_from_model(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None, traced: Traced) -> float | None:
-    """How far the traced graph is from what the model itself gives on the example, where it is further than rounding; else
-    None, as for a program, a model without weights, and one that does not give the same twice."""
-    if not isinstance(model, torch.nn.Module) or any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()):
-        return None
-
-    def own() -> list[Any]:
-        given, named = copy.deepcopy((args or (), kwargs or {}))  # a cache among them grows
-        with torch.no_grad():
-            return pytree.tree_leaves(model(*given, **named))
-
-    try:
-        wanted = own()
-        got = run(traced.gm, traced.inputs)
-        if len(got) != len(wanted) or (off := worst(got, wanted)) <= ROUNDING:
-            return None
-        return off if worst(own(), wanted) <= ROUNDING else None
-    except TokcompileError:  # other shapes: a cache that is given back whole, say
-        return None
 
 
 def noise_floor(gm: GraphModule, inputs: Sequence[Any], outputs: Sequence[Any], seed: int) -> float:
@@ -141,19 +115,3 @@ class Jitter(Interpreter):
 
 def floats(values: Sequence[Any]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
-    """The largest difference, relative to the largest entry of that output."""
-    out = 0.0
-    for a, b in zip(got, want):
-        if isinstance(a, Tensor) and a.is_floating_point():
-            if a.shape != b.shape:
-                raise TokcompileError(f"an output changed its shape from {tuple(b.shape)} to {tuple(a.shape)}")
-            difference = (a.double() - b.double()).abs()
-            difference = difference[~(torch.isinf(a) & torch.isinf(b))]
-            if difference.numel():
-                finite = b[torch.isfinite(b)].double()
-                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
-                out = max(out, value) if value == value else float("inf")
-    return out

@@ -1,0 +1,66 @@
+"""Faithful: a traced graph gives what the model gives on the example.
+
+Code may ask whether it is being exported and then compute something else; no comparison with the traced graph would see that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from tokcompile.errors import TokcompileError, TraceError
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+KERNELS = 2e-2  # between a model's own kernels and those of its traced form, after many layers
+
+
+def check_faithful(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gm: GraphModule) -> None:
+    """Compares with a call of the model, where it has weights and gives the same twice. Raises: TraceError."""
+    inputs = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
+    if any(isinstance(v, FakeTensor) or (isinstance(v, Tensor) and v.is_meta) for v in inputs):
+        return
+
+    def own() -> list[Any]:
+        given, named = copy.deepcopy((args, kwargs))  # a cache among them grows
+        with torch.no_grad():
+            return pytree.tree_leaves(model(*given, **named))
+
+    wanted = own()
+    given = pytree.tree_leaves(copy.deepcopy((args, kwargs)))
+    with torch.no_grad():
+        got = list(gm(*given))
+    allowed = max(KERNELS, *(TOLERANCE.get(o.dtype, 0.0) for o in wanted if isinstance(o, Tensor)))
+    try:
+        if len(got) != len(wanted) or (off := worst(got, wanted)) <= allowed or worst(own(), wanted) > allowed:
+            return
+    except TokcompileError:  # other shapes: a cache that is given back whole, say
+        return
+    raise TraceError(
+        f"traced, the model gives something else than when it is called: off by {off:.1e} of the largest entry of an output\n"
+        "  its code takes another way while it is exported (torch.compiler.is_exporting() or is_compiling())\n"
+        "  what to do: make it compute the same there; or, if the traced form is right, torch.export it yourself and pass "
+        "the program"
+    )
+
+
+def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
+    """The largest difference, relative to the largest entry of that output. Raises: TokcompileError for other shapes."""
+    out = 0.0
+    for a, b in zip(got, want):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            if a.shape != b.shape:
+                raise TokcompileError(f"an output changed its shape from {tuple(b.shape)} to {tuple(a.shape)}")
+            difference = (a.double() - b.double()).abs()
+            difference = difference[~(torch.isinf(a) & torch.isinf(b))]
+            if difference.numel():
+                finite = b[torch.isfinite(b)].double()
+                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
+                out = max(out, value) if value == value else float("inf")
+    return out

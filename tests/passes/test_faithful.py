@@ -1,0 +1,73 @@
+"""What is traced computes what the model computes."""
+
+import pytest
+import torch
+from torch import nn
+
+import tokcompile
+from tokcompile import TraceError, UnsupportedGraph
+
+LENGTH, WIDTH = 12, 16
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, norm_first=True)
+        self.tower = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.tower(self.seen(x))
+
+    def seen(self, x):
+        return x
+
+
+class Otherwise(Tower):
+    """As some do that choose a mask by whether they are traced; no comparison with the traced form could see it."""
+
+    def seen(self, x):
+        return x.flip(-1) if torch.compiler.is_exporting() else x
+
+
+class Drawn(Tower):
+    """Gives something else at every call."""
+
+    def seen(self, x):
+        return x + torch.rand_like(x)
+
+
+class Leaving(Tower):
+    """Leaves a tensor on itself, as rotary tables that grow do."""
+
+    def seen(self, x):
+        self.last = x + 1
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_another_way_while_exported_is_refused(dtype):
+    x = torch.randn(1, LENGTH, WIDTH, dtype=dtype)
+    for call in (tokcompile.optimize, tokcompile.check):
+        with pytest.raises(TraceError, match=r"off by \S+ of the largest entry(.|\n)*while it is exported(.|\n)*what to do"):
+            call(Otherwise().eval().to(dtype), (x,))
+    tokcompile.optimize(Tower().eval().to(dtype), (x,))
+
+
+def test_what_cannot_be_compared():
+    x = torch.randn(1, LENGTH, WIDTH)
+    with pytest.raises(UnsupportedGraph, match="draws random numbers"):
+        tokcompile.optimize(Drawn().eval(), (x,), method="random")
+    with torch.device("meta"):
+        far = Otherwise().eval()
+    tokcompile.optimize(far, (torch.empty(1, LENGTH, WIDTH, device="meta"),), method="random")
+    program = torch.export.export(Otherwise().eval(), (x,))  # the traced form is what is asked for
+    tokcompile.optimize(program, method="random")
+
+
+def test_the_model_is_as_it_was():
+    model, x = Leaving().eval(), torch.randn(1, LENGTH, WIDTH)
+    given = x.clone()
+    tokcompile.optimize(model, (x,), method="random")
+    assert not hasattr(model, "last")
+    assert torch.equal(x, given)
