@@ -28,24 +28,24 @@ WRITES = {"aten.masked_scatter", "aten.index_put"}
 
 @dataclass(frozen=True)
 class Fixed:
-    """A mask of placeholders that was fixed: `program` computes it from the flat inputs, `mask` is what it has to give."""
+    """Positions that were fixed: `program` computes them from the flat inputs, `value` is what it has to give, `guard` says
+    what they are."""
 
     program: GraphModule
-    mask: Tensor
-    spans: Spans
-
-    @property
-    def guard(self) -> str:
-        places = ", ".join(f"{a} to {b}" for a, b in self.spans)
-        return f"the prompt holds image features at positions {places}, as in the example inputs"
+    value: Tensor
+    guard: str
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Raises: InputError where these inputs have their placeholders elsewhere."""
-        if not torch.equal(self.program(*inputs).expand(self.mask.shape).to(self.mask.device), self.mask):
+        """Raises: InputError where these inputs have them elsewhere."""
+        if not torch.equal(self.program(*inputs).expand(self.value.shape).to(self.value.device), self.value):
             raise InputError(
-                f"in these inputs the image placeholders stand at other positions than in the example ({self.guard}): "
-                "positions are static, optimize once per prompt layout"
+                f"these inputs have tokens at other positions than the example, in which {self.guard}: positions are static, "
+                "optimize once per layout"
             )
+
+
+def placeholders_at(spans: Spans) -> str:
+    return f"the prompt holds image features at positions {', '.join(f'{a} to {b}' for a, b in spans)}"
 
 
 def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
@@ -64,7 +64,9 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
                 program = program_of(gm, mask_node)
                 joined(gm, node, base, features, spans)
                 if any(n.op == "placeholder" and n.users for n in program.graph.nodes):
-                    fixed.append(Fixed(program, mask, spans))
+                    fixed.append(Fixed(program, mask, placeholders_at(spans)))
+        elif (order := fix_order(gm, node, inputs)) is not None:
+            fixed += order
         elif packet(node) in ("aten.index_put", "aten.index"):
             at_positions(gm, node, inputs)
     return fixed
@@ -106,6 +108,34 @@ def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
         taken(gm, node, base, spans)
     elif numel(a["values"]) == written(spans, shape(base)):
         joined(gm, node, base, a["values"], spans)
+
+
+def fix_order(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed] | None:
+    """Writes an `x[order]` that takes all tokens as one by a plain constant, where the order follows from numbers among the
+    inputs, as the sizes of images are, and has to be what it is. None for anything else."""
+    if packet(node) != "aten.index" or len(bind(node)["indices"]) != 1:
+        return None
+    x, (index,) = bind(node)["self"], bind(node)["indices"]
+    plain = index.op == "get_attr" and len(shape(index)) == 1
+    if plain or x.op == "get_attr" or not 1 < numel(index) == shape(x)[0] or index.meta["val"].dtype is torch.bool:
+        return None
+    program = program_of(gm, index)
+    read = [v for n, v in zip((n for n in program.graph.nodes if n.op == "placeholder"), inputs) if n.users]
+    if any(not isinstance(v, Tensor) or v.is_floating_point() for v in read):
+        return None
+    order, rows = value_of(gm, index, inputs), numel(index)
+    if order is None or not torch.equal(order.flatten().long().sort()[0], torch.arange(rows)):
+        return None
+    emit, name = emitter(gm, node), f"_order_of_{node.name}"
+    gm.register_buffer(name, order.flatten().to(x.meta["val"].device))
+    with gm.graph.inserting_before(node):
+        constant = gm.graph.get_attr(name)
+    constant.meta["val"] = index.meta["val"].flatten()
+    made = emit(aten.reshape.default, emit(aten.index.Tensor, x, [constant]), [*order.shape, *shape(x)[1:]])
+    made.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(made)
+    gm.graph.erase_node(node)
+    return [Fixed(program, order, f"all {rows} tokens are taken in an order of their own")] if read else []
 
 
 def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:

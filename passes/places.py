@@ -13,6 +13,7 @@ from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import shape
 from tokcompile.passes.layout import Layout
+from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Seq
 from tokcompile.recipe import Recipe
@@ -139,13 +140,19 @@ def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> l
         causal = [b for b in visual if any(a.causal for a in b.attentions)]
         if not visual or causal:
             raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
-        blocks = visual
+        blocks = read_by(visual, [b for b in blocks if b.stage.text])
     else:  # spans name positions of a text stream, where the graph has one
         blocks = [b for b in blocks if b.stage.text] or blocks
     kinds = [kind(b) for b in blocks if not b.why_not]
     # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
     most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)
     return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
+
+
+def read_by(visual: list[Block], text: list[Block]) -> list[Block]:
+    """Those of a tower's blocks that a language model depends on, where there is one: others only lead to an output."""
+    before = ancestors_of({text[0].entry}) if text else set()
+    return [b for b in visual if b.mid in before] or visual
 
 
 def kind(block: Block) -> tuple[int, int, str]:

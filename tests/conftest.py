@@ -66,6 +66,11 @@ def assert_equal(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
+def layer(model: Any, number: int) -> int:
+    """The block that is this layer of the language model behind a tower."""
+    return [b["index"] for b in model.report.blocks if "language_model" in b["path"]][number]
+
+
 def error(got: Any, want: Any) -> float:
     """The largest difference relative to the largest entry."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(leaves(got), leaves(want)))

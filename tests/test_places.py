@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokcompile
-from tests.conftest import counts, error, run
+from tests.conftest import counts, error, layer, run
 from tokcompile import Flops, InputError, Keep, Plan, PlanError, Recipe, Tokens
 
 LLAVA = "hf/llava"
@@ -18,9 +18,9 @@ def both(program):
 
 def test_the_second_place_goes_on_from_the_first(both, family):
     tower, two = both
-    assert counts(two) == [*counts(tower), (5, 30, 12)]
+    assert counts(two) == [*counts(tower), (layer(two, 2), 30, 12)]
     assert str(two.plan).startswith("tome and dart, 4 reductions")
-    assert [(b["tokens"], b["left"]) for b in two.report.blocks[3:]] == [(42, 42), (42, 42), (42, 24), (24, 24)]
+    assert [(b["tokens"], b["left"]) for b in two.report.blocks[layer(two, 0) :]] == [(42, 42), (42, 42), (42, 24), (24, 24)]
     out, kept = run(two, **family(LLAVA).kwargs)
     assert out["logits"].shape[1] == 24
     assert kept["s3_index"].shape == (1, 12)
@@ -31,7 +31,7 @@ def test_the_second_method_sees_what_the_first_left(both, family):
     """A method inside the language model that keeps everything changes nothing but the order of its own tokens."""
     tower, _ = both
     same = Recipe("all of them", lambda t, s: Keep(torch.arange(s.k).expand(t.x.shape[0], -1)), place="block")
-    again = tokcompile.optimize(tower, method=same, budget=Tokens(29), where=[5], outputs="reduced")
+    again = tokcompile.optimize(tower, method=same, budget=Tokens(29), where=[layer(tower, 2)], outputs="reduced")
     out, kept = run(again, **family(LLAVA).kwargs)
     want, before = run(tower, **family(LLAVA).kwargs)
     assert torch.equal(kept["s3_index"], before["s2_index"][:, :29])
@@ -55,10 +55,10 @@ def test_files_hold_both(both, program, family, tmp_path):
 
 def test_flops_of_both(both):
     tower, _ = both
-    two = tokcompile.optimize(tower, method="random", budget=Flops(0.6), where=[4], outputs="reduced")
+    two = tokcompile.optimize(tower, method="random", budget=Flops(0.6), where=[layer(tower, 1)], outputs="reduced")
     assert two.report.flops_ratio <= 0.6 < tower.report.flops_ratio
     more = two.plan.reductions[-1].k + 1
-    beyond = tokcompile.optimize(tower, method="random", budget=Tokens(more), where=[4], outputs="reduced")
+    beyond = tokcompile.optimize(tower, method="random", budget=Tokens(more), where=[layer(tower, 1)], outputs="reduced")
     assert beyond.report.flops_ratio > 0.6
 
 
@@ -77,7 +77,7 @@ def test_nothing_more(both, family):
 
 
 @pytest.mark.parametrize(("error", "options", "message"), [
-    (PlanError, dict(method="topk", budget=Tokens(5), where=[1]), "reduced at block 5.*'topk' would be placed at block 1"),
+    (PlanError, dict(method="topk", budget=Tokens(5), where=[1]), "reduced at block [56].*'topk' would be placed at block 1"),
     (InputError, dict(method="topk", outputs="keep", where=[6]), "pass the same again"),
     (InputError, dict(kwargs={"x": 1}), "brings its example inputs along"),
     (PlanError, dict(plan=Plan("tome")), "a plan is for the original model"),

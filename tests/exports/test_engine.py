@@ -79,7 +79,7 @@ def check(report, opt, path, plugins=0):
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("method", "precision"), [*((method, "fp16") for method in METHODS), *((method, "fp32") for method in FUSED)]
+    ("method", "precision"), [*((method, "fp16") for method in METHODS), *((method, "fp32") for method in ("dart", "tome"))]
 )
 def test_plain_form(method, precision, tmp_path):
     opt, path = vit(method), tmp_path / "m.engine"

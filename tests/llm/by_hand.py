@@ -3,7 +3,14 @@
 It knows nothing of the package: what is dropped is left out of the lists of the layers that follow, or hidden there.
 """
 
+import inspect
+
 import torch
+
+
+def cache_of(module):
+    """As what it takes a cache, which transformers 5.24 named anew."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class Lists:
@@ -45,8 +52,8 @@ class ByHand:
                 attention_mask=self.mask(positions, there, i),
                 position_ids=where,
                 position_embeddings=self.base.rotary_emb(x, where),
-                past_key_values=self.lists,
                 use_cache=True,
+                **{cache_of(layer): self.lists},
             )
             x = x[0] if isinstance(x, tuple) else x
         norm = self.base.norm if hasattr(self.base, "norm") else self.base.final_layernorm

@@ -9,6 +9,7 @@ from torch import nn
 
 import tokcompile
 from tests.conftest import assert_equal, error, run
+from tests.llm.by_hand import cache_of
 from tests.models import shake
 from tests.models.family import noise
 from tests.models.hf_base import DECODER, build
@@ -81,13 +82,13 @@ def by_hand(model, embeds, layer, rows):
     """(tokens, logits) from transformers' own layers and cache."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cached = {cache_of(model): DynamicCache(config=model.config)}
     with cut_at(model, layer, rows):
-        logits = [run(model, inputs_embeds=embeds, past_key_values=cache, use_cache=True).logits[:, -1]]
+        logits = [run(model, inputs_embeds=embeds, use_cache=True, **cached).logits[:, -1]]
         for step in range(COUNT - 1):
             where = torch.full((len(embeds), 1), LENGTH + step)
             token = logits[-1].argmax(-1, keepdim=True)
-            out = run(model, input_ids=token, position_ids=where, past_key_values=cache, use_cache=True)
+            out = run(model, input_ids=token, position_ids=where, use_cache=True, **cached)
             logits.append(out.logits[:, -1])
     return torch.stack([one.argmax(-1) for one in logits], 1), logits
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokcompile
-from tests.conftest import counts, error, leaves, run
+from tests.conftest import counts, error, layer, leaves, run
 from tests.models.family import noise, tokens
 from tests.passes.graphs import canonical, ops
 from tokcompile import Tokens
@@ -34,7 +34,7 @@ def test_a_masked_scatter_becomes_a_concatenation(rows):
     assert "masked_scatter.default" not in ops(gm)
     assert spans(gm) == [((1, 4), (5, 7))]
     assert torch.equal(gm(*inputs)[0], scatter(*inputs))
-    assert [f.spans for f in gm.meta[FIXED]] == [((1, 4), (5, 7))]
+    assert [f.guard for f in gm.meta[FIXED]] == ["the prompt holds image features at positions 1 to 4, 5 to 7"]
 
 
 def test_positions_named_by_constants_are_joined_and_taken():
@@ -51,6 +51,39 @@ def test_positions_named_by_constants_are_joined_and_taken():
     assert not {"index.Tensor", "index_put.default"} & set(ops(gm))
     assert torch.equal(gm(*inputs)[0], deep_stack(*inputs))
     assert not gm.meta[FIXED]  # constants do not change from call to call
+
+
+def unshuffled(x, sizes):
+    """2 x 2 patches as one token, wherever the rows of a grid of these sizes put them."""
+    width = sizes[0, 1]
+    token = torch.arange(6)
+    rows = (token // (width // 2) * 2)[:, None, None] + torch.arange(2)[:, None]
+    columns = (token % (width // 2) * 2)[:, None, None] + torch.arange(2)
+    return x.flatten(0, 1)[(rows * width + columns).flatten(1)].flatten(1)
+
+
+def test_an_order_that_follows_from_sizes_is_fixed():
+    x, sizes = torch.randn(1, 24, 3), torch.tensor([[4, 6]])
+    gm = canonical(unshuffled, x, sizes)
+    (index,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.index.Tensor]
+    assert index.args[1][0].op == "get_attr"
+    assert torch.equal(gm(x, sizes)[0], unshuffled(x, sizes))
+    (fixed,) = gm.meta[FIXED]
+    fixed.check((x, sizes))
+    with pytest.raises(tokcompile.InputError, match="all 24 tokens are taken in an order of their own"):
+        fixed.check((x, torch.tensor([[6, 4]])))
+
+
+@pytest.mark.parametrize("order", ["drawn", "some", "mask"])
+def test_other_orders_stay_what_they_are(order):
+    def pick(x, ids, noise):
+        index = {"drawn": noise.argsort(), "some": ids.argsort()[:3], "mask": ids > 0}[order]
+        return x[index]
+
+    inputs = torch.randn(5, 3), torch.tensor([3, 1, 4, 2, 5]), torch.randn(5)
+    gm = canonical(pick, *inputs)
+    assert not gm.meta[FIXED]
+    assert torch.equal(gm(*inputs)[0], pick(*inputs))
 
 
 @pytest.mark.parametrize("case", ["rows differ", "features left over", "channels differ"])
@@ -88,13 +121,14 @@ def test_fewer_image_tokens_make_a_shorter_prompt(name, family, program):
 
 def test_the_prompt_says_where_the_image_is(program):
     inside = tokcompile.optimize(program("hf/llava"), method="dart", budget=Tokens(20))
-    assert counts(inside) == [(5, 49, 20)]  # layer 2 of the language model, after three blocks of the tower
+    assert counts(inside) == [(layer(inside, 2), 49, 20)]  # of the language model
     assert inside.plan.reductions[0].prefix == 5
     assert inside.plan.reductions[0].suffix == 7
     tower = tokcompile.optimize(program("hf/llava"), method="divprune", budget=Tokens(20))
     assert "vision_tower" in tower.plan.reductions[0].path
-    named = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20), where=[3])
-    by_hand = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20), where=[3], spans=[(5, 54)])
+    first = dict(method="random", budget=Tokens(20), where=[layer(inside, 0)])
+    named = tokcompile.optimize(program("hf/llava"), **first)
+    by_hand = tokcompile.optimize(program("hf/llava"), **first, spans=[(5, 54)])
     assert named.plan == by_hand.plan
     assert any("positions 5 to 54" in guard for guard in named.report.guards)
 
@@ -103,7 +137,7 @@ def test_placeholders_elsewhere_are_refused(family, program):
     model, args, kwargs = family("hf/llava")
     fast = tokcompile.optimize(program("hf/llava"), method="random", budget=Tokens(20))
     moved = {**kwargs, "input_ids": kwargs["input_ids"].roll(1, 1)}
-    with pytest.raises(tokcompile.InputError, match="placeholders stand at other positions"):
+    with pytest.raises(tokcompile.InputError, match="tokens at other positions than the example"):
         fast(*args, **moved)
     other = {**kwargs, "input_ids": torch.where(kwargs["input_ids"] == 60, 60, kwargs["input_ids"] % 50 + 1)}
     assert run(fast, *args, **other)["logits"].shape[1] == 61

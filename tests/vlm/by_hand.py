@@ -5,7 +5,7 @@ It knows nothing of the package. Every token has an index in the full prompt; po
 
 import torch
 
-from tests.llm.by_hand import Lists
+from tests.llm.by_hand import Lists, cache_of
 
 
 class ByHand:
@@ -50,8 +50,8 @@ class ByHand:
                 attention_mask=self.mask(indices, stored, i),
                 position_ids=None,
                 position_embeddings=self.rotary(x, indices, i),
-                past_key_values=self.lists,
                 use_cache=True,
+                **{cache_of(layer): self.lists},
             )
             x = x[0] if isinstance(x, tuple) else x
             for at, features in self.deepstack[i : i + 1]:

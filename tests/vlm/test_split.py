@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import error, run
+from tests.llm.by_hand import cache_of
 from tests.models.family import noise
 from tests.vlm.models import FAMILIES, OTHERS, ids_with, vlm
 from tokcompile import InputError, UnsupportedGraph
@@ -82,9 +83,10 @@ def test_the_caches_are_the_models_own(name):
     model, inputs = vlm(name)
     got = composed(split(model, inputs), inputs)
     want = run(model, **{**inputs, "use_cache": True})
+    cache = want[cache_of(model)]
     assert got["logits"].shape[1] == 1
     for layer, (keys, values) in enumerate(zip(got["keys"], got["values"])):
-        there = want.past_key_values.layers[layer]
+        there = cache.layers[layer]
         last = there.keys.shape[2]  # a sliding layer keeps its window only
         assert error([keys[:, :, -last:], values[:, :, -last:]], [there.keys, there.values]) < 1e-5
 

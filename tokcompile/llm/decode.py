@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokcompile.api import OptimizedModel
 from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError
-from tokcompile.llm.caches import Collecting, Slots, attention_over, config_of, passing_mask
+from tokcompile.llm.caches import CACHE_NAMES, Collecting, Slots, attention_over, cache_name, config_of, passing_mask
 from tokcompile.llm.layout import Layout, layout
 from tokcompile.passes.cost import terms
 from tokcompile.passes.find import Structure
@@ -25,7 +25,7 @@ from tokcompile.passes.trace import trace
 class Prefill(nn.Module):
     """A causal language model that returns the last token's logits and the keys and values of every layer.
 
-    model: of transformers, taking past_key_values. Optimize it with outputs="reduced".
+    model: of transformers, taking a cache. Optimize it with outputs="reduced".
 
     Example:
         >>> prefill = tokcompile.llm.Prefill(model)                                                  # doctest: +SKIP
@@ -37,6 +37,7 @@ class Prefill(nn.Module):
         super().__init__()
         self.model = model
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self.cache = cache_name(model) or CACHE_NAMES[0]
         self.train(model.training)
 
     def forward(
@@ -49,7 +50,8 @@ class Prefill(nn.Module):
         cache = Collecting()
         named = ("inputs_embeds", "attention_mask", "position_ids", "input_ids")
         given = zip(named, (inputs_embeds, attention_mask, position_ids, input_ids))
-        out = self.model(**{name: v for name, v in given if v is not None}, past_key_values=cache, use_cache=True, **self.last)
+        inputs = {name: v for name, v in given if v is not None} | {self.cache: cache}
+        out = self.model(**inputs, use_cache=True, **self.last)
         return {"logits": out.logits, **cache.outputs()}
 
 
@@ -95,8 +97,8 @@ class Decode(nn.Module):
 
         with attention_over(self.model, mask) as layers:
             out = self.model(
-                input_ids=token, position_ids=position_ids, past_key_values=cache, use_cache=True,
-                attention_mask=passing_mask(),
+                input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
+                **{cache_name(self.model) or CACHE_NAMES[0]: cache},
             )  # fmt: skip
         if sorted(layers) != cache.layers or len(layers) != len(keys):
             raise TraceError(
@@ -199,7 +201,8 @@ def check_model(model: nn.Module, plan: Layout) -> None:
     """Raises: InputError."""
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    missing = {"past_key_values", "position_ids", "input_ids"} - set(inspect.signature(model.forward).parameters)
+    needed = {cache_name(model) or CACHE_NAMES[0], "position_ids", "input_ids"}
+    missing = needed - set(inspect.signature(model.forward).parameters)
     if missing:
         raise InputError(
             f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: positions and caches cannot be "

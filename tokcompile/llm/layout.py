@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STATE = re.compile(r"states_(\w+)")  # of layers that keep no keys and values
 # what llm.Prefill calls its caches, and what becomes of a transformers cache that is registered for export
-CACHE = (re.compile(r"(keys|values)_(\d+)"), re.compile(r"past_key_values_(?:key_cache_|value_cache_|([01])_)(\d+)"))
+CACHE = (re.compile(r"(keys|values)_(\d+)"), re.compile(r"(?:past_key_values|cache)_(?:key_cache_|value_cache_|([01])_)(\d+)"))
 
 
 @dataclass(frozen=True)

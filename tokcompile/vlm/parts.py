@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import InputError
-from tokcompile.llm.caches import Collecting, config_of, passing_mask, replaced_attention
+from tokcompile.llm.caches import CACHE_NAMES, Collecting, cache_name, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
 from tokcompile.vlm.observe import Observed, features_of, layers_of
 
@@ -102,6 +102,7 @@ class Language(nn.Module):
         self.prompt_masks = PromptMasks(length, view, moved)
         takes = inspect.signature(model.forward).parameters
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes and not all_logits else {}
+        self.cache = cache_name(model) or CACHE_NAMES[0]
         self.train(model.training)
 
     def forward(
@@ -120,8 +121,8 @@ class Language(nn.Module):
             added(self.layers(), [self.spread(one) for one in deepstack or ()]),
         ):
             out = self.model(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=passing_mask(), past_key_values=cache,
-                use_cache=True, **self.last,
+                inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=passing_mask(), use_cache=True,
+                **{self.cache: cache}, **self.last,
             )  # fmt: skip
         return {"logits": out.logits, **cache.outputs()}
 
