@@ -164,6 +164,7 @@ def test_older_cuda_python(built, tmp_path):
     old = tmp_path / "old"
     (old / "cuda").mkdir(parents=True)
     stand_ins = Path(__file__).parent / "stand_ins"
+    (old / "cuda" / "__init__.py").touch()  # hides one that is installed
     shutil.copy(stand_ins / "tensorrt.py", old)
     shutil.copy(stand_ins / "cuda" / "bindings" / "runtime.py", old / "cuda" / "cudart.py")
     done = run(built, "run.py", "--iterations", "1", "--warmup", "0", stand_ins=True, PYTHONPATH=str(old))
@@ -266,6 +267,8 @@ def test_missing_packages(built, tmp_path):
     assert done.returncode == 2
     assert "TensorRT's Python package is missing (libnvinfer.so.10: no such file)" in done.stderr
     shutil.copy(Path(__file__).parent / "stand_ins" / "tensorrt.py", tmp_path)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "__init__.py").touch()  # hides one that is installed
     done = run(built, "run.py", stand_ins=True, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert "cuda-python is missing" in done.stderr
