@@ -95,8 +95,9 @@ class Collecting:
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """query: how many there are, or, before transformers 5, their positions."""
+        return (query if isinstance(query, int) else len(query)), 0
 
 
 class Slots(Collecting):
