@@ -8,7 +8,6 @@ from torch import nn
 
 import tokcompile
 from tests.models import FAMILIES
-from tests.tiny import LENGTH, WIDTH, Tiny
 from tokcompile import oracles, shaken
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.rules import RULES

@@ -1,6 +1,7 @@
 """An optimized model saved, loaded, exported, copied and used like any other module."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_what_torch_cannot_write(program, tmp_path, monkeypatch):
     """As a symbolic bool in torch 2.11."""
 
     def save(program, path, **options):
-        open(path, "wb").write(b"half")
+        Path(path).write_bytes(b"half")
         raise RuntimeError("unsupported node")
 
     monkeypatch.setattr(torch.export, "save", save)

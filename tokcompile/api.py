@@ -150,8 +150,8 @@ class OptimizedModel(torch.nn.Module):
                 torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})
             except RuntimeError as error:
                 raise ExportError(
-                    f"torch.export.save of torch {torch.__version__} cannot write this program: {error}\n  what to do: try a newer "
-                    "torch; or save the plan (optimized.plan.save) and optimize the model with it again"
+                    f"torch.export.save of torch {torch.__version__} cannot write this program: {error}\n  what to do: try a "
+                    "newer torch; or save the plan (optimized.plan.save) and optimize the model with it again"
                 ) from error
 
 
