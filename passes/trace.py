@@ -174,13 +174,14 @@ def attempt(
 
 @contextmanager
 def known_values_only() -> Iterator[None]:
-    """torch.export goes on with a symbol for a value that it does not know; here it stops, as it would be in vain."""
+    """torch.export goes on with a symbol for a number that it does not know; here it stops, as it would be in vain. Truths are
+    left to it: they may be no more than asserted."""
 
     def unknown(shapes: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("the value of a tensor is read back into Python")
 
     with ExitStack() as stack:
-        for kind in ("int", "float", "bool"):
+        for kind in ("int", "float"):
             stack.enter_context(mock.patch.object(ShapeEnv, f"create_unbacked_sym{kind}", unknown))
         yield
 
