@@ -285,7 +285,7 @@ def refuse_frozen(analysis: Analysis, placed: Sequence[Splice]) -> None:
                 f"behind this reduction the model reads values back into Python, where they would be others: {frozen[0]}",
                 at,
                 "reduce behind it (where=[later blocks]); load a mixture of experts of transformers with "
-                "experts_implementation='batched_mm' or 'grouped_mm'",
+                "experts_implementation='batched_mm' or 'grouped_mm', where it has that choice",
             )
 
 

@@ -191,3 +191,46 @@ def test_masks_that_cannot_be_made_again():
 def test_padding_may_not_be_ruled_out_where_there_is_some():
     model, inputs = vlm("llava_left")
     refused("padded=False", model, inputs, padded=False)
+
+
+def test_a_decoder_that_is_given_more(monkeypatch):
+    """As a mixture of experts that sends image tokens to experts of their own: embeddings and positions are not all."""
+    model, inputs = vlm("llava")
+    decoder = model.model.language_model
+    forward, own = decoder.forward, model.model.forward
+
+    def decode(*args, kinds=None, **more):
+        out = forward(*args, **more)
+        if kinds is not None:
+            out.last_hidden_state = out.last_hidden_state + kinds[..., None]
+        return out
+
+    def call(input_ids=None, **more):
+        return own(input_ids=input_ids, **more, **({} if input_ids is None else {"kinds": (input_ids == 60).float() + 1}))
+
+    monkeypatch.setattr(decoder, "forward", decode)
+    monkeypatch.setattr(model.model, "forward", call)
+    refused("off by .* from the model's own, which is given kinds too", model, inputs)
+
+
+@pytest.mark.parametrize("kind", ["float", "a row of text before"])
+def test_positions_of_other_forms(kind):
+    model, inputs = vlm("qwen2_vl")
+    positions = split(model, inputs).position_ids
+    given = positions.float() if kind == "float" else torch.cat([torch.arange(positions.shape[-1]).expand(1, 1, -1), positions])
+    parts = split(model, inputs | dict(position_ids=given))
+    assert torch.equal(parts.position_ids, positions)
+    assert parts.position_ids.dtype == torch.int64
+
+
+def test_features_by_another_name(monkeypatch):
+    model, inputs = vlm("llava")
+    own = model.model.get_image_features
+
+    def features(*args, **more):
+        out = own(*args, **more)
+        out.pooler_output = out.last_hidden_state = None
+        return out
+
+    monkeypatch.setattr(model.model, "get_image_features", features)
+    refused("neither pooler_output nor last_hidden_state", model, inputs)

@@ -138,7 +138,11 @@ class PromptMasks(nn.Module):
         seen: Tensor = getattr(self, f"plain_{kind}")[None]
         together: Tensor | None = getattr(self, f"together_{kind}")
         if self.moved and window is not None:
-            assert positions is not None
+            if positions is None:
+                raise InputError(
+                    "a position has several numbers in this model, and its sliding windows count in one\n  what to do: keep "
+                    "the prompt as it is: no room for other texts, and no vision part that gives fewer features"
+                )
             seen = seen & (positions[:, :, None] - positions[:, None] < window)
         if together is not None:
             seen = seen | together

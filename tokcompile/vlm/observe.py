@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from tokcompile.errors import InputError
+from tokcompile.errors import InputError, TokcompileError
 from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
 
 
@@ -29,6 +30,7 @@ class Source:
     tokens: tuple[str, ...]
 
 
+USUAL = {"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"}  # what any decoder is given
 IMAGES = Source("pixel_values", "get_image_features", ("image_token_id", "image_token_index"))
 VIDEOS = Source("pixel_values_videos", "get_video_features", ("video_token_id", "video_token_index"))
 
@@ -49,7 +51,8 @@ class Observed:
     """source: what is seen. owner: name of the module whose get_image_features or get_video_features ran. args, kwargs: of
     that call. features: one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where
     there is one. deepstack: the same as features, for each layer of those that are added inside of the decoder. language:
-    name of the decoder. fixed: inputs of that call beside the pixels, which say how the images lie, such as image_sizes.
+    name of the decoder. beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the
+    last token, (B, vocabulary). fixed: inputs of that call beside the pixels, which say how the images lie, as image_sizes.
     masks: (B or 1, L, L) by layer, True where a query sees a key. windows: the sliding window by layer."""
 
     source: Source = IMAGES
@@ -62,6 +65,8 @@ class Observed:
     language: str = ""
     embeds: Tensor | None = None
     position_ids: Tensor | None = None
+    beside: list[str] = field(default_factory=list)
+    logits: Tensor | None = None
     fixed: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -81,13 +86,16 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
         stack.enter_context(replaced_attention(model, lambda original: looking(original, inside, seen)))
         try:
             with torch.no_grad():
-                model(**inputs)
+                logits = getattr(model(**inputs), "logits", None)
+        except TokcompileError:
+            raise
         except Exception as error:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {first}\n"
                 "  what to do: pass inputs that model(**inputs) accepts, with one image placeholder for each image feature"
             ) from error
+    seen.logits = logits[:, -1] if isinstance(logits, Tensor) and logits.dim() == 3 else None
     seen.fixed = {
         name: value
         for name, value in inputs.items()
@@ -98,7 +106,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     if not seen.features:
         raise InputError(
             f"{type(model).__name__} did not call {seen.source.features} on these inputs ({', '.join(inputs)})\n"
-            f"  what to do: pass {seen.source.pixels} and what belongs to them, such as image_grid_thw or image_sizes"
+            f"  what to do: pass {seen.source.pixels} and what belongs to them, such as image_grid_thw or image_sizes; a "
+            "model whose features do not go into its prompt is optimized as a whole"
         )
     if seen.embeds is None or not seen.masks:
         raise InputError(
@@ -147,11 +156,8 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
             seen.whole = next((n for n, out in outputs.items() if is_all_of(out, seen.features)), None)
         return result
 
-    module.__dict__[seen.source.features] = call
-    try:
+    with mock.patch.dict(module.__dict__, {seen.source.features: call}):
         yield
-    finally:
-        del module.__dict__[seen.source.features]
 
 
 def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, result: Any) -> None:
@@ -167,6 +173,12 @@ def is_all_of(value: Any, features: list[Tensor]) -> bool:
 def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The features of each image, and those for the decoder's inside, by layer and image."""
     pooled = getattr(result, "pooler_output", result)
+    pooled = getattr(result, "last_hidden_state", None) if pooled is None else pooled
+    if pooled is None:
+        raise InputError(
+            f"the model's function for features gives {', '.join(result)}, and neither pooler_output nor last_hidden_state\n"
+            "  what to do: optimize the whole model"
+        )
     deep = getattr(result, "deepstack_features", None) or []
     return list(pooled), [list(one) for one in deep]
 
@@ -174,6 +186,7 @@ def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
 def entered(seen: Observed, kwargs: Mapping[str, Any]) -> None:
     if seen.embeds is None:
         seen.embeds, seen.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+        seen.beside = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in USUAL]
 
 
 def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) -> Attention:

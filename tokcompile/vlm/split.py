@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import OptimizedModel, ReducedOutput
-from tokcompile.errors import InputError
+from tokcompile.errors import InputError, TokcompileError
 from tokcompile.llm.caches import config_of
 from tokcompile.passes.calls import is_mixer
+from tokcompile.passes.faithful import TOLERANCE, worst
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
 from tokcompile.vlm.observe import Observed, Source, observe, source_of
@@ -134,9 +135,12 @@ class Parts:
 
         try:
             slim = used_only(self.model, lambda model: make(model)(**inputs))
-        except TypeError as error:  # its forward wants what is seen too
+        except TokcompileError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:  # its forward wants ids, or what is seen, too
+            first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the model does not run on embeddings alone: {error}\n  what to do: optimize the parts of it one by one, or "
+                f"the model does not run on embeddings alone: {first}\n  what to do: optimize the parts of it one by one, or "
                 "the whole model"
             ) from error
         return replace(self, language=Part(make(slim).eval(), (), inputs))
@@ -177,7 +181,8 @@ def split(
     positions = seen.position_ids
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    positions = axes(positions).expand(*positions.shape[:-2], *ids.shape).contiguous()
+    positions = axes(positions, config_of(model))
+    positions = positions.expand(*positions.shape[:-2], *ids.shape).contiguous()
     mixer = mixer_of(model.get_submodule(seen.language))
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
     made = Part(Vision(used_only(model, lambda m: Vision(m, seen, pixels)(pixels)), seen, pixels).eval(), (pixels,), {})
@@ -198,7 +203,9 @@ def split(
             f"prompts cannot be padded: {mixer} mixes tokens along the sequence, and would read the padding\n"
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
-    return parts.with_language(ids, features, prompt.mask if takes else None)
+    whole = parts.with_language(ids, features, prompt.mask if takes else None)
+    check_logits(whole)
+    return whole
 
 
 def mixer_of(decoder: nn.Module) -> str | None:
@@ -206,9 +213,11 @@ def mixer_of(decoder: nn.Module) -> str | None:
     return next((name for name, module in decoder.named_modules() if is_mixer(module)), None)
 
 
-def axes(positions: Tensor) -> Tensor:
-    """Some models pass a row of text positions before the three that their rotary embedding takes."""
-    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+def axes(positions: Tensor, config: Any) -> Tensor:
+    """As whole numbers. Some models pass a row of text positions before the three that their rotary embedding takes."""
+    sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section") or ()
+    positions = positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 != len(sections) else positions
+    return positions.long() if torch.equal(positions, positions.round()) else positions
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -280,6 +289,23 @@ def finer(found: Sequence[Span], spans: Sequence[Span] | None, length: int) -> l
             f"the placeholders are at {list(found)}\n  what to do: leave spans out, or divide these"
         )
     return given
+
+
+def check_logits(parts: Parts) -> None:
+    """Compares the language part with the model. Raises: InputError."""
+    seen, want = parts.seen, parts.seen.logits
+    if want is None:
+        return
+    with torch.no_grad():
+        got = parts.language.module(**parts.language.kwargs)["logits"][:, -1]
+    there = parts.prompt.mask[:, -1].bool()  # a row that ends in padding ends in another token
+    off = worst([got[there]], [want[there]])
+    if off > TOLERANCE.get(want.dtype, CLOSE):
+        also = f", which is given {', '.join(seen.beside)} too" if seen.beside else ""
+        raise InputError(
+            f"the decoder gives other logits on embeddings, positions and masks alone, off by {off:.1e} from the model's "
+            f"own{also}\n  what to do: nothing yet; optimize the vision part by itself, or the whole model"
+        )
 
 
 def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
