@@ -21,10 +21,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torc
 KERNELS = 2e-2  # between a model's own kernels and those of its traced form, after many layers
 
 
-def check_faithful(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gm: GraphModule) -> None:
-    """Compares with a call of the model, where it has weights and gives the same twice. Raises: TraceError."""
-    inputs = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
-    if any(isinstance(v, FakeTensor) or (isinstance(v, Tensor) and v.is_meta) for v in inputs):
+def check_faithful(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gm: GraphModule, inputs: Sequence[Any]
+) -> None:
+    """Compares with a call of the model, where it has weights and gives the same twice. inputs: those of the graph, which may
+    stand in another order than args and kwargs. Raises: TraceError."""
+    given = [*model.parameters(), *model.buffers(), *inputs]
+    if any(isinstance(v, FakeTensor) or (isinstance(v, Tensor) and v.is_meta) for v in given):
         return
 
     def own() -> list[Any]:
@@ -33,9 +36,8 @@ def check_faithful(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             return pytree.tree_leaves(model(*given, **named))
 
     wanted = own()
-    given = pytree.tree_leaves(copy.deepcopy((args, kwargs)))
     with torch.no_grad():
-        got = list(gm(*given))
+        got = list(gm(*copy.deepcopy(list(inputs))))
     allowed = max(KERNELS, *(TOLERANCE.get(o.dtype, 0.0) for o in wanted if isinstance(o, Tensor)))
     try:
         if len(got) != len(wanted) or (off := worst(got, wanted)) <= allowed or worst(own(), wanted) > allowed:

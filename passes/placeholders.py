@@ -2,7 +2,8 @@
 
 A vision-language model writes image features over the embeddings of placeholder ids: masked_scatter, or an assignment at
 positions. Which positions these are follows from the example inputs and is fixed. As a concatenation of text, features and
-text, the prompt gets shorter with its features, and the passes know where the visual tokens are.
+text, the prompt gets shorter with its features, and the passes know where the visual tokens are. An order of all tokens
+that follows from sizes among the inputs is fixed likewise.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def placeholders_at(spans: Spans) -> str:
 
 
 def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
-    """Turns writes of features at fixed positions, and reads from such, into cat and slice, in place.
+    """Turns writes of features at fixed positions, and reads from such, into cat and slice, in place; orders into constants.
 
     A write that is no run of positions common to all rows of the batch stays what it is.
     """
@@ -58,12 +59,12 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
         masked = write_by_mask(node)
         if masked is not None:
             base, mask_node, features = masked
-            mask = value_of(gm, mask_node, inputs)
+            program = program_of(gm, mask_node)
+            mask = value_of(program, inputs)
             spans = None if mask is None else spans_of_mask(as_rows(mask, node), shape(node))
             if mask is not None and spans and numel(features) == written(spans, shape(node)):
-                program = program_of(gm, mask_node)
                 joined(gm, node, base, features, spans)
-                if any(n.op == "placeholder" and n.users for n in program.graph.nodes):
+                if read_by(program, inputs):
                     fixed.append(Fixed(program, mask, placeholders_at(spans)))
         elif (order := fix_order(gm, node, inputs)) is not None:
             fixed += order
@@ -100,7 +101,8 @@ def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
         return
     if len(indices) != len(shape(base)) - 1 or not all(isinstance(i, Node) for i in indices):
         return
-    positions = [value_of(gm, i, inputs, constant=True) for i in indices]
+    programs = [program_of(gm, i) for i in indices]
+    positions = [None if read_by(one, inputs) else value_of(one, inputs) for one in programs]
     spans = spans_of_positions(positions, shape(base))
     if not spans:
         return
@@ -120,10 +122,10 @@ def fix_order(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]
     if plain or x.op == "get_attr" or not 1 < numel(index) == shape(x)[0] or index.meta["val"].dtype is torch.bool:
         return None
     program = program_of(gm, index)
-    read = [v for n, v in zip((n for n in program.graph.nodes if n.op == "placeholder"), inputs) if n.users]
+    read = read_by(program, inputs)
     if any(not isinstance(v, Tensor) or v.is_floating_point() for v in read):
         return None
-    order, rows = value_of(gm, index, inputs), numel(index)
+    order, rows = value_of(program, inputs), numel(index)
     if order is None or not torch.equal(order.flatten().long().sort()[0], torch.arange(rows)):
         return None
     emit, name = emitter(gm, node), f"_order_of_{node.name}"
@@ -224,13 +226,15 @@ def numel(node: Node) -> int:
     return prod(shape(node))
 
 
-def value_of(gm: GraphModule, node: Node, inputs: Sequence[Any], constant: bool = False) -> Tensor | None:
-    """The value of a node on the example inputs; None where it would need weights or inputs that are not there."""
-    program = program_of(gm, node)
-    used = [n for n in program.graph.nodes if n.op == "placeholder"]
-    needed = [v for n, v in zip(used, inputs) if n.users]
-    attributes = [get_attr(gm, n.target) for n in program.graph.nodes if n.op == "get_attr"]
-    if (constant and needed) or any(absent(v) for v in [*needed, *attributes]):
+def read_by(program: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Those of the inputs that it depends on."""
+    return [v for n, v in zip(program.graph.find_nodes(op="placeholder"), inputs) if n.users]
+
+
+def value_of(program: GraphModule, inputs: Sequence[Any]) -> Tensor | None:
+    """What it gives on the example inputs; None where it would need weights or inputs that are not there."""
+    attributes = [get_attr(program, n.target) for n in program.graph.find_nodes(op="get_attr")]
+    if any(absent(v) for v in [*read_by(program, inputs), *attributes]):
         return None
     with torch.no_grad():
         value = program(*inputs)

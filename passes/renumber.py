@@ -18,7 +18,7 @@ from tokcompile.passes.gather import Gatherer, samples
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import is_table, rotates
 from tokcompile.passes.memory import ancestors_of
-from tokcompile.passes.placeholders import program_of, value_of
+from tokcompile.passes.placeholders import program_of, read_by, value_of
 from tokcompile.passes.tokens import Label, Seq, Space, plain, tokens_of
 
 if TYPE_CHECKING:
@@ -148,14 +148,15 @@ def in_sequence(rw: Rewriter, node: Node, axis: int) -> bool:
 
 def follows_on(rw: Rewriter, node: Node, axis: int) -> bool:
     inputs = rw.old.graph.find_nodes(op="placeholder")
-    table = value_of(rw.old, node, [None] * len(inputs), constant=True)
+    program = program_of(rw.old, node)
+    table = None if read_by(program, inputs) else value_of(program, inputs)
     if table is not None:
         return steady(table, axis)
     places = whole_numbers(node)
     long = [[size for size in shape(p) if size != 1] for p in places]
     if not long or any(len(sizes) not in (1, 2) or sizes[-1] != shape(node)[axis] for sizes in long):
         return False
-    examples = [value_of(rw.old, place, rw.inputs) for place in places]
+    examples = [value_of(program_of(rw.old, place), rw.inputs) for place in places]
     start, stop = reach(rw, shape(node)[axis])
     return all(value is None or without_gaps(value, start, stop) for value in examples)
 

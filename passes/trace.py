@@ -75,7 +75,7 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
     traced = from_program(program, args or (), kwargs or {}, names, guards)
     if not isinstance(model, ExportedProgram):
         with unchanged(model):
-            check_faithful(model, args or (), kwargs or {}, traced.gm)
+            check_faithful(model, args or (), kwargs or {}, traced.gm, traced.inputs)
     return traced
 
 

@@ -76,10 +76,10 @@ def compared(check_faithful: Callable) -> Callable:
     known = set()
 
     @functools.wraps(check_faithful)
-    def once(model, args, kwargs, gm):
+    def once(model, *given):
         marked = mark(model)
         if marked is None or marked not in known:
-            check_faithful(model, args, kwargs, gm)
+            check_faithful(model, *given)
             known.add(marked)
 
     return once

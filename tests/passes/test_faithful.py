@@ -71,3 +71,15 @@ def test_the_model_is_as_it_was():
     tokcompile.optimize(model, (x,), method="random")
     assert not hasattr(model, "last")
     assert torch.equal(x, given)
+
+
+class Two(Tower):
+    def forward(self, x, y):
+        return super().forward(x - 2 * y)
+
+
+def test_keywords_in_any_order():
+    x, y = torch.randn(2, 1, LENGTH, WIDTH)
+    model = Two().eval()
+    fast = tokcompile.optimize(model, kwargs={"y": y, "x": x}, method="random", budget=1.0)
+    assert torch.equal(fast(x=x, y=y), model(x, y))

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
 Masks = Callable[[int, "int | None"], Tensor]  # (layer, sliding window) -> what its query may see: (B or 1, 1, 1, capacity)
-CACHE_NAMES = ("past_key_values", "cache")  # the second since transformers 5.24
 SPECIAL = ("softcap", "s_aux", "position_bias")  # arguments that change the scores: left to the model's own attention
 
 
-def cache_name(model: nn.Module) -> str | None:
-    """As what its forward takes a cache."""
+def cache_name(model: nn.Module) -> str:
+    """As what its forward takes a cache: `cache` since transformers 5.24."""
     takes = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in takes), None)
+    return "cache" if "cache" in takes and "past_key_values" not in takes else "past_key_values"
 
 
 class Collecting:

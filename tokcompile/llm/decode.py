@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokcompile.api import OptimizedModel
 from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError
-from tokcompile.llm.caches import CACHE_NAMES, Collecting, Slots, attention_over, cache_name, config_of, passing_mask
+from tokcompile.llm.caches import Collecting, Slots, attention_over, cache_name, config_of, passing_mask
 from tokcompile.llm.layout import Layout, layout
 from tokcompile.passes.cost import terms
 from tokcompile.passes.find import Structure
@@ -37,7 +37,7 @@ class Prefill(nn.Module):
         super().__init__()
         self.model = model
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        self.cache = cache_name(model) or CACHE_NAMES[0]
+        self.cache = cache_name(model)
         self.train(model.training)
 
     def forward(
@@ -98,7 +98,7 @@ class Decode(nn.Module):
         with attention_over(self.model, mask) as layers:
             out = self.model(
                 input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
-                **{cache_name(self.model) or CACHE_NAMES[0]: cache},
+                **{cache_name(self.model): cache},
             )  # fmt: skip
         if sorted(layers) != cache.layers or len(layers) != len(keys):
             raise TraceError(
@@ -201,7 +201,7 @@ def check_model(model: nn.Module, plan: Layout) -> None:
     """Raises: InputError."""
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    needed = {cache_name(model) or CACHE_NAMES[0], "position_ids", "input_ids"}
+    needed = {cache_name(model), "position_ids", "input_ids"}
     missing = needed - set(inspect.signature(model.forward).parameters)
     if missing:
         raise InputError(

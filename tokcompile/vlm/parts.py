@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import InputError
-from tokcompile.llm.caches import CACHE_NAMES, Collecting, cache_name, config_of, passing_mask, replaced_attention
+from tokcompile.llm.caches import Collecting, cache_name, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
 from tokcompile.vlm.observe import Observed, features_of, layers_of
 
@@ -102,7 +102,7 @@ class Language(nn.Module):
         self.prompt_masks = PromptMasks(length, view, moved)
         takes = inspect.signature(model.forward).parameters
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes and not all_logits else {}
-        self.cache = cache_name(model) or CACHE_NAMES[0]
+        self.cache = cache_name(model)
         self.train(model.training)
 
     def forward(
@@ -169,8 +169,8 @@ def adding(features: Tensor) -> Callable[..., Any]:
     return hook
 
 
-def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
-    """A copy of the model that shares its weights and holds only the modules that `run` needs."""
+def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+    """A copy of the model that shares its weights and holds only the modules that `run` needs, and what that gave."""
     ran: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda m, args: ran.add(m)) for m in model.modules()]
     with torch.no_grad():
@@ -183,9 +183,9 @@ def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
         try:
             got = run(slim)
         except Exception:  # it reads from a module that it does not call
-            return model
+            return model, want
     same = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
-    return slim if all(torch.equal(a, b) for a, b in same) else model
+    return (slim if all(torch.equal(a, b) for a, b in same) else model), want
 
 
 def pruned(module: nn.Module, ran: set[nn.Module]) -> nn.Module:

@@ -134,7 +134,7 @@ class Parts:
             )  # fmt: skip
 
         try:
-            slim = used_only(self.model, lambda model: make(model)(**inputs))
+            slim, made = used_only(self.model, lambda model: make(model)(**inputs))
         except TokcompileError:
             raise
         except (TypeError, ValueError, RuntimeError) as error:  # its forward wants ids, or what is seen, too
@@ -143,6 +143,8 @@ class Parts:
                 f"the model does not run on embeddings alone: {first}\n  what to do: optimize the parts of it one by one, or "
                 "the whole model"
             ) from error
+        if self.optimized is None:
+            check_logits(self.seen, made["logits"][:, -1], self.prompt)
         return replace(self, language=Part(make(slim).eval(), (), inputs))
 
 
@@ -185,7 +187,8 @@ def split(
     positions = positions.expand(*positions.shape[:-2], *ids.shape).contiguous()
     mixer = mixer_of(model.get_submodule(seen.language))
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
-    made = Part(Vision(used_only(model, lambda m: Vision(m, seen, pixels)(pixels)), seen, pixels).eval(), (pixels,), {})
+    slim, _ = used_only(model, lambda m: Vision(m, seen, pixels)(pixels))
+    made = Part(Vision(slim, seen, pixels).eval(), (pixels,), {})
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
@@ -203,9 +206,7 @@ def split(
             f"prompts cannot be padded: {mixer} mixes tokens along the sequence, and would read the padding\n"
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
-    whole = parts.with_language(ids, features, prompt.mask if takes else None)
-    check_logits(whole)
-    return whole
+    return parts.with_language(ids, features, prompt.mask if takes else None)
 
 
 def mixer_of(decoder: nn.Module) -> str | None:
@@ -291,14 +292,12 @@ def finer(found: Sequence[Span], spans: Sequence[Span] | None, length: int) -> l
     return given
 
 
-def check_logits(parts: Parts) -> None:
-    """Compares the language part with the model. Raises: InputError."""
-    seen, want = parts.seen, parts.seen.logits
+def check_logits(seen: Observed, got: Tensor, prompt: Prompt) -> None:
+    """Compares the last token's logits of the language part, (B, vocabulary), with the model's. Raises: InputError."""
+    want = seen.logits
     if want is None:
         return
-    with torch.no_grad():
-        got = parts.language.module(**parts.language.kwargs)["logits"][:, -1]
-    there = parts.prompt.mask[:, -1].bool()  # a row that ends in padding ends in another token
+    there = prompt.mask[:, -1].bool()  # a row that ends in padding ends in another token
     off = worst([got[there]], [want[there]])
     if off > TOLERANCE.get(want.dtype, CLOSE):
         also = f", which is given {', '.join(seen.beside)} too" if seen.beside else ""
