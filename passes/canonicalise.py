@@ -13,6 +13,7 @@ from tokcompile.passes.functionalise import functionalise
 from tokcompile.passes.graph import bind, copy_graph, get_attr, packet, propagate_shapes
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
 from tokcompile.passes.mosaic import write_mosaics
+from tokcompile.passes.permutations import fix_permutations
 from tokcompile.passes.placeholders import fix_placeholders
 from tokcompile.passes.rejoin import rejoin
 from tokcompile.passes.vmap import flatten_vmap
@@ -37,7 +38,7 @@ ALIASES = {
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
     "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
-FIXED = "fixed_placeholders"  # the key in the graph module's meta
+FIXED = "fixed_values"  # the key in the graph module's meta
 
 
 def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
@@ -57,7 +58,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     share_equal_views(gm)
     drop_true_masks(gm)
     rejoin(gm)
-    gm.meta[FIXED] = fix_placeholders(gm, inputs)
+    gm.meta[FIXED] = fix_permutations(gm, inputs) + fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)
     if write_mosaics(gm):

@@ -147,6 +147,18 @@ class Builder:
         return new
 
 
+def emitter(gm: GraphModule, origin: Node) -> Callable[..., Node]:
+    """Adds calls before `origin` that inherit its place in the model."""
+
+    def emit(target: Any, *args: Any) -> Node:
+        with gm.graph.inserting_before(origin):
+            new = gm.graph.call_function(target, args)
+        new.meta = {k: v for k, v in origin.meta.items() if k != "val"}
+        return new
+
+    return emit
+
+
 def device_of(graph: Graph) -> torch.device:
     """Where the first tensor among the inputs lies."""
     values = (n.meta.get("val") for n in graph.find_nodes(op="placeholder"))

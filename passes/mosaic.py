@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tokcompile.passes.graph import aten, is_tensor, packet, shape
+from tokcompile.passes.graph import aten, emitter, is_tensor, packet, shape
 from tokcompile.passes.memory import CASTS
 from tokcompile.passes.movement import Movement, moves
-from tokcompile.passes.placeholders import emitter
 
 REPEATS = {"aten.expand", "aten.repeat"}
 

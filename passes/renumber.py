@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import InputError
+from tokcompile.passes.fixed import program_of, read_by, value_of
 from tokcompile.passes.gather import Gatherer, samples
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import is_table, rotates
 from tokcompile.passes.memory import ancestors_of
-from tokcompile.passes.placeholders import program_of, read_by, value_of
 from tokcompile.passes.tokens import Label, Seq, Space, plain, tokens_of
 
 if TYPE_CHECKING:

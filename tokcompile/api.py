@@ -19,7 +19,7 @@ from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
 from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
-from tokcompile.passes.placeholders import Fixed
+from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.trace import flat_caller

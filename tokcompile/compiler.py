@@ -17,11 +17,11 @@ from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.crop import Hidden, among_shown, can_choose, left_of
 from tokcompile.passes.find import Structure, find
+from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.flatten import flatten_grids, flatten_projector
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
-from tokcompile.passes.placeholders import Fixed
 from tokcompile.passes.places import Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
