@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
 from tokcompile.passes.graph import bind, copy_graph, get_attr, packet, propagate_shapes
@@ -55,6 +56,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     functionalise(gm)
     propagate_shapes(gm, inputs)
     drop_no_ops(gm)
+    write_out_equations(gm)
     share_equal_views(gm)
     drop_true_masks(gm)
     rejoin(gm)

@@ -128,7 +128,7 @@ def convolution(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Mad
 
 def einsum(node: Node, a: dict[str, Any], out: Label, label: Labels) -> Made:
     axes: dict[str, Axis] = {}
-    for term, tensor in zip(a["equation"].replace(" ", "").split("->")[0].split(","), a["tensors"]):
+    for term, tensor in zip(a["equation"].partition("->")[0].split(","), a["tensors"]):
         for letter, axis in zip(term, label(tensor)):
             axes[letter] = richer(axes.get(letter, ()), axis)
     return 2, list(axes.values())

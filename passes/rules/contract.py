@@ -51,21 +51,16 @@ def add_product(call: Call) -> Any:
 @rule("aten.einsum")
 def einsum(call: Call) -> Any:
     """Each letter is one axis, the same on every operand that names it."""
-    equation = call["equation"].replace(" ", "")
-    if "..." in equation:
-        raise NeedsFull("an einsum with an ellipsis")
-    inputs, _, output = equation.partition("->")
+    inputs, _, output = call["equation"].partition("->")  # canonicalise has written it out
     terms, labels = inputs.split(","), call.labels("tensors")
     if any(len(set(t)) != len(t) for t in terms):
         raise NeedsFull("an einsum that takes a diagonal")
     for term, label in zip(terms, labels):
-        one_sample(label, [d for d, letter in enumerate(term) if "->" in equation and letter not in output])
+        one_sample(label, [d for d, letter in enumerate(term) if letter not in output])
     axes: dict[str, Any] = {}
     for term, label in zip(terms, labels):
         for letter, axis in zip(term, label):
             axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
-    if "->" not in equation:
-        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
     for letter, axis in axes.items():
         holders = [has_tokens(label[term.index(letter)]) for term, label in zip(terms, labels) if letter in term]
         if has_tokens(axis) and letter not in output and (len(holders) == 1 or not all(holders)):

@@ -185,6 +185,12 @@ CASES = {
     "einsum": (lambda x: torch.einsum("bnd,bmd->bnm", x, x), "", f"B, {S}, {S}"),
     "einsum-table": (lambda x, t: torch.einsum("bnd,nmd->bnm", x, t), "L 5 16", f"B, {S}, 5"),
     "einsum-implicit": (lambda x, w: torch.einsum("bnd,de", x, w), "16 5", f"B, 5, {S}"),
+    "einsum-ellipsis": (lambda x, w: torch.einsum("...d, de -> ...e", x, w), "16 5", f"B, {S}, 5"),
+    "einsum-of-heads": (
+        lambda x, t: torch.einsum("...nd,nd->...n", x.unflatten(-1, (2, 8)).transpose(1, 2), t),
+        "L 8",
+        f"B, 2, {S}",
+    ),
     "conv-of-width-1": (lambda x, w: F.conv1d(x.mT, w), "5 16 1", f"B, 5, {S}"),
     "baddbmm": (lambda x, t: torch.baddbmm(t.expand(x.shape[0], -1, -1), x, x.mT, beta=0.5), "L L", f"B, {S}, {S}"),
     # attention
@@ -283,7 +289,6 @@ NEED_ALL = {
     "summed-by-an-einsum": (lambda x: torch.einsum("bnd->bd", x), "it adds tokens up by a weight per position"),
     "conv": (lambda x: F.conv1d(x.mT, torch.ones(5, 16, 3, dtype=x.dtype)), "it convolves over the token grid"),
     "pool": (lambda x: F.avg_pool1d(x.mT, 2), "it works on the token grid"),
-    "einsum-ellipsis": (lambda x: torch.einsum("...d,de->...e", x, torch.ones(16, 5, dtype=x.dtype)), "ellipsis"),
     "scatter": (
         lambda x: x.scatter(1, torch.zeros(x.shape[0], 1, 16, dtype=torch.int64), 0.0),
         "it writes at positions",
