@@ -1,4 +1,4 @@
-"""Equations: an einsum names each of its axes, also those of an ellipsis, and its result, so that other passes need not guess."""
+"""Equations: an einsum names each of its axes, those of an ellipsis too, and its result, so that passes need not guess."""
 
 from __future__ import annotations
 

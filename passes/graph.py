@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_aggregate, map_arg
 
 from tokcompile.errors import TokcompileError, UnsupportedGraph
@@ -23,7 +24,17 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph = torch.fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
-    return GraphModule(gm, graph)
+    return draft(gm, graph)
+
+
+def draft(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    """A graph module that is Python code only once it is called: passes make many graphs, and few of them run."""
+    return _LazyGraphModule(root, graph)
+
+
+def finished(gm: GraphModule) -> GraphModule:
+    """A draft as a plain graph module, as other compilers expect it."""
+    return GraphModule(gm, gm.graph) if isinstance(gm, _LazyGraphModule) else gm
 
 
 def get_attr(module: torch.nn.Module, target: str) -> Any:

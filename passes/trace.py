@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -210,7 +211,7 @@ def quiet() -> Iterator[None]:
 
 
 def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with torch.no_grad(), no_fast_path(), unchanged(model), watched(model) as calls:
+    with torch.no_grad(), no_fast_path(), unchanged(model), watched(model) as calls, _use_lazy_graph_module(True):
         program = torch.export.export(model, args, kwargs, strict=False)
     program.graph_module.meta[CALLS] = calls
     return program

@@ -20,6 +20,7 @@ from tokcompile.files import atomic
 from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
 from tokcompile.passes.fixed import Fixed
+from tokcompile.passes.graph import finished
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.trace import flat_caller
@@ -48,7 +49,7 @@ class OptimizedModel(torch.nn.Module):
         analysis = compiled.analysis
         traced = analysis.traced
         # without reductions the untouched traced graph is kept: bit for bit the original
-        self.graph_module = compiled.rewritten.gm if compiled.rewritten else unmarked(traced.gm)
+        self.graph_module = finished(compiled.rewritten.gm if compiled.rewritten else unmarked(traced.gm))
         self.graph_module.eval()
         self.plan = compiled.plan
         self.report: Report = make_report(analysis, compiled, terms(analysis.graph.graph, {}))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tokcompile.compiler import compile_plan, settings_for, understand
 from tokcompile.errors import InputError, MethodError, TraceError, UnsupportedGraph
 from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.graph import finished
 from tokcompile.passes.plan import Plan
 from tokcompile.passes.trace import Traced
 
@@ -71,7 +72,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
             "or use tokcompile.optimize",
         )
     compiled = compile_plan(analysis, settings, own.get("budget", 0.5), own.get("where"), plan)
-    result = compiled.rewritten.gm if compiled.rewritten else traced.gm
+    result = finished(compiled.rewritten.gm if compiled.rewritten else traced.gm)
     run = inner_backend(own.get("inner", "inductor"), own.get("inner_options"))(result, traced.inputs)
     return lambda *inputs: run(*(inputs[i] for i in user))
 
