@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
@@ -94,16 +95,19 @@ def export(name: str, batch: int = 1) -> ExportedProgram:
 
 @pytest.fixture(autouse=True, scope="session")
 def traces():
-    """One trace of each shared model and example, and one analysis of each of their programs.
+    """One trace of each shared model and example, one analysis of each of their programs, one table of ops in ONNX.
 
-    What was imported stays: it is not gone through for garbage again and again.
+    What was imported stays: it is not gone through for garbage again and again, and graphs, of many small objects, are not
+    after every 700 of them.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "export", remembered(trace.export))
         patch.setattr(trace, "check_faithful", compared(trace.check_faithful))
         patch.setattr(api, "analyse", analysed(api.analyse))
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 
