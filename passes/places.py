@@ -143,6 +143,8 @@ def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> l
         blocks = read_by(visual, [b for b in blocks if b.stage.text])
     else:  # spans name positions of a text stream, where the graph has one
         blocks = [b for b in blocks if b.stage.text] or blocks
+        end = max((stop for _, stop in spans), default=0)  # layers that keep no keys may go over the last token alone
+        blocks = [b for b in blocks if b.stage.length >= end] or blocks
     kinds = [kind(b) for b in blocks if not b.why_not]
     # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
     most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)

@@ -4,8 +4,10 @@ It knows nothing of the package: what is dropped is left out of the lists of the
 """
 
 import inspect
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 def cache_of(module):
@@ -75,6 +77,28 @@ class ByHand:
             logits.append(self(self.base.embed_tokens(torch.tensor([[ids[-1]]])), [length + t]))
             ids.append(int(logits[-1].argmax()) if tokens is None else int(tokens[t + 1]))
         return ids, logits
+
+
+@contextmanager
+def hidden(gone, layers):
+    """Keys at these positions are seen by nobody in these layers of a model that calls fused attention once a layer."""
+    fused, calls = nn.functional.scaled_dot_product_attention, []
+
+    def attend(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        calls.append(key.shape[2])
+        if attn_mask is None:
+            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            attn_mask = attn_mask.tril() if is_causal else attn_mask
+        if len(calls) - 1 in layers:
+            there = torch.tensor([p not in gone for p in range(key.shape[2])])
+            attn_mask = attn_mask & there if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~there, -1e9)
+        return fused(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = attend
+    try:
+        yield calls
+    finally:
+        nn.functional.scaled_dot_product_attention = fused
 
 
 def dropped(kept, start, stop):

@@ -76,7 +76,7 @@ def test_prefills_that_cannot_be_continued(generator):
         tokcompile.optimize(Renamed(model).eval(), (inputs["inputs_embeds"],), **REDUCED),
         model,
     )
-    refused("has 2 layers: it is another one", made.prefill, shallow(model))
+    refused("and 2 layers of this model have one: it is another one", made.prefill, shallow(model))
 
 
 class Renamed(nn.Module):

@@ -118,6 +118,28 @@ def video_llava(batch, frames=3):
     return model, ids_with(batch, (17 * frames,), 61) | dict(pixel_values_videos=noise(batch, frames, 3, 32, 32))
 
 
+def gemma4(batch):
+    """Inputs of single layers beside the embeddings, and two layers that attend to the keys of earlier ones."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    body = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, head_dim=12)
+    vision = dict(body, num_key_value_heads=4, patch_size=8, pooling_kernel_size=2, position_embedding_size=64)
+    text = dict(
+        body, num_key_value_heads=2, global_head_dim=12, vocab_size=64, vocab_size_per_layer_input=64, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=16,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=63, pad_token_id=0,
+    )  # fmt: skip
+    others = dict(video_token_id=59, audio_token_id=58, boa_token_id=57, eoa_token_index=56, boi_token_id=61, eoi_token_id=62)
+    with seeded():
+        config = Gemma4Config(vision_config=vision, text_config=text, audio_config=None, image_token_id=60, **others)
+        model = shake(Gemma4ForConditionalGeneration(config).eval())
+    inputs = ids_with(batch, (12,))
+    inputs["input_ids"][(inputs["input_ids"] > 55) & (inputs["input_ids"] != 60)] = 7
+    patches = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(6), indexing="xy"), -1).reshape(1, -1, 2)
+    pixels = dict(pixel_values=noise(batch, 48, 192).clamp(0, 1), image_position_ids=patches.repeat(batch, 1, 1))
+    return model, inputs | pixels | dict(mm_token_type_ids=(inputs["input_ids"] == 60).int())
+
+
 def left(name, pads=3):
     """The same prompt behind padding on its left, with the positions that generation gives it."""
 
@@ -143,5 +165,6 @@ OTHERS = {
     "llava_next": llava_next,
     "llava_next_cut": functools.partial(llava_next, tiles=2, size=(40, 112), count=49 + 5 * 15),
     "llava_onevision_cut": onevision_cut,
+    "gemma4": gemma4,
     **{f"{name}_left": left(name) for name in ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3")},
 }

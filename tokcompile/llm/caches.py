@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
-Masks = Callable[[int, "int | None"], Tensor]  # (layer, sliding window) -> what its query may see: (B or 1, 1, 1, capacity)
+Masks = Callable[[int, "int | None", Tensor], Tensor]  # (layer, sliding window, keys) -> what its query may see of these
 SPECIAL = ("softcap", "s_aux", "position_bias")  # arguments that change the scores: left to the model's own attention
 
 
@@ -55,6 +55,12 @@ class Collecting:
         self.keys.append(key)
         self.values.append(value)
         return key, value
+
+    def owner(self, layer: int, key: Tensor) -> int | None:
+        """The place of the keys that a layer attends to: its own ones, or those of an earlier layer that it shares."""
+        if layer in self.layers:
+            return self.layers.index(layer)
+        return next((at for at, one in enumerate(self.keys) if one is key), None)
 
     def outputs(self, prefix: str = "") -> dict[str, Any]:
         """All that it holds, by the names of a prefill's outputs."""
@@ -169,7 +175,7 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
     ) -> tuple[Tensor, None]:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         seen.append(layer)
-        mask = masks(layer, kwargs.get("sliding_window"))
+        mask = masks(layer, kwargs.get("sliding_window"), key)
         if any(kwargs.get(name) is not None for name in SPECIAL):
             # as the model computes it: only its own function knows what those arguments mean
             own = eager_attention(module, original)

@@ -87,24 +87,25 @@ class Decode(nn.Module):
         cache = Slots(keys, values, [slots[self.layout.stage_of(at)] for at in range(len(keys))], states or {})
         seen: dict[tuple[int, int | None], Tensor] = {}
 
-        def mask(layer: int, window: int | None) -> Tensor:
+        def mask(layer: int, window: int | None, keys: Tensor) -> Tensor:
+            at = cache.owner(layer, keys)
+            if at is None:
+                raise out_of_reach(f"layer {layer} attends to keys that no layer put into the cache as they are")
             self.windows[layer] = window
-            window = window if window is not None and window < self.reach else None
-            key = self.layout.stage_of(cache.layers.index(layer) if layer in cache.layers else 0), window
-            if key not in seen:
-                seen[key] = self.visible(key[0], window, step, kept, attention_mask, positions, position_ids)
-            return seen[key]
+            stage, window = self.layout.stage_of(at), window if window is not None and window < self.reach else None
+            if (stage, window) not in seen:
+                seen[stage, window] = self.visible(stage, window, step, kept, attention_mask, positions, position_ids)
+            return seen[stage, window]
 
         with attention_over(self.model, mask) as layers:
             out = self.model(
                 input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
                 **{cache_name(self.model): cache},
             )  # fmt: skip
-        if sorted(layers) != cache.layers or len(layers) != len(keys):
-            raise TraceError(
+        if len(set(layers)) != len(layers) or not {*cache.layers} <= {*layers} or len(cache.layers) != len(keys):
+            raise out_of_reach(
                 f"attention came by for the layers {layers}, and the prefill has {len(keys)} caches: this model does not call "
-                "transformers' attention functions once a layer, or shares caches between layers\n"
-                "  what to do: nothing yet; such a model cannot be decoded after a reduced prefill"
+                "transformers' attention functions once a layer"
             )
         return {"logits": out.logits, **cache.outputs("new_")}
 
@@ -155,6 +156,10 @@ class Decode(nn.Module):
         if not self.bound and not self.padded:
             return []
         return list(self.layout.kept)
+
+
+def out_of_reach(what: str) -> TraceError:
+    return TraceError(f"{what}\n  what to do: nothing yet; such a model cannot be decoded after a reduced prefill")
 
 
 def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: int) -> OptimizedModel:
@@ -215,9 +220,12 @@ def check_model(model: nn.Module, plan: Layout) -> None:
             f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
             "  what to do: nothing yet; only full and sliding attention can be decoded after a reduced prefill"
         )
-    layers = getattr(config, "num_hidden_layers", len(plan.keys))
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    layers = getattr(config, "num_hidden_layers", len(plan.keys) + shared) - shared
     if layers != len(plan.keys) and not plan.states:
-        raise InputError(f"the prefill returns {len(plan.keys)} caches, and this model has {layers} layers: it is another one")
+        raise InputError(
+            f"the prefill returns {len(plan.keys)} caches, and {layers} layers of this model have one: it is another one"
+        )
 
 
 def example_inputs(step: Decode) -> dict[str, Any]:

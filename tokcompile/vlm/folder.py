@@ -165,7 +165,8 @@ class Folder:
         outputs: dict[str, Any] = {"features": made["features"]} | ({"deepstack": deep} if deep else {})
         indices = {name: value for name, value in made.items() if name.endswith("_index")}
         seen = seen_by(self.prompt, outputs, indices, self.kept_of)
-        inputs = flat(self.prompt.inputs(self.embed(input_ids), seen, attention_mask, self.padded))
+        ids = input_ids if "input_ids" in self.text.wiring.inputs else None
+        inputs = flat(self.prompt.inputs(self.embed(input_ids), seen, attention_mask, self.padded, ids))
         dtypes = {name: getattr(torch, dtype) for name, (_, dtype) in self.text.wiring.inputs.items()}
         inputs = {name: value.to(dtypes[name]) for name, value in inputs.items()}
         before = time.perf_counter() - begin

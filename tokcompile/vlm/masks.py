@@ -123,10 +123,10 @@ class PromptMasks(nn.Module):
         return list(dict.fromkeys(self.view.windows))
 
     def masks(self, positions: Tensor | None, attention_mask: Tensor | None) -> Masks:
-        """A function from (layer, window) to its mask. positions, attention_mask: (1 or B, L)."""
+        """A function from (layer, window, keys) to its mask. positions, attention_mask: (1 or B, L)."""
         made: dict[int | None, Tensor] = {}
 
-        def mask(layer: int, window: int | None) -> Tensor:
+        def mask(layer: int, window: int | None, key: Tensor) -> Tensor:
             if window not in made:
                 made[window] = self.one(window, positions, attention_mask)
             return made[window]
@@ -161,7 +161,8 @@ def masked(original: Attention | None, masks: Masks, attention_mask: Tensor | No
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **kwargs: Any) -> Any:
         key = key if real is None else key * real.to(key.dtype)
-        mask = masks(int(module.layer_idx), kwargs.get("sliding_window"))  # type: ignore[arg-type]
+        mask = masks(int(module.layer_idx), kwargs.get("sliding_window"), key)  # type: ignore[arg-type]
+        mask = mask[:, :, -query.shape[2] :]  # layers that keep no keys may be asked for the last token alone
         if original is not None:
             return original(module, query, key, value, mask, **kwargs)
         scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)

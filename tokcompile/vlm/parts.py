@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class Language(nn.Module):
 
     inputs_embeds: (B, L, D). position_ids: (B, L), or (axes, B, L) where positions have several axes. attention_mask:
     (B, L), where the prompt may be padded. deepstack: (B, n, D) each, added to the image's tokens after layers 0, 1, ...
+    input_ids: (B, L), where the model makes more of the ids than embeddings, such as inputs of single layers.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Language(nn.Module):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         deepstack: Sequence[Tensor] | None = None,
+        input_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         cache = Collecting()
         positions = position_ids if position_ids.ndim == 2 else None
@@ -119,12 +121,26 @@ class Language(nn.Module):
             Apart(),
             replaced_attention(self.model, lambda original: masked(original, masks, attention_mask)),
             added(self.layers(), [self.spread(one) for one in deepstack or ()]),
+            self.entering(inputs_embeds) if input_ids is not None else nullcontext(),
         ):
+            prompt = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
             out = self.model(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, attention_mask=passing_mask(), use_cache=True,
-                **{self.cache: cache}, **self.last,
+                position_ids=position_ids, attention_mask=passing_mask(), use_cache=True, **prompt, **{self.cache: cache},
+                **self.last,
             )  # fmt: skip
         return {"logits": out.logits, **cache.outputs()}
+
+    @contextmanager
+    def entering(self, inputs_embeds: Tensor) -> Iterator[None]:
+        """The decoder is given these embeddings, whatever the model made of the ids."""
+        decoder = self.model.get_submodule(self.decoder)
+        handle = decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": inputs_embeds}), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def layers(self) -> nn.ModuleList:
         decoder = self.model.get_submodule(self.decoder)

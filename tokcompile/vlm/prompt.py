@@ -220,9 +220,11 @@ class Prompt:
         return torch.cat([*parts, torch.arange(at, self.full_length, device=device).expand(batch, -1)], 1)
 
     def assemble(
-        self, embeds: Tensor, seen: Mapping[str, Any], position_ids: Tensor, attention_mask: Tensor | None
-    ) -> dict[str, Any]:
-        """The inputs of the language part. embeds: (B, L, D) of all ids. seen: features (B, k, D), deepstack, kept."""
+        self, embeds: Tensor, seen: Mapping[str, Any], position_ids: Tensor, attention_mask: Tensor | None,
+        ids: Tensor | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The inputs of the language part. embeds: (B, L, D) of all ids. seen: features (B, k, D), deepstack, kept. ids:
+        (B, L), where it takes them too."""
         features, kept = seen["features"], seen.get("kept")
         wanted = sum(stop - start for start, stop in self.spans)
         if features.shape[:2] != (embeds.shape[0], wanted):
@@ -239,20 +241,24 @@ class Prompt:
             "inputs_embeds": torch.cat([*pieces, embeds[:, at:]], 1),
             "position_ids": self.placed(position_ids, kept),
         }
+        if ids is not None:
+            made["input_ids"] = self.chosen(ids, kept)
         if attention_mask is not None:  # methods that look for the largest embeddings must not find padding
             made["attention_mask"] = self.chosen(attention_mask, kept)
             made["inputs_embeds"] = made["inputs_embeds"].masked_fill(made["attention_mask"][..., None] == 0, 0)
         return made | ({"deepstack": list(seen["deepstack"])} if "deepstack" in seen else {})
 
-    def inputs(self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool) -> dict[str, Any]:
-        """The inputs of a language part, which takes padding or not. Raises: InputError."""
+    def inputs(
+        self, embeds: Tensor, seen: Mapping[str, Any], attention_mask: Tensor | None, padded: bool, ids: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The inputs of a language part, which takes padding or not, ids or not. Raises: InputError."""
         if attention_mask is not None and not padded and not bool(attention_mask.all()):
             raise InputError(
                 "this language part takes no padding, and attention_mask hides some tokens\n"
                 "  what to do: split with padded=True"
             )
         mask = self.mask if attention_mask is None else attention_mask
-        return self.assemble(embeds, seen, self.positions(mask)[0], mask if padded else None)
+        return self.assemble(embeds, seen, self.positions(mask)[0], mask if padded else None, ids)
 
     def placed(self, positions: Tensor, kept: Tensor | None) -> Tensor:
         """The positions of the tokens that are left: their own; or without gaps, so that the text after the images keeps its

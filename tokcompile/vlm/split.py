@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ class Parts:
     ) -> dict[str, Any]:
         """The inputs of the language part. seen: what `see` gave. Raises: InputError where they do not fit the prompt."""
         embeds = self.embeddings.module(self.prompt.check(input_ids))
-        return self.prompt.inputs(embeds, seen, attention_mask, self.padded)
+        return self.prompt.inputs(embeds, seen, attention_mask, self.padded, input_ids if self.takes_ids else None)
 
     @property
     def grids(self) -> list[list[int]]:
@@ -100,6 +101,11 @@ class Parts:
     def padded(self) -> bool:
         """Whether the language part takes an attention mask."""
         return "attention_mask" in self.language.kwargs
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether the language part takes ids beside embeddings."""
+        return "input_ids" in self.language.kwargs
 
     def __call__(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """The parts one after the other, in PyTorch: logits, keys and values of the prompt."""
@@ -119,13 +125,30 @@ class Parts:
         features = first.see(self.vision.args[0])
         prompt = self.prompt.shortened(features.get("kept"), renumber)
         short = replace(first, prompt=prompt, view=self.view.shortened(self.prompt.spans, prompt.rows(None)[0].tolist()))
-        return short.with_language(self.embeddings.kwargs["input_ids"], features, self.prompt.mask if self.padded else None)
+        mask = self.prompt.mask if self.padded else None
+        return short.with_language(self.embeddings.kwargs["input_ids"], features, mask, self.takes_ids)
 
-    def with_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
-        """With the language part over this prompt."""
+    def with_any_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
+        """With the language part over this prompt, which takes ids too where the decoder needs more than embeddings.
+
+        Raises: InputError.
+        """
+        try:
+            return self.with_language(input_ids, features, attention_mask)
+        except InputError:
+            if not self.seen.beside:
+                raise
+            with suppress(InputError):
+                return self.with_language(input_ids, features, attention_mask, ids_too=True)
+            raise
+
+    def with_language(
+        self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None, ids_too: bool = False
+    ) -> Parts:
+        """With the language part over this prompt. Raises: InputError where it does not run, or gives other logits."""
         with torch.no_grad():
-            embeds = self.embeddings.module(input_ids)
-            inputs = self.prompt.assemble(embeds, features, self.prompt.position_ids, attention_mask)
+            embeds, ids = self.embeddings.module(input_ids), input_ids if ids_too else None
+            inputs = self.prompt.assemble(embeds, features, self.prompt.position_ids, attention_mask, ids)
 
         def make(model: nn.Module) -> Language:
             return Language(
@@ -206,7 +229,7 @@ def split(
             f"prompts cannot be padded: {mixer} mixes tokens along the sequence, and would read the padding\n"
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
-    return parts.with_language(ids, features, prompt.mask if takes else None)
+    return parts.with_any_language(ids, features, prompt.mask if takes else None)
 
 
 def mixer_of(decoder: nn.Module) -> str | None:
