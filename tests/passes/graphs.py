@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from tests.conftest import leaves
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.rewrite import Rewriter, Rewritten
@@ -17,6 +18,9 @@ from tokcompile.passes.stages import Stage
 from tokcompile.passes.tokens import Batch, Label, Seq, Space
 from tokcompile.passes.trace import trace
 from tokcompile.recipe import Keep, Merge, Recipe, Site
+
+X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+TABLE = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Function(nn.Module):
@@ -135,3 +139,19 @@ def positions(seq: Seq, kept: dict[Space, Tensor]) -> Tensor:
 def run(gm: GraphModule, *inputs: Any) -> Any:
     with torch.no_grad():
         return gm(*inputs)
+
+
+def same(fn, *inputs):
+    """The canonical graph of `fn`, after checking that it gives what `fn` gives, twice, and has no in-place op left."""
+    module = fn if isinstance(fn, nn.Module) else Function(fn)
+    with torch.no_grad():
+        want = leaves(module(*[v.clone() for v in inputs]))
+    gm = canonical(module, *[v.clone() for v in inputs])
+    for _ in range(2):
+        got = leaves(run(gm, *[v.clone() for v in inputs]))
+        assert len(got) == len(want)
+        for g, w in zip(got, want):
+            assert g.dtype == w.dtype
+            assert torch.equal(g, w)
+    assert not [op for op in ops(gm) if op.split(".")[0].endswith("_") and not op.startswith("__")]
+    return gm
