@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from torch.export import ExportedProgram
-from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter._registration import onnxscript_apis
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
@@ -107,7 +107,7 @@ def traces():
         patch.setattr(trace, "export", remembered(trace.export))
         patch.setattr(trace, "check_faithful", compared(trace.check_faithful))
         patch.setattr(api, "analyse", analysed(api.analyse))
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
         yield
 
 
