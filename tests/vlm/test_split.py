@@ -193,11 +193,13 @@ def test_padding_may_not_be_ruled_out_where_there_is_some():
     refused("padded=False", model, inputs, padded=False)
 
 
-def test_a_decoder_that_is_given_more(monkeypatch):
+@pytest.mark.parametrize("source", ["ids", "an input of its own"])
+def test_a_decoder_that_is_given_more(source, monkeypatch):
     """As a mixture of experts that sends image tokens to experts of their own: embeddings and positions are not all."""
     model, inputs = vlm("llava")
     decoder = model.model.language_model
     forward, own = decoder.forward, model.model.forward
+    types = (inputs["input_ids"] == 60).float() + 1
 
     def decode(*args, kinds=None, **more):
         out = forward(*args, **more)
@@ -205,12 +207,19 @@ def test_a_decoder_that_is_given_more(monkeypatch):
             out.last_hidden_state = out.last_hidden_state + kinds[..., None]
         return out
 
-    def call(input_ids=None, **more):
-        return own(input_ids=input_ids, **more, **({} if input_ids is None else {"kinds": (input_ids == 60).float() + 1}))
+    def call(input_ids=None, types=None, **more):
+        if source == "ids" and input_ids is not None:
+            types = (input_ids == 60).float() + 1
+        return own(input_ids=input_ids, **more, **({} if types is None else {"kinds": types}))
 
     monkeypatch.setattr(decoder, "forward", decode)
     monkeypatch.setattr(model.model, "forward", call)
-    refused("off by .* from the model's own, which is given kinds too", model, inputs)
+    if source != "ids":
+        refused("off by .* from the model's own, which is given kinds too", model, inputs | {"types": types})
+        return
+    parts = split(model, inputs, all_logits=True)
+    assert parts.takes_ids
+    assert error(composed(parts, inputs)["logits"], run(model, **inputs).logits) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["float", "a row of text before"])
