@@ -33,7 +33,7 @@ class Generator:
     def __init__(self, parts: Parts, prefill: OptimizedModel, *, max_new_tokens: int):
         self.parts = parts
         check_padding(parts, prefill)
-        self.text = TextGenerator(prefill, parts.model, max_new_tokens=max_new_tokens)
+        self.text = TextGenerator(prefill, parts.causal_model, max_new_tokens=max_new_tokens)
 
     def __call__(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any

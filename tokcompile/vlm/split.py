@@ -38,8 +38,8 @@ class Parts:
 
     vision: pixel values to image features. embeddings: ids to embeddings. language: embeddings to logits and caches.
     prompt: where the image's tokens are, and the positions of all. spans: those of the image in the prompt that the
-    language part takes. model: the whole model, with which tokens are decoded. optimized: the vision part after reduction,
-    where there is one.
+    language part takes. model: the whole model. causal: name of the module in it that runs on embeddings, with which tokens are
+    decoded; "" where that is the model itself. optimized: the vision part after reduction, where there is one.
     """
 
     model: nn.Module
@@ -51,6 +51,7 @@ class Parts:
     seen: Observed
     view: Visibility
     all_logits: bool
+    causal: str = ""
 
     def __repr__(self) -> str:
         pixels, length = tuple(self.vision.args[0].shape), self.prompt.full_length
@@ -103,6 +104,11 @@ class Parts:
         return "attention_mask" in self.language.kwargs
 
     @property
+    def causal_model(self) -> nn.Module:
+        """Embeddings to logits, with a cache."""
+        return self.model.get_submodule(self.causal)
+
+    @property
     def takes_ids(self) -> bool:
         """Whether the language part takes ids beside embeddings."""
         return "input_ids" in self.language.kwargs
@@ -129,17 +135,18 @@ class Parts:
         return short.with_language(self.embeddings.kwargs["input_ids"], features, mask, self.takes_ids)
 
     def with_any_language(self, input_ids: Tensor, features: Mapping[str, Any], attention_mask: Tensor | None) -> Parts:
-        """With the language part over this prompt, which takes ids too where the decoder needs more than embeddings.
-
-        Raises: InputError.
-        """
+        """With the language part over this prompt: the model on embeddings; on ids too, where its decoder is given more than
+        embeddings; or a language model inside of it. Raises: InputError."""
         try:
             return self.with_language(input_ids, features, attention_mask)
         except InputError:
-            if not self.seen.beside:
-                raise
-            with suppress(InputError):
-                return self.with_language(input_ids, features, attention_mask, ids_too=True)
+            inside = causal_inside(self.model, self.seen.language)
+            if self.seen.beside:
+                with suppress(InputError):
+                    return self.with_language(input_ids, features, attention_mask, ids_too=True)
+            if inside:
+                with suppress(InputError):
+                    return replace(self, causal=inside).with_language(input_ids, features, attention_mask)
             raise
 
     def with_language(
@@ -152,12 +159,12 @@ class Parts:
 
         def make(model: nn.Module) -> Language:
             return Language(
-                model, self.seen.language, self.view, self.prompt.spans, self.prompt.length,
+                model, self.seen.language.removeprefix(f"{self.causal}."), self.view, self.prompt.spans, self.prompt.length,
                 moved=attention_mask is not None or self.optimized is not None, all_logits=self.all_logits,
             )  # fmt: skip
 
         try:
-            slim, made = used_only(self.model, lambda model: make(model)(**inputs))
+            slim, made = used_only(self.causal_model, lambda model: make(model)(**inputs))
         except TokcompileError:
             raise
         except (TypeError, ValueError, RuntimeError) as error:  # its forward wants ids, or what is seen, too
@@ -202,6 +209,7 @@ def split(
     token = image_token_of(model, image_token, source_of(inputs))
     found = image_spans(ids, token)
     seen = observe(model, inputs)
+    check_question(seen)
     view = visibility(seen, mask, found)
     positions = seen.position_ids
     if positions is None:
@@ -230,6 +238,17 @@ def split(
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
     return parts.with_any_language(ids, features, prompt.mask if takes else None)
+
+
+def causal_inside(model: nn.Module, decoder: str) -> str:
+    """Name of the smallest module around a decoder that has output embeddings; "" where that is the model itself."""
+    parts = decoder.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:count])
+        find = getattr(model.get_submodule(name), "get_output_embeddings", None)
+        if find is not None and find() is not None:
+            return name
+    return ""
 
 
 def mixer_of(decoder: nn.Module) -> str | None:
@@ -327,6 +346,17 @@ def check_logits(seen: Observed, got: Tensor, prompt: Prompt) -> None:
         raise InputError(
             f"the decoder gives other logits on embeddings, positions and masks alone, off by {off:.1e} from the model's "
             f"own{also}\n  what to do: nothing yet; optimize the vision part by itself, or the whole model"
+        )
+
+
+def check_question(seen: Observed) -> None:
+    """Raises: InputError where features depend on the text: those of one question would be given for all."""
+    text = [name for name in seen.fixed if name.endswith("input_ids")]
+    if text:
+        raise InputError(
+            f"{seen.source.features} is given {text[0]} too: this model looks at an image with the question in mind, so that "
+            "its vision part would hold for the example's question alone\n  what to do: optimize the whole model, with "
+            "use_cache=False, or its vision tower by itself"
         )
 
 
