@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from tokcompile.exports.complex_views import real_views
 from tokcompile.exports.index_adds import plain_adds
 from tokcompile.exports.names import output_names, unique
 from tokcompile.passes.reduction import ReductionModule
@@ -106,6 +107,7 @@ def flatten(opt: OptimizedModel) -> Flat:
     out.args = (tuple(out.args[0][i] for i in kept),)
     add_bodies(gm, reductions)
     plain_adds(gm)
+    real_views(gm)
     gm.recompile()
     return Flat(gm, inputs, names, [named[i] for i in kept], kept, reductions)
 

@@ -140,6 +140,25 @@ def gemma4(batch):
     return model, inputs | pixels | dict(mm_token_type_ids=(inputs["input_ids"] == 60).int())
 
 
+def llama4(batch):
+    """Three layers in four attend within chunks of 16 positions."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    body = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4)
+    vision = dict(body, image_size=64, patch_size=8, intermediate_size=192, vision_output_dim=48, projector_input_dim=48)
+    text = dict(
+        body, num_key_value_heads=2, vocab_size=64, head_dim=12, intermediate_size=96, intermediate_size_mlp=96,
+        num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 1, 1, 0], max_position_embeddings=128,
+        layer_types=["chunked_attention"] * 3 + ["full_attention"], bos_token_id=0, eos_token_id=63, pad_token_id=0,
+    )  # fmt: skip
+    with seeded():
+        config = Llama4Config(
+            vision_config=vision | dict(projector_output_dim=48), text_config=text, image_token_index=60, boi_token_index=61
+        )
+        model = shake(Llama4ForConditionalGeneration(config).eval())
+    return model, ids_with(batch, (16,)) | dict(pixel_values=noise(batch, 3, 64, 64))
+
+
 def left(name, pads=3):
     """The same prompt behind padding on its left, with the positions that generation gives it."""
 
@@ -166,5 +185,6 @@ OTHERS = {
     "llava_next_cut": functools.partial(llava_next, tiles=2, size=(40, 112), count=49 + 5 * 15),
     "llava_onevision_cut": onevision_cut,
     "gemma4": gemma4,
-    **{f"{name}_left": left(name) for name in ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3")},
+    "llama4": llama4,
+    **{f"{name}_left": left(name) for name in ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3", "llama4")},
 }

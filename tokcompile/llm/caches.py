@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokcompile.llm.reach import Reach, reach_of
+
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
-Masks = Callable[[int, "int | None", Tensor], Tensor]  # (layer, sliding window, keys) -> what its query may see of these
+Masks = Callable[[int, "Reach | None", Tensor], Tensor]  # (layer, its reach, keys) -> what its query may see of these
 SPECIAL = ("softcap", "s_aux", "position_bias")  # arguments that change the scores: left to the model's own attention
 
 
@@ -175,7 +177,7 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
     ) -> tuple[Tensor, None]:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         seen.append(layer)
-        mask = masks(layer, kwargs.get("sliding_window"), key)
+        mask = masks(layer, reach_of(module, kwargs.get("sliding_window")), key)
         if any(kwargs.get(name) is not None for name in SPECIAL):
             # as the model computes it: only its own function knows what those arguments mean
             own = eager_attention(module, original)

@@ -14,6 +14,7 @@ from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError
 from tokcompile.llm.caches import Collecting, Slots, attention_over, cache_name, config_of, passing_mask
 from tokcompile.llm.layout import Layout, layout
+from tokcompile.llm.reach import Reach
 from tokcompile.passes.cost import terms
 from tokcompile.passes.find import Structure
 from tokcompile.passes.fold import fold_constants
@@ -59,15 +60,15 @@ class Decode(nn.Module):
     """One token in, the next token's logits out; caches go in and come out with the token's entry written.
 
     layout: of the prefill. step: (1,) how many tokens were decoded before. Which entries a query may see is mostly a matter
-    of counting; beside that sliding windows need `kept`, the prefill's index outputs, and `positions`, its position_ids;
-    padding needs its attention mask.
+    of counting; beside that sliding windows and chunks need `kept`, the prefill's index outputs, and `positions`, its
+    position_ids; padding needs its attention mask.
     """
 
     def __init__(self, model: nn.Module, layout: Layout):
         super().__init__()
         self.model, self.layout = model, layout
         self.padded = "attention_mask" in layout.inputs
-        self.windows: dict[int, int | None] = {}
+        self.reaches: dict[int, Reach | None] = {}
         self.train(model.training)
 
     def forward(
@@ -85,17 +86,17 @@ class Decode(nn.Module):
         stages = self.layout.stages
         slots = [step + stage.length for stage in stages]
         cache = Slots(keys, values, [slots[self.layout.stage_of(at)] for at in range(len(keys))], states or {})
-        seen: dict[tuple[int, int | None], Tensor] = {}
+        seen: dict[tuple[int, Reach | None], Tensor] = {}
 
-        def mask(layer: int, window: int | None, keys: Tensor) -> Tensor:
+        def mask(layer: int, reach: Reach | None, keys: Tensor) -> Tensor:
             at = cache.owner(layer, keys)
             if at is None:
                 raise out_of_reach(f"layer {layer} attends to keys that no layer put into the cache as they are")
-            self.windows[layer] = window
-            stage, window = self.layout.stage_of(at), window if window is not None and window < self.reach else None
-            if (stage, window) not in seen:
-                seen[stage, window] = self.visible(stage, window, step, kept, attention_mask, positions, position_ids)
-            return seen[stage, window]
+            self.reaches[layer] = reach
+            stage, reach = self.layout.stage_of(at), reach if self.hides(reach) else None
+            if (stage, reach) not in seen:
+                seen[stage, reach] = self.visible(stage, reach, step, kept, attention_mask, positions, position_ids)
+            return seen[stage, reach]
 
         with attention_over(self.model, mask) as layers:
             out = self.model(
@@ -109,14 +110,12 @@ class Decode(nn.Module):
             )
         return {"logits": out.logits, **cache.outputs("new_")}
 
-    @property
-    def reach(self) -> int:
-        """The largest distance there can be between a query and an entry, and one more."""
-        stage = self.layout.stages[0]
-        return self.layout.length + stage.capacity - stage.length
+    def hides(self, reach: Reach | None) -> bool:
+        """Whether it ends within the positions that there can be."""
+        return reach is not None and reach.size < self.layout.length + self.layout.room
 
     def visible(
-        self, stage: int, window: int | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None,
+        self, stage: int, reach: Reach | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None,
         positions: Tensor | None, now: Tensor,
     ) -> Tensor:  # fmt: skip
         """Which entries of a stage the token may attend to, (1 or B, 1, 1, capacity)."""
@@ -124,32 +123,31 @@ class Decode(nn.Module):
         made = torch.arange(here.capacity - here.length, device=step.device)[None]
         after = made <= step
         before = torch.ones(1, here.length, dtype=torch.bool, device=step.device)
-        if window is not None:  # measured in original positions: what was dropped in between still counts
-            after = after & (step - made < window)
-        if window is not None or padding is not None:
+        if reach is not None or padding is not None:
             rows = here.rows(self.layout.length, kept or {}).to(step.device)
-            if window is not None:
-                before = self.distance(rows, step, positions, now) < window
+            if reach is not None:
+                now, then = self.places(rows, step, positions, now)
+                before, after = reach.sees(now, then), after & reach.sees(now, now - step + made)
             if padding is not None:
                 before = before & padding.bool().gather(1, rows.expand(padding.shape[0], -1))
         after = after.expand(before.shape[0], -1)
         return torch.cat([before, after], 1)[:, None, None]
 
-    def distance(self, rows: Tensor, step: Tensor, positions: Tensor | None, now: Tensor) -> Tensor:
-        """How far before the token each entry stands, (1 or B, entries)."""
+    def places(self, rows: Tensor, step: Tensor, positions: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
+        """The original positions of the token, (1 or B, 1), and of each entry of the prompt, (1 or B, entries)."""
         if self.layout.axes:
             raise InputError(
-                f"a position has {self.layout.axes[0]} numbers in this model, and its sliding windows count in one\n"
-                "  what to do: nothing yet; only models without sliding windows can have such positions here"
+                f"a position has {self.layout.axes[0]} numbers in this model, and its sliding windows or chunks count in "
+                "one\n  what to do: nothing yet; only models without such can have such positions here"
             )
         if positions is None:
-            return self.layout.length + step - rows
-        return now - positions.gather(1, rows.expand(positions.shape[0], -1))
+            return (self.layout.length + step)[None], rows
+        return now, positions.gather(1, rows.expand(positions.shape[0], -1))
 
     @property
     def bound(self) -> bool:
-        """Whether a window hides anything, known once it has run."""
-        return any(w is not None and w < self.reach for w in self.windows.values())
+        """Whether a window or chunk hides anything, known once it has run."""
+        return any(map(self.hides, self.reaches.values()))
 
     def needed(self) -> list[str]:
         """Which of the prefill's index outputs the masks are made from."""
@@ -214,11 +212,17 @@ def check_model(model: nn.Module, plan: Layout) -> None:
             "passed to it\n  what to do: pass a causal language model of transformers"
         )
     config = config_of(model)
-    odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention", "chunked_attention"}
     if odd and not plan.states:
         raise InputError(
             f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
-            "  what to do: nothing yet; only full and sliding attention can be decoded after a reduced prefill"
+            "  what to do: nothing yet; only full, sliding and chunked attention can be decoded after a reduced prefill"
+        )
+    scaled = getattr(config, "attn_temperature_tuning", None) and getattr(config, "floor_scale", None)
+    if scaled and plan.length + plan.room >= scaled:
+        raise InputError(
+            f"from token {scaled} on this model scales queries by how many entries its cache has held, which a reduced one "
+            "does not tell\n  what to do: a shorter prompt, or a smaller max_new_tokens"
         )
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     layers = getattr(config, "num_hidden_layers", len(plan.keys) + shared) - shared
@@ -231,7 +235,7 @@ def check_model(model: nn.Module, plan: Layout) -> None:
 def example_inputs(step: Decode) -> dict[str, Any]:
     plan = step.layout
     weight = next(step.model.parameters())
-    room = plan.stages[0].capacity - plan.stages[0].length
+    room = plan.room
 
     def buffer(shape: Sequence[int], layer: int) -> Tensor:
         size = (shape[0], shape[1], plan.stages[plan.stage_of(layer)].capacity, shape[3])

@@ -90,6 +90,11 @@ class Layout:
         """Whether the prefill is told the position of each token, one number each."""
         return "position_ids" in self.inputs and not self.axes
 
+    @property
+    def room(self) -> int:
+        """How many tokens may be decoded."""
+        return self.stages[0].capacity - self.stages[0].length
+
     def stage_of(self, layer: int) -> int:
         return next(i for i, s in enumerate(self.stages) if s.first <= layer <= s.last)
 

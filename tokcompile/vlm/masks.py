@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.llm.caches import Attention, Masks, eager_attention
+from tokcompile.llm.reach import Reach, reach_of
 from tokcompile.vlm.observe import Observed
 
 Span = tuple[int, int]
@@ -18,12 +19,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Visibility:
-    """windows: the sliding window of each layer that attends. groups: by window, a number for each token, (L,): tokens of one
+    """reaches: of each layer that attends. groups: by reach, a number for each token, (L,): tokens of one
     number see each other whatever their order, such as those of an image, or of a whole prompt. Others have a number of their
     own."""
 
-    windows: tuple[int | None, ...]
-    groups: Mapping[int | None, Tensor]
+    reaches: tuple[Reach | None, ...]
+    groups: Mapping[Reach | None, Tensor]
 
     def shortened(self, spans: Sequence[Span], rows: Sequence[int]) -> Visibility:
         """The same over fewer tokens. rows: the old position of each one; those in `spans` stand for any of their span.
@@ -38,38 +39,39 @@ class Visibility:
                         "cannot be made before it is known which ones stay",
                         hint="reduce inside of the language part instead, with where=[0] or later",
                     )
-        return Visibility(self.windows, {w: numbers[torch.tensor(rows)] for w, numbers in self.groups.items()})
+        return Visibility(self.reaches, {r: numbers[torch.tensor(rows)] for r, numbers in self.groups.items()})
 
     def widened(self, old: Sequence[int | None], spans: Sequence[Span]) -> Visibility:
         """The same with padding in between. old: which token each one was, None for padding. spans: of the images now."""
         new = {}
-        for window, numbers in self.groups.items():
+        for reach, numbers in self.groups.items():
             wide = torch.tensor([-1 - i if p is None else int(numbers[p]) for i, p in enumerate(old)])
             pad = torch.tensor([p is not None for p in old])[None]
-            new[window] = padded_too(wide, pad, spans)
-        return Visibility(self.windows, new)
+            new[reach] = padded_too(wide, pad, spans)
+        return Visibility(self.reaches, new)
 
 
 def visibility(seen: Observed, attention_mask: Tensor | None, spans: Sequence[Span]) -> Visibility:
     """Reads the masks of one run. spans: of the images. Raises: UnsupportedGraph where one is none that can be made again."""
-    windows = tuple(seen.windows[i] for i in sorted(seen.windows))
-    groups: dict[int | None, Tensor] = {}
-    for layer, window in zip(sorted(seen.windows), windows):
+    reaches = tuple(seen.reaches[i] for i in sorted(seen.reaches))
+    groups: dict[Reach | None, Tensor] = {}
+    for layer, reach in zip(sorted(seen.reaches), reaches):
         mask = seen.masks[layer].cpu()
         length = mask.shape[-1]
         valid = torch.ones(1, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
         pairs = valid[:, :, None] & valid[:, None]  # what padding sees does not count
         mutual = (mask & mask.mT & pairs).any(0) | torch.eye(length, dtype=torch.bool)
         numbers = mutual.int().argmax(-1)  # the first one that a token sees and is seen by
-        if window in groups and not torch.equal(groups[window], numbers):
+        if reach in groups and not torch.equal(groups[reach], numbers):
             raise unknown(layer, "differs from that of an earlier layer with the same window")
-        groups[window] = numbers
-        wrong = ((ordered(length, window) | (numbers[:, None] == numbers)) != mask) & pairs
+        groups[reach] = numbers
+        seen_by_order = ordered(length, reach, valid.cumsum(-1) - 1)
+        wrong = ((seen_by_order | (numbers[:, None] == numbers)) != mask) & pairs
         if wrong.any():
             row, query, key = (int(i) for i in wrong.nonzero()[0])
             raise unknown(layer, f"does not fit the token {query} and the token {key} of sample {row}")
     return Visibility(
-        windows, {w: padded_too(n, attention_mask, spans) for w, n in groups.items() if n.unique().numel() < len(n)}
+        reaches, {r: padded_too(n, attention_mask, spans) for r, n in groups.items() if n.unique().numel() < len(n)}
     )
 
 
@@ -87,22 +89,23 @@ def padded_too(numbers: Tensor, attention_mask: Tensor | None, spans: Sequence[S
 
 def unknown(layer: int, what: str) -> UnsupportedGraph:
     return UnsupportedGraph(
-        f"the mask of layer {layer} {what}: it is not causal with a window, padding and tokens that attend both ways",
+        f"the mask of layer {layer} {what}: it is not causal with a window or chunks, padding and tokens that attend both ways",
         hint="nothing yet; samples of one batch must agree on which tokens attend both ways",
     )
 
 
-def ordered(length: int, window: int | None) -> Tensor:
-    """(L, L): each token sees those before it, at most `window` of them with itself."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+def ordered(length: int, reach: Reach | None, positions: Tensor | None = None) -> Tensor:
+    """(1 or B, L, L): each token sees itself and those before it that are in reach. positions: (1 or B, L)."""
+    place = torch.arange(length)[None]
+    seen = place[:, :, None] >= place[:, None]
+    positions = place if positions is None else positions
+    return seen if reach is None else seen & reach.sees(positions[:, :, None], positions[:, None])
 
 
 class PromptMasks(nn.Module):
-    """Makes the masks of a prefill, (1 or B, 1, L, L), one for each window.
+    """Makes the masks of a prefill, (1 or B, 1, L, L), one for each reach.
 
-    moved: whether positions are not simply those in the sequence (padding, or tokens that were dropped before): windows
+    moved: whether positions are not simply those in the sequence (padding, or tokens that were dropped before): reaches
     are then measured in `positions`.
     """
 
@@ -111,39 +114,39 @@ class PromptMasks(nn.Module):
     def __init__(self, length: int, view: Visibility, moved: bool):
         super().__init__()
         self.view, self.moved = view, moved
-        for i, window in enumerate(self.kinds()):
-            plain = ordered(length, None if moved else window)
+        for i, reach in enumerate(self.kinds()):
+            plain = ordered(length, None if moved else reach)
             self.register_buffer(f"plain_{i}", plain, persistent=False)
-            numbers = view.groups.get(window)
+            numbers = view.groups.get(reach)
             together = None if numbers is None else numbers[:, None] == numbers
             self.register_buffer(f"together_{i}", together, persistent=False)
         self.register_buffer("itself", torch.eye(length, dtype=torch.bool), persistent=False)
 
-    def kinds(self) -> list[int | None]:
-        return list(dict.fromkeys(self.view.windows))
+    def kinds(self) -> list[Reach | None]:
+        return list(dict.fromkeys(self.view.reaches))
 
     def masks(self, positions: Tensor | None, attention_mask: Tensor | None) -> Masks:
-        """A function from (layer, window, keys) to its mask. positions, attention_mask: (1 or B, L)."""
-        made: dict[int | None, Tensor] = {}
+        """A function from (layer, reach, keys) to its mask. positions, attention_mask: (1 or B, L)."""
+        made: dict[Reach | None, Tensor] = {}
 
-        def mask(layer: int, window: int | None, key: Tensor) -> Tensor:
-            if window not in made:
-                made[window] = self.one(window, positions, attention_mask)
-            return made[window]
+        def mask(layer: int, reach: Reach | None, key: Tensor) -> Tensor:
+            if reach not in made:
+                made[reach] = self.one(reach, positions, attention_mask)
+            return made[reach]
 
         return mask
 
-    def one(self, window: int | None, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        kind = self.kinds().index(window)
-        seen: Tensor = getattr(self, f"plain_{kind}")[None]
+    def one(self, reach: Reach | None, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        kind = self.kinds().index(reach)
+        seen: Tensor = getattr(self, f"plain_{kind}")
         together: Tensor | None = getattr(self, f"together_{kind}")
-        if self.moved and window is not None:
+        if self.moved and reach is not None:
             if positions is None:
                 raise InputError(
-                    "a position has several numbers in this model, and its sliding windows count in one\n  what to do: keep "
-                    "the prompt as it is: no room for other texts, and no vision part that gives fewer features"
+                    "a position has several numbers in this model, and its sliding windows or chunks count in one\n"
+                    "  what to do: keep the prompt as it is: no room for other texts, no vision part that gives fewer features"
                 )
-            seen = seen & (positions[:, :, None] - positions[:, None] < window)
+            seen = seen & reach.sees(positions[:, :, None], positions[:, None])
         if together is not None:
             seen = seen | together
         if attention_mask is not None:  # padding sees itself, so that its row is not empty
@@ -161,7 +164,7 @@ def masked(original: Attention | None, masks: Masks, attention_mask: Tensor | No
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **kwargs: Any) -> Any:
         key = key if real is None else key * real.to(key.dtype)
-        mask = masks(int(module.layer_idx), kwargs.get("sliding_window"), key)  # type: ignore[arg-type]
+        mask = masks(int(module.layer_idx), reach_of(module, kwargs.get("sliding_window")), key)  # type: ignore[arg-type]
         mask = mask[:, :, -query.shape[2] :]  # layers that keep no keys may be asked for the last token alone
         if original is not None:
             return original(module, query, key, value, mask, **kwargs)

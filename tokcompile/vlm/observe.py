@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokcompile.errors import InputError, TokcompileError
 from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
+from tokcompile.llm.reach import Reach, reach_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def source_of(inputs: Mapping[str, Any]) -> Source:
 class Observed:
     """source: what is seen. owner: name of the module whose get_image_features or get_video_features ran. args, kwargs: of
     that call. features: one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where
-    there is one. deepstack: the same as features, for each layer of those that are added inside of the decoder. language:
+    there is one. behind: name of a module that is given all features before they are placed, and how many axes they have there.
+    deepstack: the same as features, for each layer of those that are added inside of the decoder. language:
     name of the decoder. beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the
     last token, (B, vocabulary). fixed: inputs of that call beside the pixels, which say how the images lie, as image_sizes.
-    masks: (B or 1, L, L) by layer, True where a query sees a key. windows: the sliding window by layer."""
+    masks: (B or 1, L, L) by layer, True where a query sees a key. reaches: the window or chunk by layer."""
 
     source: Source = IMAGES
     owner: str = ""
@@ -61,6 +63,7 @@ class Observed:
     kwargs: dict[str, Any] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
     whole: str | None = None
+    behind: tuple[str, int] | None = None
     deepstack: list[list[Tensor]] = field(default_factory=list)
     language: str = ""
     embeds: Tensor | None = None
@@ -69,7 +72,7 @@ class Observed:
     logits: Tensor | None = None
     fixed: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
+    reaches: dict[int, Reach | None] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
@@ -82,6 +85,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
                 stack.enter_context(recorded_features(module, name, seen))
         handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
         stack.callback(handle.remove)
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(partial(given_features, seen, name)).remove)
         inside = set(decoder.modules())
         stack.enter_context(replaced_attention(model, lambda original: looking(original, inside, seen)))
         try:
@@ -160,6 +165,18 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
         yield
 
 
+def given_features(seen: Observed, name: str, module: nn.Module, args: Any) -> None:
+    """Notes a projector that is called behind the function for features."""
+    if seen.features and seen.embeds is None and seen.behind is None and args and isinstance(args[0], Tensor):
+        x, features = args[0], torch.cat(seen.features)
+        if (
+            x.shape[-1:] == features.shape[1:]
+            and x.numel() == features.numel()
+            and torch.equal(x.reshape(features.shape), features)
+        ):
+            seen.behind = name, x.ndim
+
+
 def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, result: Any) -> None:
     outputs[name] = result
 
@@ -198,7 +215,7 @@ def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) 
         if module in inside:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             seen.masks[layer] = visible(attention_mask, query.shape[2], query.device)
-            seen.windows[layer] = kwargs.get("sliding_window")
+            seen.reaches[layer] = reach_of(module, kwargs.get("sliding_window"))
         return (original or eager_attention(module))(module, query, key, value, attention_mask, **kwargs)
 
     return attend

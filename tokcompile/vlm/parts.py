@@ -30,6 +30,7 @@ class Vision(nn.Module):
     def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
         super().__init__()
         self.model, self.owner, self.whole, self.features = model, seen.owner, seen.whole, seen.source.features
+        self.behind = seen.behind
         self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
         if not any(value is HERE for value in [*self.call[0], *self.call[1].values()]):
             raise InputError(
@@ -51,8 +52,16 @@ class Vision(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        made: dict[str, Any] = {"features": caught[-1] if caught else in_one_row(pooled)}
+        made: dict[str, Any] = {"features": self.projected(caught[-1] if caught else in_one_row(pooled))}
         return made | ({"deepstack": [in_one_row(one) for one in deep]} if deep else {})
+
+    def projected(self, features: Tensor) -> Tensor:
+        """Behind the module that is given all of them, (rows, n, D), before they are placed, where there is one."""
+        if self.behind is None:
+            return features
+        name, axes = self.behind
+        made = self.model.get_submodule(name)(features.flatten(0, 1) if axes == 2 else features)
+        return made.reshape(*features.shape[:-1], -1)
 
 
 def in_one_row(images: Sequence[Tensor]) -> Tensor:
