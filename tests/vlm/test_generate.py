@@ -16,6 +16,7 @@ from tokcompile import InputError, Tokens
 from tokcompile.llm import Sampling
 from tokcompile.llm.decode import Decode
 from tokcompile.llm.layout import layout
+from tokcompile.llm.reach import Reach
 from tokcompile.vlm import Generator, split
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.prompt import Prompt
@@ -239,8 +240,10 @@ def test_windows_and_positions_of_several_axes():
     )
     made = Generator(parts, prefill, max_new_tokens=2)
     step = Decode(model, layout(prefill, 2))
-    with pytest.raises(InputError, match="a position has 3 numbers in this model, and its sliding windows count in one"):
-        step.visible(1, 4, torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
+    with pytest.raises(
+        InputError, match="a position has 3 numbers in this model, and its sliding windows or chunks count in one"
+    ):
+        step.visible(1, Reach(4), torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
     assert made.text.wiring.placed is False
 
 

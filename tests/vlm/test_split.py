@@ -185,7 +185,12 @@ def test_masks_that_cannot_be_made_again():
     model, inputs = vlm("gemma3", 2)
     types = inputs["token_type_ids"].clone()
     types[1] = 0
-    refused("it is not causal with a window, padding and tokens", model, {**inputs, "token_type_ids": types}, UnsupportedGraph)
+    refused(
+        "it is not causal with a window or chunks, padding and tokens",
+        model,
+        {**inputs, "token_type_ids": types},
+        UnsupportedGraph,
+    )
 
 
 def test_padding_may_not_be_ruled_out_where_there_is_some():
