@@ -91,7 +91,7 @@ class Decode(nn.Module):
         def mask(layer: int, reach: Reach | None, keys: Tensor) -> Tensor:
             at = cache.owner(layer, keys)
             if at is None:
-                raise out_of_reach(f"layer {layer} attends to keys that no layer put into the cache as they are")
+                raise cannot_decode(f"layer {layer} attends to keys that no layer put into the cache as they are")
             self.reaches[layer] = reach
             stage, reach = self.layout.stage_of(at), reach if self.hides(reach) else None
             if (stage, reach) not in seen:
@@ -104,7 +104,7 @@ class Decode(nn.Module):
                 **{cache_name(self.model): cache},
             )  # fmt: skip
         if len(set(layers)) != len(layers) or not {*cache.layers} <= {*layers} or len(cache.layers) != len(keys):
-            raise out_of_reach(
+            raise cannot_decode(
                 f"attention came by for the layers {layers}, and the prefill has {len(keys)} caches: this model does not call "
                 "transformers' attention functions once a layer"
             )
@@ -156,7 +156,7 @@ class Decode(nn.Module):
         return list(self.layout.kept)
 
 
-def out_of_reach(what: str) -> TraceError:
+def cannot_decode(what: str) -> TraceError:
     return TraceError(f"{what}\n  what to do: nothing yet; such a model cannot be decoded after a reduced prefill")
 
 
