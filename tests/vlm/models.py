@@ -2,10 +2,11 @@
 
 import functools
 
+import pytest
 import torch
 
 import tokcompile
-from tests.conftest import build
+from tests.conftest import build, run
 from tests.models import shake
 from tests.models.family import noise, seeded, tokens
 from tests.shared import shared
@@ -156,7 +157,12 @@ def llama4(batch):
             vision_config=vision | dict(projector_output_dim=48), text_config=text, image_token_index=60, boi_token_index=61
         )
         model = shake(Llama4ForConditionalGeneration(config).eval())
-    return model, ids_with(batch, (16,)) | dict(pixel_values=noise(batch, 3, 64, 64))
+    inputs = ids_with(batch, (16,)) | dict(pixel_values=noise(batch, 3, 64, 64))
+    try:
+        run(model, **inputs)
+    except AttributeError as error:  # transformers 5.24
+        pytest.skip(f"this version of transformers cannot run Llama 4: {error}")
+    return model, inputs
 
 
 def left(name, pads=3):
