@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from tokcompile.passes.graph import aten, packet
+from tokcompile.passes.graph import aten, emitter, packet
 
 
 def real_views(gm: GraphModule) -> None:
@@ -15,9 +15,7 @@ def real_views(gm: GraphModule) -> None:
         if packet(node) != "aten.unsqueeze" or not isinstance(value, Tensor) or not value.is_complex():
             continue
         x, axis = node.args
-        with gm.graph.inserting_before(node):
-            made: Node = gm.graph.call_function(aten.view_as_real.default, (x,))
-            made = gm.graph.call_function(aten.unsqueeze.default, (made, axis % value.dim()))
-            made = gm.graph.call_function(aten.view_as_complex.default, (made,))
-        node.replace_all_uses_with(made)
+        emit = emitter(gm, node)
+        pairs = emit(aten.unsqueeze.default, emit(aten.view_as_real.default, x), axis % value.dim())
+        node.replace_all_uses_with(emit(aten.view_as_complex.default, pairs))
         gm.graph.erase_node(node)

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from tokcompile.errors import ExportError
-from tokcompile.passes.graph import Builder, device_of, draft, fake_attr, get_attr, packet
+from tokcompile.passes.graph import Builder, device_of, fake_attr, finished, get_attr, packet, without_dead_code
 from tokcompile.passes.reduction import ReductionModule
 
 if TYPE_CHECKING:
@@ -122,9 +122,7 @@ class Converter:
         for node in self.gm.graph.nodes:
             self.builder.origin = node
             self.env[node] = getattr(self, f"on_{node.op}")(node)
-        graph = self.builder.graph
-        draft(self.builder.root, graph).graph.eliminate_dead_code()
-        return GraphModule(self.builder.root, graph).eval()
+        return finished(without_dead_code(self.builder.root, self.builder.graph)).eval()
 
     def on_placeholder(self, node: Node) -> Node:
         new = self.builder.copy(node, self.env.__getitem__)

@@ -32,6 +32,12 @@ def draft(root: torch.nn.Module, graph: Graph) -> GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+def without_dead_code(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    """A draft without what nothing reads, neither nodes nor what they would be read from."""
+    draft(root, graph).graph.eliminate_dead_code()
+    return draft(root, graph)
+
+
 def finished(gm: GraphModule) -> GraphModule:
     """A draft as a plain graph module, as other compilers expect it."""
     return GraphModule(gm, gm.graph) if isinstance(gm, _LazyGraphModule) else gm

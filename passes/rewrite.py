@@ -17,7 +17,7 @@ from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, device_of, draft, packet
+from tokcompile.passes.graph import Builder, device_of, packet, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
@@ -106,11 +106,8 @@ class Rewriter:
                 for run in runs(self, node):
                     insert(self, run)
         check_positions(self)
-        graph = self.builder.graph
-        draft(self.builder.root, graph).graph.eliminate_dead_code()
-        gm = draft(self.builder.root, graph)  # anew, so that it holds only what is still read
         return Rewritten(
-            gm,
+            without_dead_code(self.builder.root, self.builder.graph),
             self.spaces,
             self.labels,
             self.recoveries,

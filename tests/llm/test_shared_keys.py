@@ -32,8 +32,9 @@ def test_equals_keys_that_nobody_sees(name):
     options = dict(method="random", budget=tokcompile.Tokens(9), where=[1], spans=[SPAN], outputs="reduced")
     prefill = tokcompile.optimize(Prefill(model), kwargs=dict(input_ids=ids), **options)
     gone = dropped(run(prefill, input_ids=ids).kept["s0_index"][0], *SPAN)
-    made = Generator(prefill, model, max_new_tokens=8)(input_ids=ids, eos=(), keep_logits=True)
-    assert [s.length for s in Generator(prefill, model, max_new_tokens=8).wiring.stages] == [24, 17]
+    generator = Generator(prefill, model, max_new_tokens=8)
+    made = generator(input_ids=ids, eos=(), keep_logits=True)
+    assert [s.length for s in generator.wiring.stages] == [24, 17]
     text = torch.cat([ids, made.tokens], 1)
     for step, logits in enumerate(made.logits):
         with hidden(gone, {1, 3}) as calls:

@@ -240,7 +240,8 @@ def test_windows_and_positions_of_several_axes():
     )
     made = Generator(parts, prefill, max_new_tokens=2)
     step = Decode(model, layout(prefill, 2))
-    with pytest.raises(InputError, match="a position has 3 numbers in this model, and its sliding windows or chunks"):
+    said = "a position has 3 numbers in this model, and its sliding windows or chunks count in one"
+    with pytest.raises(InputError, match=said):
         step.visible(1, Reach(4), torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
     assert made.text.wiring.placed is False
 

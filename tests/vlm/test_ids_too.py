@@ -8,40 +8,32 @@ import tokcompile
 from tests.conftest import error, run
 from tests.llm.by_hand import dropped, hidden
 from tests.vlm.models import parts_of, vlm
-from tokcompile.vlm import Generator, export, load
+from tokcompile.vlm import export, load
 
 COUNT = 6
 
 
-def generated(parts, **options):
-    options = options or dict(method="random", budget=1.0)
-    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **options)
-    return Generator(parts, prefill, max_new_tokens=COUNT)
-
-
-def test_without_a_reduction_it_is_the_models_own_generation():
-    model, inputs = vlm("gemma4", 2)
-    parts = parts_of("gemma4", 2)
-    assert parts.takes_ids
-    assert set(parts.language.kwargs) == {"inputs_embeds", "position_ids", "input_ids"}
-    made = generated(parts)(inputs["pixel_values"], inputs["input_ids"], eos=())
+def test_without_a_reduction_it_is_the_models_own_generation(generator):
+    model, inputs, made = generator("gemma4", batch=2)
+    assert made.parts.takes_ids
+    assert set(made.parts.language.kwargs) == {"inputs_embeds", "position_ids", "input_ids"}
+    made = made(inputs["pixel_values"], inputs["input_ids"], eos=(), max_new_tokens=COUNT)
     given = {name: value for name, value in inputs.items() if name != "use_cache"}
     want = run(model.generate, **given, max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
     assert torch.equal(made.tokens, want[:, -COUNT:])
 
 
-def test_equals_keys_that_nobody_sees_and_the_folder_does_too(tmp_path):
-    _, inputs = vlm("gemma4")
-    parts, (start, stop) = parts_of("gemma4"), parts_of("gemma4").spans[0]
-    generator = generated(parts, method="random", budget=tokcompile.Tokens(4), where=[1])
+def test_equals_keys_that_nobody_sees_and_the_folder_does_too(generator, tmp_path):
+    _, inputs, reduced = generator("gemma4", (("method", "random"), ("budget", tokcompile.Tokens(4)), ("where", (1,))))
+    parts, prefill = reduced.parts, reduced.text.prefill
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     seen = parts.see(pixels)
-    gone = dropped(run(generator.text.prefill, **parts.language_inputs(ids, seen)).kept["s0_index"][0], start, stop)
-    made = generator(pixels, ids, eos=(), keep_logits=True)
+    gone = dropped(run(prefill, **parts.language_inputs(ids, seen)).kept["s0_index"][0], *parts.spans[0])
+    made = reduced(pixels, ids, eos=(), keep_logits=True, max_new_tokens=COUNT)
     with hidden(gone, {1, 3}):  # those that attend to keys of layer 1 or later
         want = run(parts.language.module, **parts.language.kwargs)["logits"][:, -1]
     assert error(made.logits[0], want) < 1e-5
-    export(parts, generator.text.prefill, tmp_path / "folder", max_new_tokens=COUNT)
+    export(parts, prefill, tmp_path / "folder", max_new_tokens=COUNT)
     assert load(tmp_path / "folder")(pixels, ids, eos=()).tokens.tolist() == made.tokens.tolist()
 
 

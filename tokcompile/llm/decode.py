@@ -120,7 +120,7 @@ class Decode(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Which entries of a stage the token may attend to, (1 or B, 1, 1, capacity)."""
         here = self.layout.stages[stage]
-        made = torch.arange(here.capacity - here.length, device=step.device)[None]
+        made = torch.arange(self.layout.room, device=step.device)[None]
         after = made <= step
         before = torch.ones(1, here.length, dtype=torch.bool, device=step.device)
         if reach is not None or padding is not None:

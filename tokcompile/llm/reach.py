@@ -19,6 +19,10 @@ class Reach:
         """Whether tokens at one position see those at another, whose order is no matter here."""
         return query // self.size == key // self.size if self.chunked else query - key < self.size
 
+    def among(self, positions: Tensor) -> Tensor:
+        """The same for each pair of tokens at positions (..., L): (..., L, L)."""
+        return self.sees(positions[..., :, None], positions[..., None, :])
+
 
 def reach_of(attention: Any, window: int | None) -> Reach | None:
     """Of an attention module of transformers that is called with this sliding window; None where it sees everything."""

@@ -98,8 +98,7 @@ def ordered(length: int, reach: Reach | None, positions: Tensor | None = None) -
     """(1 or B, L, L): each token sees itself and those before it that are in reach. positions: (1 or B, L)."""
     place = torch.arange(length)[None]
     seen = place[:, :, None] >= place[:, None]
-    positions = place if positions is None else positions
-    return seen if reach is None else seen & reach.sees(positions[:, :, None], positions[:, None])
+    return seen if reach is None else seen & reach.among(place if positions is None else positions)
 
 
 class PromptMasks(nn.Module):
@@ -146,7 +145,7 @@ class PromptMasks(nn.Module):
                     "a position has several numbers in this model, and its sliding windows or chunks count in one\n"
                     "  what to do: keep the prompt as it is: no room for other texts, no vision part that gives fewer features"
                 )
-            seen = seen & reach.sees(positions[:, :, None], positions[:, None])
+            seen = seen & reach.among(positions)
         if together is not None:
             seen = seen | together
         if attention_mask is not None:  # padding sees itself, so that its row is not empty

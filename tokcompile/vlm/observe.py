@@ -167,14 +167,9 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
 
 def given_features(seen: Observed, name: str, module: nn.Module, args: Any) -> None:
     """Notes a projector that is called behind the function for features."""
-    if seen.features and seen.embeds is None and seen.behind is None and args and isinstance(args[0], Tensor):
-        x, features = args[0], torch.cat(seen.features)
-        if (
-            x.shape[-1:] == features.shape[1:]
-            and x.numel() == features.numel()
-            and torch.equal(x.reshape(features.shape), features)
-        ):
-            seen.behind = name, x.ndim
+    between = seen.features and seen.embeds is None and seen.behind is None
+    if between and args and holds_all(args[0], seen.features):
+        seen.behind = name, args[0].ndim
 
 
 def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, result: Any) -> None:
@@ -182,9 +177,15 @@ def noted(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, resu
 
 
 def is_all_of(value: Any, features: list[Tensor]) -> bool:
-    if not isinstance(value, Tensor) or value.ndim != 3 or any(f.shape != value.shape[1:] for f in features):
+    """Whether it is all features side by side, (images, n, D)."""
+    return holds_all(value, features) and value.ndim == 3 and all(f.shape == value.shape[1:] for f in features)
+
+
+def holds_all(value: Any, features: list[Tensor]) -> bool:
+    """Whether it is all features, one after the other, whatever axes it has in front of their channels."""
+    if not features or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1:] != features[0].shape[-1:]:
         return False
-    return len(value) == len(features) and torch.equal(value, torch.stack(features))
+    return value.numel() == sum(f.numel() for f in features) and torch.equal(value.flatten(0, -2), torch.cat(features))
 
 
 def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
