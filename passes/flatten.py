@@ -51,6 +51,27 @@ def flatten_projector(gm: GraphModule, structure: Structure) -> bool:
     return False
 
 
+def flatten_tiles(gm: GraphModule, structure: Structure) -> bool:
+    """The same for a stream that is seen as rows of tiles only for as long as something is done to each token, such as a tile's
+    embedding that is added to all its tokens (Mllama). One at a time: shapes have to be propagated before the next."""
+    streams = {shape(b.mid) for b in structure.blocks if b.why_not is None}
+    dependent = user_dependent(gm.graph)
+    for node in gm.graph.nodes:
+        if node not in dependent or packet(node) not in RESHAPES or len(shape(node)) != 4:
+            continue
+        rows, stream = _Flatten(gm, shape(node)[:-1]), node.args[0]
+        if shape(stream) not in streams or shape(stream) != (*rows.lead, shape(node)[-1]):
+            continue
+        region = rows.region([node])
+        ends = {u for n in region for u in n.users if u not in region}
+        if len(region) > 1 and all(merges(u, rows.lead) for u in ends):
+            rows.flat[node] = stream
+            rows.rewrite(region)
+            gm.graph.eliminate_dead_code()
+            return True
+    return False
+
+
 def merges(node: Node, lead: tuple[int, ...]) -> bool:
     """Whether a node lays a grid out as (B, H*W, C) or (B*H*W, C)."""
     return packet(node) in RESHAPES and shape(node)[:-1] in (lead, (prod(lead),)) and shape(node)[-1] == shape(node.args[0])[-1]
@@ -74,10 +95,13 @@ class _Flatten:
         return region
 
     def run(self, streams: list[Node]) -> None:
-        region, nodes = self.region(streams), list(self.gm.graph.nodes)
-        if not any(packet(n) in ROWWISE for n in region):
-            return  # channels are not on the last axis: these are feature maps, not rows of tokens
-        for node in nodes:
+        region = self.region(streams)
+        if any(packet(n) in ROWWISE for n in region):  # else channels are not on the last axis: feature maps, not rows of tokens
+            self.rewrite(region)
+
+    def rewrite(self, region: set[Node]) -> None:
+        """Runs what is computed place by place on one axis, and restores the grid behind it."""
+        for node in list(self.gm.graph.nodes):
             if node in region and self.tokenwise(node):
                 self.twin(node)
         for node, flat in list(self.flat.items()):

@@ -34,6 +34,7 @@ ANYWHERE = [
     "timm/volo",
     "timm/xcit",
     "hf/eomt",
+    "hf/mllama",
     "hf/pvt",
     "hf/sam_vision",
     "hf/segformer",

@@ -18,7 +18,7 @@ from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.crop import Hidden, among_shown, can_choose, left_of
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.fixed import Fixed
-from tokcompile.passes.flatten import flatten_grids, flatten_projector
+from tokcompile.passes.flatten import flatten_grids, flatten_projector, flatten_tiles
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
@@ -119,7 +119,7 @@ def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) ->
     """Finds the structure; token grids on two axes are flattened on the way."""
     structure = timed(seconds, "find", lambda: find(graph))
     changed = flatten_grids(graph, structure)
-    while changed or flatten_projector(graph, structure):
+    while changed or flatten_projector(graph, structure) or flatten_tiles(graph, structure):
         propagate_shapes(graph, traced.inputs)
         graph.recompile()
         structure, changed = timed(seconds, "find", lambda: find(graph)), False

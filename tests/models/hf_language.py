@@ -38,6 +38,21 @@ def _prompt_ids(batch: int, image_tokens: int) -> torch.Tensor:
     return torch.cat([text[:, :5], torch.full((batch, image_tokens), 60), text[:, 5:]], dim=1)
 
 
+def _mllama_prompt(batch: int) -> dict:
+    """An image in three of four tiles, which all text but the first five tokens attends to."""
+    ids = _prompt_ids(batch, 1)
+    tiles = torch.tensor([1, 1, 1, 0]).expand(batch, 1, 4)
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=noise(batch, 1, 4, 3, 56, 56),
+        aspect_ratio_ids=torch.full((batch, 1), 4),
+        aspect_ratio_mask=tiles,
+        cross_attention_mask=tiles[:, None] * (torch.arange(ids.shape[1]) > 4).long()[:, None, None],
+        use_cache=False,
+    )
+
+
 def _qwen_prompt(batch: int) -> dict:
     """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
     ids = _prompt_ids(batch, 12)
@@ -416,5 +431,37 @@ LANGUAGE: tuple[Family, ...] = (
         _qwen_prompt,
         depth=8,
         note="position table is resampled in the graph, 2 x 2 merger",
+    ),
+    row(
+        "mllama",
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        dict(
+            vision_config=(
+                "MllamaVisionConfig",
+                dict(
+                    hidden_size=48,
+                    intermediate_size=96,
+                    num_hidden_layers=3,
+                    num_global_layers=2,
+                    attention_heads=4,
+                    vision_output_dim=3 * 48,
+                    image_size=56,
+                    patch_size=14,
+                    max_num_tiles=4,
+                    intermediate_layers_indices=[1, 2],
+                    supported_aspect_ratios=[[1, 1], [1, 2], [2, 1], [2, 2]],
+                ),
+            ),
+            text_config=(
+                "MllamaTextConfig",
+                DECODER
+                | dict(cross_attention_layers=[1, 3], rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+            ),
+            image_token_index=60,
+        ),
+        _mllama_prompt,
+        depth=5,
+        note="Llama 3.2 Vision: four tiles with padding tokens, which are cut off before the decoder's cross-attention",
     ),
 )

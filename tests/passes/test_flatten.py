@@ -8,7 +8,7 @@ from tests.conftest import build, export, leaves, run
 from tests.passes.graphs import canonical, ops
 from tokcompile.compiler import analyse
 from tokcompile.passes.find import find
-from tokcompile.passes.flatten import flatten_grids, flatten_projector
+from tokcompile.passes.flatten import flatten_grids, flatten_projector, flatten_tiles
 from tokcompile.passes.graph import propagate_shapes, shape
 
 D = 16
@@ -137,4 +137,42 @@ def test_a_grid_that_something_looks_at_stays(end):
     gm = canonical(Projector(end).eval(), GRID)
     code = str(gm.graph)
     assert not flatten_projector(gm, find(gm))
+    assert str(gm.graph) == code
+
+
+class Tiles(nn.Module):
+    """Attention over all tokens of two tiles, which are seen as tiles where each gets its own embedding; `then` is done to
+    them in between."""
+
+    def __init__(self, then=lambda x: x):
+        super().__init__()
+        self.then, self.table, self.qkv = then, nn.Parameter(torch.randn(1, 2, 1, D)), nn.Linear(D, 3 * D)
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        x = self.attend(x.flatten(1, 2))
+        x = self.then(x.view(len(x), 2, 12, D) + self.table) * 2
+        return self.attend(x.reshape(len(x), 24, D))
+
+
+def test_tiles_that_are_seen_for_an_embedding_stay_one_token_axis():
+    model = Tiles().eval()
+    want = model(GRID)
+    gm = canonical(model, GRID)
+    assert flatten_tiles(gm, find(gm))
+    propagate_shapes(gm, [GRID])
+    gm.recompile()
+    assert not flatten_tiles(gm, find(gm))
+    assert {len(shape(n)) for n in gm.graph.nodes if n.name.startswith(("add", "mul"))} == {3}
+    assert torch.equal(run(gm, GRID)[0], want)
+
+
+@pytest.mark.parametrize("then", [lambda x: x + x.mean(2, keepdim=True), lambda x: x.flip(2), lambda x: x.softmax(1)])
+def test_tiles_that_something_looks_at_stay(then):
+    gm = canonical(Tiles(then).eval(), GRID)
+    code = str(gm.graph)
+    assert not flatten_tiles(gm, find(gm))
     assert str(gm.graph) == code
