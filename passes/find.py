@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,11 +81,10 @@ class Structure:
     unrecognised: list[str] = field(default_factory=list)
     order: dict[Node, int] = field(default_factory=dict)
 
-    @property
-    def last(self) -> int:
-        """The position in the graph after which no block follows."""
-        nodes = [n for b in self.blocks for n in (b.mid, b.end) if n is not None]
-        return max((self.order[n] for n in nodes), default=-1)
+    @cached_property
+    def leading(self) -> set[Node]:
+        """What the blocks are computed from: whatever happens to tokens elsewhere costs nothing that was gained in them."""
+        return ancestors_of({n for b in self.blocks for n in (b.mid, b.end) if n is not None})
 
     def sites(self) -> list[Block]:
         return [b for b in self.blocks if b.why_not is None]

@@ -84,7 +84,7 @@ def demanded(
     news = [s for s in placed if can_choose(s.recipe) and joint_hidden(s.hidden, rewriter.hidden) != s.hidden]
     if chosen[0].unit == 1 and news:
         return Layout(hidden=rewriter.hidden)
-    met = [n for n in rewriter.met if not rewriter.after_last(n)] or rewriter.met
+    met = [n for n in rewriter.met if not rewriter.behind_blocks(n)] or rewriter.met
     if met:
         stages = [structure.blocks[r.block].stage for r in chosen]
         for grouping in groupings:

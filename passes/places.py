@@ -145,9 +145,12 @@ def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> l
         blocks = [b for b in blocks if b.stage.text] or blocks
         end = max((stop for _, stop in spans), default=0)  # layers that keep no keys may go over the last token alone
         blocks = [b for b in blocks if b.stage.length >= end] or blocks
-    kinds = [kind(b) for b in blocks if not b.why_not]
-    # most blocks win; then the smaller batch, since inner blocks (pixels of a patch, windows) fold tokens into it
-    most = max(dict.fromkeys(kinds), key=lambda one: (kinds.count(one), -one[1]), default=None)
+    work: dict[tuple[int, int, str], int] = {}
+    for b in blocks:
+        if not b.why_not:
+            work[kind(b)] = work.get(kind(b), 0) + work_of(b)
+    # where most is computed; then the smaller batch, since inner blocks (one frame, one column) fold tokens into it
+    most = max(work, key=lambda one: (work[one], -one[1]), default=None)
     return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
 
 
@@ -161,6 +164,11 @@ def kind(block: Block) -> tuple[int, int, str]:
     """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
     batch = shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
     return block.stage.length, batch, re.sub(r"\d+", "#", block.path)
+
+
+def work_of(block: Block) -> int:
+    """What the linear layers of a block cost, up to a factor."""
+    return prod(shape(block.mid)) * shape(block.mid)[-1]
 
 
 def one_block(blocks: Sequence[Block], index: Any) -> Block:

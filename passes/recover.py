@@ -29,7 +29,7 @@ class Recovery:
 
 def recover_operands(rw: Rewriter, node: Node, reason: str, known: bool) -> None:
     """Copies `node` with all its operands at full length. Raises: UnsupportedGraph where the policy forbids it."""
-    inside = not rw.after_last(node)
+    inside = not rw.behind_blocks(node)
     rw.met.append(node)
     if rw.recover == "never" or (inside and rw.recover != "anywhere"):
         labels = ", ".join(

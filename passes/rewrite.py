@@ -176,9 +176,9 @@ class Rewriter:
             self.env[node] = self.builder.attr(node.target)
         return self.env[node]
 
-    def after_last(self, node: Node) -> bool:
-        """Whether no block follows: recovering tokens here costs nothing that was gained."""
-        return self.structure.order[node] > self.structure.last
+    def behind_blocks(self, node: Node) -> bool:
+        """Whether no block depends on it: recovering tokens here costs nothing that was gained."""
+        return node not in self.structure.leading
 
 
 def shallow_copy(gm: GraphModule) -> torch.nn.Module:

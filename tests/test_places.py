@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import tokcompile
 from tests.conftest import counts, error, layer, run
+from tests.tiny import LENGTH, WIDTH, Tiny
 from tokcompile import Flops, InputError, Keep, Plan, PlanError, Recipe, Tokens
 
 LLAVA = "hf/llava"
@@ -87,3 +89,25 @@ def test_refusals(error, options, message, both):
     _, two = both
     with pytest.raises(error, match=message.format(last=layer(two, 2))):
         tokcompile.optimize(two, **{"outputs": "reduced", **options})
+
+
+class TwoTowers(nn.Module):
+    """Crops go through one tower, the whole image through another after it; the crops' tokens are used as a grid, which
+    nothing of the other tower depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.crops, self.whole = Tiny(), Tiny()
+
+    def forward(self, crops, image):
+        grid = self.crops(crops).unflatten(1, (3, 4)).mean(2)
+        return grid, self.whole(image)
+
+
+def test_tokens_are_given_back_beside_other_blocks_too():
+    model, inputs = TwoTowers().eval(), (torch.randn(5, LENGTH, WIDTH), torch.randn(1, LENGTH, WIDTH))
+    optimized = tokcompile.optimize(model, inputs, method="random", budget=0.5)
+    assert [b for b, _, _ in counts(optimized)] == [0, 1, 2]  # the tower that sees more
+    (recovery,) = optimized.report.recoveries
+    assert not recovery["inside"]
+    assert torch.equal(run(optimized, *inputs)[1], model(*inputs)[1])

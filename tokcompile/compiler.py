@@ -214,7 +214,7 @@ def in_groups(error: BudgetError, layout: Layout, given: Analysis, request: Requ
     settings, analysis = request.settings, given.laid_out(layout)
     slots = choose_slots(given.structure, settings.recipe, as_budget(request.budget), request.where, settings.spans, Layout())
     for grouping in given.groupings:
-        inside = any(given.structure.order[e.node] < given.structure.last for e in grouping.exits)
+        inside = any(e.node in given.structure.leading for e in grouping.exits)
         if layout == Layout() and grouping.stage is slots[0].stage and (inside or settings.outputs == "reduced"):
             return NeedsLayout(Layout(grouping.unit, (), True), error)
     try:  # a budget that single tokens can meet shows whether there are groups

@@ -91,7 +91,7 @@ def extremes(call: Call) -> Any:
         return call.emit(out)
     read = {u.args[1] for u in call.node.users if u.target is operator.getitem and u.users}
     # behind the blocks tokens are given back at no cost, and the largest is the same
-    if any(has_tokens(label[d]) for d in dims) and (read != {0} or call.rewriter.after_last(call.node)):
+    if any(has_tokens(label[d]) for d in dims) and (read != {0} or call.rewriter.behind_blocks(call.node)):
         raise NeedsFull("it gives positions of tokens")
     return call.emit([out, out])
 

@@ -41,7 +41,7 @@ def _caformer(batch: int) -> tuple[nn.Module, tuple, dict]:
 
     mixers = [SepConv, SepConv, Attention, Attention]
     norms = [LayerNorm2dNoBias, LayerNorm2dNoBias, LayerNormNoBias, LayerNormNoBias]
-    options = dict(depths=(1, 1, 2, 2), dims=(16, 24, 32, 64), token_mixers=mixers, norm_layers=norms, num_classes=10)
+    options = dict(depths=(1, 1, 3, 1), dims=(16, 24, 32, 64), token_mixers=mixers, norm_layers=norms, num_classes=10)
     return _timm("metaformer:MetaFormer", 112, options, batch)
 
 

@@ -68,7 +68,7 @@ def test_stages_of_models(name):
         assert block.entry in block.mid.all_input_nodes
         assert block.end is None or block.mid in block.end.all_input_nodes
         assert found.order[block.entry] < found.order[block.mid]
-    assert found.last == max((found.order[b.end or b.mid] for b in found.blocks), default=-1)
+    assert {b.end or b.mid for b in found.blocks} <= found.leading
 
 
 @pytest.mark.parametrize(("name", "paths"), [
@@ -255,7 +255,7 @@ def test_attention_without_a_residual_is_no_block(wiring):
 
 def test_a_softmax_that_is_no_attention_is_ignored():
     found = find(canonical(Function(lambda x: x + x.softmax(-1)), X))
-    assert (found.blocks, found.unrecognised, found.last) == ([], [], -1)
+    assert (found.blocks, found.unrecognised, found.leading) == ([], [], set())
 
 
 def patches(image):

@@ -212,9 +212,12 @@ def test_where(where, want):
     assert [slot.block.index for slot in slots] == want
 
 
-def test_the_stage_with_most_blocks_is_reduced():
-    found = model((2, 197, 1, 0), (6, 50, 1, 0), (1, 17, 1, 0))
-    assert [b.index for b in visual_blocks(found, None)] == [2, 3, 4, 5, 6, 7]
+@pytest.mark.parametrize(("stages", "want"), [
+    (((2, 99, 1, 0), (6, 50, 1, 0), (1, 17, 1, 0)), [2, 3, 4, 5, 6, 7]),  # most blocks
+    (((2, 560, 0, 0), (3, 17, 0, 0)), [0, 1]),  # the crops of an image, beside the image itself
+])  # fmt: skip
+def test_the_stage_where_most_is_computed_is_reduced(stages, want):
+    assert [b.index for b in visual_blocks(model(*stages), None)] == want
 
 
 def test_blocks_that_cannot_be_reduced_are_left_out_or_refused():
