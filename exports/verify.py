@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokcompile.errors import ExportError
 from tokcompile.exports.targets import Target
+from tokcompile.passes.faithful import relative_error
 
 # largest difference to the torch module, as a share of the largest value of the output
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -159,19 +160,6 @@ def compare(
                 "verify=False to look at it"
             )
     return check
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """max |got - want| / max |want|; 0 or infinity for values that are not floats."""
-    if not want.is_floating_point():
-        return 0.0 if torch.equal(got, want) else float("inf")
-    got, want = got.double(), want.double()
-    same = (got == want) | (got.isnan() & want.isnan())
-    difference = torch.where(same, 0.0, (got - want).abs())
-    finite = want[want.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 1.0
-    error = float(difference.max()) if difference.numel() else 0.0
-    return float("inf") if error != error else error / max(scale, 1e-30)
 
 
 def first_line(error: Exception) -> str:

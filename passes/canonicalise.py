@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.choices import write_everywhere
 from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
@@ -58,6 +59,8 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     drop_no_ops(gm)
     write_out_equations(gm)
     share_equal_views(gm)
+    if write_everywhere(gm):
+        fold_constants(gm)
     drop_true_masks(gm)
     rejoin(gm)
     gm.meta[FIXED] = fix_permutations(gm, inputs) + fix_placeholders(gm, inputs)

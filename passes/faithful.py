@@ -59,10 +59,27 @@ def worst(got: Sequence[Any], want: Sequence[Any]) -> float:
         if isinstance(a, Tensor) and a.is_floating_point():
             if a.shape != b.shape:
                 raise TokcompileError(f"an output changed its shape from {tuple(b.shape)} to {tuple(a.shape)}")
-            difference = (a.double() - b.double()).abs()
-            difference = difference[~(torch.isinf(a) & torch.isinf(b))]
-            if difference.numel():
-                finite = b[torch.isfinite(b)].double()
-                value = (difference.max() / finite.abs().max().clamp_min(1e-6)).item() if finite.numel() else float("nan")
-                out = max(out, value) if value == value else float("inf")
+            out = max(out, relative_error(a, b) if not b.isnan().any() else float("inf"))
     return out
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """max |got - want| / max |want|, where NaN equals NaN, and what stands for infinity equals itself and is not the largest; 0
+    or infinity for values that are not floats."""
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    ends = infinite(want)
+    if not torch.equal(ends, infinite(got)):
+        return float("inf")
+    got, want = got.double(), want.double()
+    compared = (ends == 0) & ~(got.isnan() & want.isnan())
+    difference, sizes = (got - want).abs()[compared], want.abs()[compared]
+    if not difference.numel():
+        return 0.0
+    error = float(difference.max()) / max(float(sizes.max()), 1e-6)
+    return error if error == error else float("inf")
+
+
+def infinite(x: Tensor) -> Tensor:
+    """1 and -1 where a value is infinite or, as masks have it, about the largest number of its dtype; else 0."""
+    return torch.where(x.abs() >= torch.finfo(x.dtype).max / 2, x.sign(), 0).to(torch.int8)

@@ -101,7 +101,7 @@ def find(gm: GraphModule) -> Structure:
     laid_out = streams(graph, found_attentions)
     features = ancestors_of({n for n in graph.nodes if SAMPLES in n.meta})  # of images, placed among embeddings
     for attention in found_attentions:
-        attention.causal = attention.causal or hides_the_future(gm, attention)
+        attention.causal = attention.causal or hides_the_future(gm, attention, dependent)
         found = residual(attention, order, dependent)
         name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
         if isinstance(found, str):
@@ -132,25 +132,26 @@ def attentions(graph: Graph, dependent: set[Node]) -> Iterator[Attention]:
                 yield unfused(node, scores, value, dependent)
 
 
-def hides_the_future(gm: GraphModule, attention: Attention) -> bool:
+def hides_the_future(gm: GraphModule, attention: Attention, dependent: set[Node]) -> bool:
     """Whether a constant mask lets no query see a later key, as in a language model."""
-    mask = attention.mask
-    if not attention.fused:
-        added = [n for n in attention.node.args[0].all_input_nodes if n.op == "get_attr"] if attention.node.args else []
-        mask = added[0] if added else None
-    if (
-        mask is None
-        or mask.op != "get_attr"
-        or len(shape(mask)) < 2
-        or shape(mask)[-1] != shape(mask)[-2]
-        or shape(mask)[-1] < 2
-    ):
+    mask, hides = attention.mask, False
+    if not attention.fused and attention.node.args:
+        scores = attention.node.args[0]
+        mask = next((n for n in scores.all_input_nodes if n.op == "get_attr" and len(shape(n)) > 1), None)
+        if packet(scores) == "aten.where":  # where(mask, filling, scores), or the other way round
+            hides = scores.args[2] in dependent
+        else:
+            hides = packet(scores) == "aten.masked_fill"
+    if mask is None or mask.op != "get_attr":
+        return False
+    sizes = shape(mask)
+    if len(sizes) < 2 or sizes[-1] != sizes[-2] or sizes[-1] < 2:
         return False
     value = get_attr(gm, mask.target)
     if value.is_meta:
         return False
     visible = value if value.dtype is torch.bool else value > -1e4
-    return not bool(visible.reshape(-1, *visible.shape[-2:])[0].triu(1).any())
+    return not bool((visible ^ hides).reshape(-1, *sizes[-2:])[0].triu(1).any())
 
 
 def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = None, depth: int = 16) -> Any:
@@ -197,7 +198,7 @@ def ancestors(node: Node, dependent: set[Node], stop: int, order: dict[Node, int
 
 
 def residual(attention: Attention, order: dict[Node, int], dependent: set[Node]) -> tuple[Node, Node] | str:
-    """(entry, mid): the residual stream going in, and the add that joins the attention's result to it."""
+    """(entry, mid): the residual stream going in, and the add, or step towards it, that joins the attention's result to it."""
     before = ancestors(attention.q, dependent, 0, order)
     after: set[Node] = {attention.node}
     nodes = iter(sorted_users(attention.node, order))
@@ -206,7 +207,7 @@ def residual(attention: Attention, order: dict[Node, int], dependent: set[Node])
         if not inputs:
             continue
         after.add(node)
-        if packet(node) in ADD and len(node.all_input_nodes) == 2:
+        if packet(node) == "aten.lerp" or (packet(node) in ADD and len(node.all_input_nodes) == 2):
             x, y = node.args[0], node.args[1]
             stream = x if y in after else y
             if (x in after) != (y in after) and shape(stream) == shape(node) and unscaled(stream, dependent) in before:

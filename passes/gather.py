@@ -223,8 +223,14 @@ class Gatherer:
             index = self.index(atom if isinstance(atom, Seq) else old((atom,)), target)
             x, atoms = self.pick(x, atoms, at, index, target.new, origin)
             atoms[at] = target
-        sizes = iter([new((a,)) for a in atoms])
-        return self.reshape(x, [prod(next(sizes) for _ in range(count)) for count in groups])
+        shown, left = [], iter(atoms)
+        for axis, count in zip(want, groups):
+            mine = [next(left) for _ in range(count)]
+            shown.append(list(axis) if len(axis) == count and any(isinstance(a, Batch) for a in mine) else mine)
+        wide = [new((a,)) for group in shown for a in group]  # what is alike for all heads, where these are folded into the batch
+        if wide != [new((a,)) for a in atoms]:
+            x = self.b.emit(aten.expand.default, x, wide)
+        return self.reshape(x, [prod(new((a,)) for a in group) for group in shown])
 
     def reshape(self, x: Node, sizes: list[int]) -> Node:
         return x if shape(x) == tuple(sizes) else self.b.emit(aten.reshape.default, x, sizes)
@@ -347,7 +353,7 @@ def atomised(have: Label, want: Label, jobs: list[int]) -> tuple[list[Atom], lis
     spots: list[tuple[int, Seq]] = []
     for d, axis in enumerate(want):
         if old(have[d]) == 1:
-            mine: list[Atom] = [BatchSlot(1) if has_batch(axis) else 1]
+            mine: list[Atom] = [BatchSlot(1) if isinstance(a, Batch) else 1 for a in axis] if has_batch(axis) else [1]
         elif d in jobs or (has_batch(axis) and old(have[d]) == old(axis)):
             mine = split_like(have[d], axis)
         else:

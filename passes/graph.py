@@ -167,9 +167,9 @@ class Builder:
 def emitter(gm: GraphModule, origin: Node) -> Callable[..., Node]:
     """Adds calls before `origin` that inherit its place in the model."""
 
-    def emit(target: Any, *args: Any) -> Node:
+    def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
         with gm.graph.inserting_before(origin):
-            new = gm.graph.call_function(target, args)
+            new = gm.graph.call_function(target, args, kwargs)
         new.meta = {k: v for k, v in origin.meta.items() if k != "val"}
         return new
 

@@ -101,7 +101,10 @@ def plain_cat(fills: Tensor, tokens: Tensor, samples: int) -> bool:
 
 def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
     """None where a node is no mosaic of whole rows in some order; nor where only class tokens stand before."""
-    source, width = movement.source, shape(movement.source)[-1]
+    source = movement.source
+    if min(len(shape(source)), len(shape(node))) < 2:
+        return None
+    width = shape(source)[-1]
     if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
         return None
     rows = prod(shape(source)[:-1])
@@ -116,6 +119,8 @@ def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
     tokens = first[~fills]
     if not torch.equal(marks, whole) or not len(tokens) or len(tokens.unique()) < len(tokens):
         return None
+    if len(tokens) * shape(source)[-2] <= rows:
+        return None  # one token of each sequence, its class token say, is no layout of tiles
     if plain_cat(fills, tokens, shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1):
         return None
     return Mosaic(node, source, filler, torch.where(fills, rows + fills.cumsum(0) - 1, first // width))

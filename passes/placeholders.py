@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
 from tokcompile.passes.graph import aten, bind, emitter, packet, shape
+from tokcompile.passes.memory import ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
@@ -96,7 +97,6 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
     emit = emitter(gm, node)
     count = sum(stop - start for start, stop in spans)
     rows = emit(aten.reshape.default, features, [*lead, count, sizes[-1]])
-    rows.meta[SAMPLES] = True
     pieces, at, done = [], 0, 0
     for start, stop in spans:
         if start > at:
@@ -107,8 +107,9 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
     if at < sizes[axis]:
         pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
     new = emit(aten.cat.default, pieces, axis)
-    new.meta[SPANS] = spans
     new.meta["val"] = node.meta["val"]
+    if any(n.op == "placeholder" for n in ancestors_of({base})):  # else they are laid out around weights, and in no prompt
+        rows.meta[SAMPLES], new.meta[SPANS] = True, spans
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 

@@ -133,7 +133,7 @@ def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> l
     """
     blocks = structure.blocks
     prompted = [b for b in blocks if b.stage.spans]
-    if spans is None and prompted and (language or not any(b.stage.visual for b in blocks)):
+    if spans is None and prompted and (language or not any(b.stage.visual and not b.why_not for b in blocks)):
         blocks = prompted
     elif spans is None:
         visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]

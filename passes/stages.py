@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import RESHAPES, bind, packet, shape, to_int
+from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.placeholders import SPANS, WRITES
 
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
@@ -72,15 +73,18 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
         if name == "aten.cat" and (to_int(a["dim"]) or 0) % rank == axis:
             tensors = a["tensors"]
             user = [t for t in tensors if t in dependent] or list(tensors)
-            body = max(user, key=lambda t: shape(t)[axis])
-            at = tensors.index(body)
-            prefix += sum(shape(t)[axis] for t in tensors[:at])
-            suffix += sum(shape(t)[axis] for t in tensors[at + 1 :])
-            node = body
+            node = max(user, key=lambda t: shape(t)[axis])
+            images = beside(tensors.index(node), [shape(t)[axis] > 1 and from_patches(t) for t in tensors])
+            prefix += sum(shape(t)[axis] for t in tensors[: images[0]])
+            suffix += sum(shape(t)[axis] for t in tensors[images[-1] + 1 :])
+            if len(images) > 1:
+                break
         elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
             size = shape(a["self"])[axis]
             start, end = slice_bounds(a["start"], a["end"], size)
             prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
+        elif name == "aten.unsqueeze" and a["dim"] % rank != axis:
+            axis, node = axis - (a["dim"] % rank < axis), node.args[0]
         elif name in LAYOUT:
             axis, node = moved(node, axis), node.all_input_nodes[0]
         elif name in RESHAPES:
@@ -107,6 +111,22 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
                 break
             node = follow[0]
     return max(prefix, 0), max(suffix, 0), None, node
+
+
+def beside(at: int, images: list[bool]) -> list[int]:
+    """The pieces around piece `at` that are images too."""
+    first = last = at
+    while first and images[first - 1]:
+        first -= 1
+    while last + 1 < len(images) and images[last + 1]:
+        last += 1
+    return list(range(first, last + 1))
+
+
+def from_patches(node: Node) -> bool:
+    """Whether a tensor is computed from patches, and not only filled in their shape."""
+    filled = packet(node).removeprefix("aten.").startswith(("new_", "zeros", "ones", "full", "empty"))
+    return not filled and any(packet(n) in PATCHES for n in ancestors_of({node}))
 
 
 def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:

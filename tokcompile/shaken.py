@@ -49,10 +49,10 @@ def shaken(gm: GraphModule, seed: int, strength: float = 1.0) -> GraphModule:
         if node.op != "get_attr":
             continue
         value = get_attr(gm, node.target)
-        if isinstance(value, torch.nn.Parameter) and value.is_floating_point() and not value.is_meta:
+        if isinstance(value, torch.nn.Parameter) and value.is_floating_point() and value.numel() and not value.is_meta:
             if id(value) not in new:
                 table = value.dim() < 2 or value.shape[0] == 1
-                scale = strength * (0.4 if table else 1.2 / max(value[0].numel(), 1) ** 0.5)
+                scale = strength * (0.4 if table else 1.2 / value[0].numel() ** 0.5)
                 noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
                 new[id(value)] = torch.nn.Parameter(value.detach() + scale * noise, requires_grad=False)
             owner, _, name = node.target.rpartition(".")

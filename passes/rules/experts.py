@@ -23,7 +23,9 @@ PRODUCTS = {"aten.grouped_mm", "aten._grouped_mm", "transformers.grouped_mm_fall
 ROW_BY_ROW = {f"aten.{name}" for name in UNARY + BINARY}
 ALONG = {  # where that is another axis than the rows'
     "aten.chunk", "aten.split", "aten.split_with_sizes", "aten.slice", "aten.select", "aten.unsqueeze", "aten.squeeze",
+    "aten.mean", "aten.sum", "aten.amax", "aten.softmax", "aten._softmax",
 }  # fmt: skip
+NORMS = {"aten.layer_norm", "aten.rms_norm"}  # of the last axes, one row has two at least
 COUNTS = {"aten.histc", "aten.bincount"}  # how many rows each expert has,
 OF_COUNTS = {"aten.cumsum", "aten.to", "aten._to_copy"}  # and where they begin, which only the products may look at
 
@@ -110,17 +112,22 @@ def allowed(call: Call, node: Node, region: Region, inside: set[Node], rows: Axi
         return False
     if index is not None:  # a row of a table for each
         return node.args[0] not in inside
+    if name in NORMS:
+        return len(bind(node)["normalized_shape"]) < len(shape(node))
     return name == "getitem" or name in ROW_BY_ROW or (name in ALONG and not along_rows(node))
 
 
 def along_rows(node: Node) -> bool:
     dim, rank = bind(node).get("dim"), len(shape(node.args[0])) + (packet(node) == "aten.unsqueeze")
-    return any(d % rank == 0 for d in ([dim] if isinstance(dim, int) else dim or []))
+    dims = [dim] if isinstance(dim, int) else dim or ([] if packet(node) == "aten.squeeze" else [0])
+    return any(d % rank == 0 for d in dims)
 
 
 def longer(node: Node, inside: set[Node], rows: Axis) -> bool:
     """Whether a node meets something that has a row for each of all the rows."""
-    return any(n not in inside and shape(n)[:1] == (old(rows),) for n in node.all_input_nodes if is_tensor(n))
+    rank = len(shape(node)) if is_tensor(node) else 1
+    given = [shape(n) for n in node.all_input_nodes if n not in inside and is_tensor(n)]
+    return any(len(sizes) >= rank and sizes[:1] == (old(rows),) for sizes in given)  # shorter ones lie along other axes
 
 
 def write(call: Call, region: Region, rows: Axis) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch.fx import Node
@@ -117,6 +118,19 @@ def scatter(call: Call) -> Any:
     return call.emit(into, **{"self": call.coerce("self", into), "index": call.coerce("index", index), **source})
 
 
-@rule("aten.index_put", "aten.masked_scatter", "aten.index_add", "aten.index_copy")
+@rule("aten.index_put")
+def index_put(call: Call) -> Any:
+    """One number at constant places of an axis without tokens, such as logits of words that are never said."""
+    label, indices = call.label("self"), call["indices"]
+    places = [d for d, index in enumerate(call.old_args["indices"]) if index is not None]
+    one = len(places) == 1 and len(shape(call.old_args["indices"][places[0]])) == 1 and call.is_tensor("values")
+    if not one or has_tokens(label[places[0]]) or prod(shape(call.old_args["values"])) != 1:
+        return writes(call)
+    if call.labelled("values") or call.rewriter.is_labelled(call.old_args["indices"][places[0]]):
+        return writes(call)
+    return call.emit(label, indices=indices)
+
+
+@rule("aten.masked_scatter", "aten.index_add", "aten.index_copy")
 def writes(call: Call) -> Any:
     raise NeedsFull(f"it writes at positions of a tensor of shape {shape(call.node)}")

@@ -9,8 +9,8 @@ import torch
 from tokcompile.passes.batch import side_by_side
 from tokcompile.passes.graph import RESHAPES, aten
 from tokcompile.passes.placeholders import SAMPLES
-from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_tokens, normal, old, plain, rule
-from tokcompile.passes.tokens import SplitsTokens, new, new_shape, regroup
+from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_batch, has_tokens, normal, old, plain, rule, tokens_of
+from tokcompile.passes.tokens import SplitsTokens, make_seq, new, new_shape, regroup
 
 
 @rule(*RESHAPES, "aten.view_as", "aten.reshape_as", "aten.view_copy", "aten._reshape_alias")
@@ -125,8 +125,6 @@ def repeat_interleave(call: Call) -> Any:
     "aten.rot90",
     "aten.pixel_shuffle",
     "aten.pixel_unshuffle",
-    "aten.constant_pad_nd",
-    "aten.pad",
 )
 def moves_positions(call: Call) -> Any:
     """Moves values along axes: fine where those axes hold no tokens."""
@@ -134,15 +132,31 @@ def moves_positions(call: Call) -> Any:
     dims = call.args.get("dims")
     if dims is not None:
         touched = [d % len(label) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    elif "pad" in call.args:
-        pad = call["pad"]
-        touched = [len(label) - 1 - i // 2 for i in range(len(pad)) if pad[i]]
     else:
         touched = list(range(len(label)))
     if any(has_tokens(label[d]) or any(isinstance(a, Batch) for a in label[d]) for d in touched) or not touched:
         raise NeedsFull("it moves values along the token axis")
     out = tuple(plain((size,))[0] if d in touched else axis for d, (axis, size) in enumerate(zip(label, call.old_shape)))
     return call.emit(out)
+
+
+@rule("aten.constant_pad_nd", "aten.pad")
+def pad(call: Call) -> Any:
+    """Constants before and after: on a token axis they are tokens that stand around the others, such as a mask's for registers."""
+    label, amounts = list(call.label("self")), call["pad"]
+    constant = call.args.get("mode", "constant") == "constant"
+    for i in range(0, len(amounts), 2):
+        d, (before, after) = len(label) - 1 - i // 2, amounts[i : i + 2]
+        if before == after == 0:
+            continue
+        seq = tokens_of(label[d])
+        if seq is not None and label[d] == (seq,) and constant and min(before, after) >= 0:
+            label[d] = (make_seq((before, *seq.parts, after)),)
+        elif has_tokens(label[d]) or has_batch(label[d]):
+            raise NeedsFull("it moves values along the token axis")
+        else:
+            label[d] = plain(call.old_shape[d : d + 1])[0]
+    return call.emit(tuple(label))
 
 
 @rule("aten.unfold", "aten.as_strided", "aten.im2col", "aten.col2im")

@@ -10,7 +10,8 @@ import torch
 from tests.exports.models import tiny
 from tokcompile.errors import ExportError
 from tokcompile.exports.targets import TARGETS
-from tokcompile.exports.verify import refuse_forbidden, relative_error
+from tokcompile.exports.verify import refuse_forbidden
+from tokcompile.passes.faithful import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,13 @@ def test_relative_error():
     assert relative_error(a + 0.4, a) == pytest.approx(0.1)
     assert relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
     assert relative_error(torch.tensor([1]), torch.tensor([2])) == float("inf")
+
+
+def test_what_stands_for_infinity_is_not_the_largest():
+    """Logits of tokens that a model never says are the smallest number there is."""
+    lowest = torch.finfo(torch.float32).min
+    a = torch.tensor([lowest, float("-inf"), float("nan"), 2.0, 1.0])
+    assert relative_error(a, a) == 0
+    assert relative_error(a + torch.tensor([0, 0, 0, 1.0, 0]), a) == pytest.approx(0.5)
+    assert relative_error(a.flip(0), a) == float("inf")
+    assert relative_error(a[:1], a[3:4]) == float("inf")

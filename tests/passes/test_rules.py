@@ -60,6 +60,19 @@ def folded(x):
     return y.transpose(0, 1).reshape(n, b, 16).transpose(0, 1)
 
 
+def written(x, axis):
+    """A number at some places of an axis."""
+    x = x + 0
+    x[(slice(None),) * axis + (torch.tensor([1, 3]),)] = 2.0
+    return x
+
+
+def turned(x, table):
+    """A table for all heads, where these are folded into the batch."""
+    b, n, _ = x.shape
+    return (x.unflatten(2, (2, 8)).transpose(1, 2).flatten(0, 1) * table).unflatten(0, (b, 2)).transpose(1, 2).flatten(2)
+
+
 def experts(x, table):
     """Two of four experts a token, by the signs of two channels; rows are sorted by expert and put back."""
     rows = x.flatten(0, 1)
@@ -97,6 +110,7 @@ CASES = {
     "addcmul": (lambda x, t, u: torch.addcmul(t, x, u, value=2.0), "L 16, 16", f"B, {S}, 16"),
     "lerp": (lambda x, t: torch.lerp(x, t, 0.3), "L 16", f"B, {S}, 16"),
     "rope": (rotate, "L 16, L 16", f"B, {S}, 16"),
+    "rope-heads-in-the-batch": (turned, "L 8", f"B, {S}, 16"),
     "pairs": (lambda x: x.unsqueeze(2) - x.unsqueeze(1), "", f"B, {S}, {S}, 16"),
     "layer-norm": (lambda x, w: F.layer_norm(x, (16,), w), "16", f"B, {S}, 16"),
     "rms-norm": (lambda x, w: F.rms_norm(x, (16,), w), "16", f"B, {S}, 16"),
@@ -134,6 +148,8 @@ CASES = {
     "roll-channels": (lambda x: x.roll(3, -1), "", f"B, {S}, 16"),
     "flip-channels": (lambda x: x.flip(-1), "", f"B, {S}, 16"),
     "pad-channels": (lambda x: F.pad(x, (1, 2)), "", f"B, {S}, 19"),
+    "pad-tokens": (lambda x: F.pad(x, (0, 1, 2, 3), value=1.0), "", "B, Seq(3 + s0 + 3), 17"),
+    "write-channels": (lambda x: written(x, 2), "", f"B, {S}, 16"),
     # joining and cutting
     "cat-class-token": (lambda x, c: torch.cat([c.expand(x.shape[0], -1, -1), x], 1), "1 1 16", "B, Seq(2 + s0), 16"),
     "cat-suffix": (lambda x, c: torch.cat([x, c], 1), "B 2 16", "B, Seq(1 + s0 + 2), 16"),
@@ -263,7 +279,9 @@ NEED_ALL = {
     "flip": (lambda x: x.flip(1), "it moves values along the token axis"),
     "roll": (lambda x: x.roll(2, 1), "it moves values along the token axis"),
     "roll-flat": (lambda x: x.roll(2), "it moves values along the token axis"),
-    "pad": (lambda x: F.pad(x, (0, 0, 1, 1)), "it moves values along the token axis"),
+    "shift": (lambda x: F.pad(x, (0, 0, 1, -1)), "it moves values along the token axis"),
+    "pad-by-mirror": (lambda x: F.pad(x.mT, (2, 2), "reflect"), "it moves values along the token axis"),
+    "write": (lambda x: written(x, 1), "it writes at positions of a tensor"),
     "every-other-token": (lambda x: x[:, ::2], "it takes every other token"),
     "one-token": (lambda x: x[:, 4], "it picks one of the reduced tokens|it cuts through"),
     "first-half": (lambda x: x[:, :6], "it cuts through the reduced tokens"),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokcompile.errors import InputError
 from tokcompile.llm.reach import Reach, reach_of
 
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
@@ -89,6 +90,10 @@ class Collecting:
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         self.states[f"recurrent_{layer_idx}_{state_idx}"] = recurrent_states
         return recurrent_states
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Of sparse attention, which is decoded only as far as it chooses all keys: see `decode.check_model`."""
+        return indexer_key_states
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return False
@@ -180,6 +185,13 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
         mask = masks(layer, reach_of(module, kwargs.get("sliding_window")), key)
         if any(kwargs.get(name) is not None for name in SPECIAL):
             # as the model computes it: only its own function knows what those arguments mean
+            bias = kwargs.get("position_bias")
+            if bias is not None and bias.shape[-1] != key.shape[2]:
+                raise InputError(
+                    f"layer {layer} is given a position bias of {bias.shape[-1]} columns for {key.shape[2]} keys: this model counts "
+                    "distances on its own cache, and cannot go on after a reduction\n  what to do: nothing yet; the prefill alone "
+                    "can be optimized and exported"
+                )
             own = eager_attention(module, original)
             scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
             return own(module, query, key, value, scores, **{**kwargs, "dropout": 0.0})[0], None

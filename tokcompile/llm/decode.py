@@ -23,6 +23,9 @@ from tokcompile.passes.plan import Plan
 from tokcompile.passes.trace import trace
 
 
+WITHOUT_CACHE = {"mlp", "moe"}  # kinds of layers that look at one token at a time
+
+
 class Prefill(nn.Module):
     """A causal language model that returns the last token's logits and the keys and values of every layer.
 
@@ -188,7 +191,7 @@ def rehearse(step: Decode, example: dict[str, Any]) -> None:
     """One step at the last position there is, which also shows which layers look through a window. Raises: InputError."""
     try:
         with torch.no_grad():
-            step(**example)
+            logits = step(**example)["logits"]
     except TokcompileError:
         raise
     except Exception as error:
@@ -198,6 +201,11 @@ def rehearse(step: Decode, example: dict[str, Any]) -> None:
             f"{first}\n  what to do: pass a smaller max_new_tokens if its table of positions ends before; else this model "
             "cannot be decoded after a reduced prefill"
         ) from error
+    if logits.dim() != 3:
+        raise InputError(
+            f"{type(step.model).__name__} gives {tuple(logits.shape)} numbers for a token and no logits of a next one: nothing can "
+            "be generated\n  what to do: run the parts of such a model one after the other: parts(pixel_values, input_ids)"
+        )
 
 
 def check_model(model: nn.Module, plan: Layout) -> None:
@@ -212,7 +220,8 @@ def check_model(model: nn.Module, plan: Layout) -> None:
             "passed to it\n  what to do: pass a causal language model of transformers"
         )
     config = config_of(model)
-    odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention", "chunked_attention"}
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in WITHOUT_CACHE]
+    odd = {*kinds} - {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
     if odd and not plan.states:
         raise InputError(
             f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
@@ -224,8 +233,14 @@ def check_model(model: nn.Module, plan: Layout) -> None:
             f"from token {scaled} on this model scales queries by how many entries its cache has held, which a reduced one "
             "does not tell\n  what to do: a shorter prompt, or a smaller max_new_tokens"
         )
+    chosen = getattr(config, "index_topk", None)
+    if chosen and plan.length + plan.room > chosen:
+        raise InputError(
+            f"this model attends to the {chosen} keys that its indexer chooses, and a prompt of {plan.length} tokens with "
+            f"max_new_tokens={plan.room} has more\n  what to do: a shorter prompt, or a smaller max_new_tokens"
+        )
     shared = getattr(config, "num_kv_shared_layers", None) or 0
-    layers = getattr(config, "num_hidden_layers", len(plan.keys) + shared) - shared
+    layers = (len(kinds) or getattr(config, "num_hidden_layers", len(plan.keys) + shared)) - shared
     if layers != len(plan.keys) and not plan.states:
         raise InputError(
             f"the prefill returns {len(plan.keys)} caches, and {layers} layers of this model have one: it is another one"

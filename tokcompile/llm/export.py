@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tokcompile.api import OptimizedModel
 from tokcompile.errors import ExportError
-from tokcompile.exports.verify import TOLERANCES, relative_error
+from tokcompile.exports.verify import TOLERANCES
+from tokcompile.passes.faithful import relative_error
 from tokcompile.files import atomic_folder
 from tokcompile.llm.folder import FORMAT, SPEC, load
 from tokcompile.llm.generate import Generated, Generator, Wiring

@@ -85,6 +85,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
                 stack.enter_context(recorded_features(module, name, seen))
         handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
         stack.callback(handle.remove)
+        first = layers_of(decoder, config_of(model).num_hidden_layers)[0]
+        stack.callback(first.register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(given_features, seen, name)).remove)
         inside = set(decoder.modules())
@@ -198,13 +200,20 @@ def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
             "  what to do: optimize the whole model"
         )
     deep = getattr(result, "deepstack_features", None) or []
-    return list(pooled), [list(one) for one in deep]
+    return [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled), [list(one) for one in deep]
 
 
 def entered(seen: Observed, kwargs: Mapping[str, Any]) -> None:
     if seen.embeds is None:
         seen.embeds, seen.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         seen.beside = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in USUAL]
+
+
+def placed(seen: Observed, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Where the decoder places the features itself, its first layer is given what others are called on."""
+    if seen.embeds is None and seen.features:
+        seen.embeds = args[0] if args else kwargs.get("hidden_states")
+        seen.position_ids = kwargs.get("position_ids") if seen.position_ids is None else seen.position_ids
 
 
 def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) -> Attention:
@@ -215,16 +224,18 @@ def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) 
     ) -> Any:
         if module in inside:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            seen.masks[layer] = visible(attention_mask, query.shape[2], query.device)
+            causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+            seen.masks[layer] = visible(attention_mask, query.shape[2], query.device, causal is not False)
             seen.reaches[layer] = reach_of(module, kwargs.get("sliding_window"))
         return (original or eager_attention(module))(module, query, key, value, attention_mask, **kwargs)
 
     return attend
 
 
-def visible(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """A mask as transformers hands it over, as (B or 1, L, L) booleans; none at all means a causal one."""
+def visible(mask: Tensor | None, length: int, device: torch.device, causal: bool = True) -> Tensor:
+    """A mask as transformers hands it over, as (B or 1, L, L) booleans; none at all means a causal one, or that all see all."""
     if mask is None:
-        return torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+        everything = torch.ones(1, length, length, dtype=torch.bool, device=device)
+        return everything.tril() if causal else everything
     mask = mask[:, 0, :, :length]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

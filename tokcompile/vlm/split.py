@@ -167,11 +167,11 @@ class Parts:
             slim, made = used_only(self.causal_model, lambda model: make(model)(**inputs))
         except TokcompileError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:  # its forward wants ids, or what is seen, too
+        except Exception as error:  # its forward wants ids, or what is seen, too; or gives no logits
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the model does not run on embeddings alone: {first}\n  what to do: optimize the parts of it one by one, or "
-                "the whole model"
+                f"the model does not run on embeddings alone, as a language model with a cache: {type(error).__name__}: {first}\n"
+                "  what to do: optimize the parts of it one by one, or the whole model"
             ) from error
         if self.optimized is None:
             check_logits(self.seen, made["logits"][:, -1], self.prompt)
@@ -351,6 +351,12 @@ def check_logits(seen: Observed, got: Tensor, prompt: Prompt) -> None:
 
 def check_question(seen: Observed) -> None:
     """Raises: InputError where features depend on the text: those of one question would be given for all."""
+    more = [name for name, value in seen.fixed.items() if value.is_floating_point() and value.dim() > 2]
+    if more:
+        raise InputError(
+            f"{seen.source.features} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the vision "
+            "part takes one\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
+        )
     text = [name for name in seen.fixed if name.endswith("input_ids")]
     if text:
         raise InputError(
