@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -158,9 +159,9 @@ def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = N
     """The matmul that feeds a softmax (back), or the one it feeds together with the operand it comes in by."""
     if not isinstance(node, Node) or depth == 0 or node not in dependent:
         return None
-    if packet(node) in MATMUL:
+    if packet(node) in MATMUL and not mixes_heads(node, dependent):
         return node if back else (node, source)
-    if packet(node) not in BETWEEN:
+    if packet(node) not in BETWEEN | MATMUL and (back or packet(node) != "aten.layer_norm"):  # of what each head weighs
         return None
     nexts = node.all_input_nodes if back else list(node.users)
     for n in nexts:
@@ -168,6 +169,14 @@ def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = N
         if found is not None:
             return found
     return None
+
+
+def mixes_heads(node: Node, dependent: set[Node]) -> bool:
+    """Whether a product only mixes the scores of heads by a weight (talking heads)."""
+    given = [n for n in operands(node) if isinstance(n, Node)]
+    weights = [shape(n) for n in given if n not in dependent]
+    same = any(prod(shape(n)) == prod(shape(node)) for n in given if n in dependent)
+    return same and len(weights) == 1 and len(weights[0]) > 1 and weights[0][-1] == weights[0][-2] != shape(node)[-1]
 
 
 def unfused(softmax: Node, scores: Node, value: tuple[Node, Node], dependent: set[Node]) -> Attention:

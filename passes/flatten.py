@@ -96,7 +96,9 @@ class _Flatten:
 
     def run(self, streams: list[Node]) -> None:
         region = self.region(streams)
-        if any(packet(n) in ROWWISE for n in region):  # else channels are not on the last axis: feature maps, not rows of tokens
+        if any(
+            packet(n) in ROWWISE for n in region
+        ):  # else channels are not on the last axis: feature maps, not rows of tokens
             self.rewrite(region)
 
     def rewrite(self, region: set[Node]) -> None:

@@ -227,7 +227,9 @@ class Gatherer:
         for axis, count in zip(want, groups):
             mine = [next(left) for _ in range(count)]
             shown.append(list(axis) if len(axis) == count and any(isinstance(a, Batch) for a in mine) else mine)
-        wide = [new((a,)) for group in shown for a in group]  # what is alike for all heads, where these are folded into the batch
+        wide = [
+            new((a,)) for group in shown for a in group
+        ]  # what is alike for all heads, where these are folded into the batch
         if wide != [new((a,)) for a in atoms]:
             x = self.b.emit(aten.expand.default, x, wide)
         return self.reshape(x, [prod(new((a,)) for a in group) for group in shown])

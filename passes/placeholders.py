@@ -39,6 +39,9 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
         masked = write_by_mask(node)
         if masked is not None:
             base, mask_node, features = masked
+            if packet(node) == "aten.index_put" and shape(features) in ((), (1,), shape(node)[-1:], (1, *shape(node)[-1:])):
+                chosen(gm, node, base, mask_node, features)
+                continue
             program = program_of(gm, mask_node)
             mask = value_of(program, inputs)
             spans = None if mask is None else spans_of_mask(as_rows(mask, node), shape(node))
@@ -68,6 +71,15 @@ def write_by_mask(node: Node) -> tuple[Node, Node, Node] | None:
 def as_rows(mask: Tensor, node: Node) -> Tensor:
     """A mask of tokens as one of their channels."""
     return mask.unsqueeze(-1) if mask.dim() == len(shape(node)) - 1 and packet(node) == "aten.index_put" else mask
+
+
+def chosen(gm: GraphModule, node: Node, base: Node, mask: Node, row: Node) -> None:
+    """`x[mask] = row`, one for all places, chooses between the two at each."""
+    emit = emitter(gm, node)
+    new = emit(aten.where.self, emit(aten.unsqueeze.default, mask, -1), row, base)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
 
 
 def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:

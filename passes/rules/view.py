@@ -142,7 +142,7 @@ def moves_positions(call: Call) -> Any:
 
 @rule("aten.constant_pad_nd", "aten.pad")
 def pad(call: Call) -> Any:
-    """Constants before and after: on a token axis they are tokens that stand around the others, such as a mask's for registers."""
+    """Constants before and after: on a token axis they stand around the tokens, such as a mask's for registers."""
     label, amounts = list(call.label("self")), call["pad"]
     constant = call.args.get("mode", "constant") == "constant"
     for i in range(0, len(amounts), 2):

@@ -455,8 +455,7 @@ LANGUAGE: tuple[Family, ...] = (
             ),
             text_config=(
                 "MllamaTextConfig",
-                DECODER
-                | dict(cross_attention_layers=[1, 3], rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+                DECODER | dict(cross_attention_layers=[1, 3], rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
             ),
             image_token_index=60,
         ),

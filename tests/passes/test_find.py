@@ -141,6 +141,7 @@ class Parts(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.q, self.kv, self.out = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
         self.mlp, self.scale = nn.Linear(D, D), nn.Parameter(torch.ones(D))
+        self.heads = nn.Parameter(torch.randn(2, 2))
 
     def forward(self, x):
         return self.wiring(self, x)
@@ -151,10 +152,13 @@ class Parts(nn.Module):
         k, v = self.kv(memory).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
         return self.out(F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2))
 
-    def by_hand(self, x, bias=0.0):
+    def mix(self, scores):
+        return torch.einsum("bhij,hg->bgij", scores, self.heads)
+
+    def by_hand(self, x, change=lambda scores: scores, weigh=lambda weights: weights):
         q = self.q(x).unflatten(-1, (2, 8)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
-        weights = ((q * 0.3) @ k.transpose(-1, -2) + bias).softmax(-1)
+        weights = weigh(change((q * 0.3) @ k.transpose(-1, -2)).softmax(-1))
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
@@ -184,8 +188,40 @@ def written_out(m, x):
 
 
 def with_a_bias(m, x):
-    x = x + m.by_hand(m.norm1(x), torch.ones(2, 12, 12))
+    x = x + m.by_hand(m.norm1(x), lambda s: s + torch.ones(2, 12, 12))
     return x + m.mlp(m.norm2(x))
+
+
+def without_the_diagonal(m, x):
+    x = x + m.by_hand(m.norm1(x), lambda s: s.masked_fill(torch.eye(12, dtype=torch.bool), -1e9))
+    return x + m.mlp(m.norm2(x))
+
+
+def talking_heads(m, x):
+    x = x + m.by_hand(m.norm1(x), m.mix, m.mix)
+    return x + m.mlp(m.norm2(x))
+
+
+def normed_heads(m, x):
+    norm = lambda weights: F.layer_norm(m.mix(weights).permute(0, 2, 3, 1), (2,)).permute(0, 3, 1, 2)  # noqa: E731
+    x = x + m.by_hand(m.norm1(x), weigh=norm)
+    return x + m.mlp(m.norm2(x))
+
+
+def steps(m, x):
+    x = F.normalize(torch.lerp(x, m.attend(x), m.scale * 0.3), dim=-1)
+    return F.normalize(torch.lerp(x, m.mlp(x), m.scale * 0.3), dim=-1)
+
+
+def causal_by_hand(m, x):
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    x = x + m.by_hand(m.norm1(x), lambda s: s.masked_fill(future, -1e9))
+    return x + m.mlp(x)
+
+
+def causal_by_choice(m, x):
+    x = x + m.by_hand(m.norm1(x), lambda s: torch.where(torch.ones(12, 12, dtype=torch.bool).tril(), s, -1e9))
+    return x + m.mlp(x)
 
 
 def parallel(m, x):
@@ -231,7 +267,13 @@ def cross(m, x):
     (parallel_in_one_add, "aten.add", None),
     (attention_only, "aten.add", None),
     (scaled_stream, "aten.add", "aten.add"),
+    (without_the_diagonal, "aten.add", "aten.add"),
+    (talking_heads, "aten.add", "aten.add"),
+    (normed_heads, "aten.add", "aten.add"),
+    (steps, "aten.lerp", None),
     (causal, "aten.add", "aten.add"),
+    (causal_by_hand, "aten.add", "aten.add"),
+    (causal_by_choice, "aten.add", "aten.add"),
 ], ids=lambda v: getattr(v, "__name__", v) or "none")  # fmt: skip
 def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
     gm = canonical(Parts(wiring), X)
@@ -241,8 +283,10 @@ def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
     assert (packet(block.end) if block.end else None) == end_op
     assert block.parallel == (wiring is parallel)
     assert block.out is (block.end if wiring is parallel else block.mid)
-    assert block.attentions[0].causal == (wiring is causal)
-    assert block.attentions[0].fused == (wiring not in (written_out, with_a_bias))
+    (attention,) = block.attentions
+    assert attention.causal == wiring.__name__.startswith("causal")
+    assert attention.fused == ("by_hand" not in wiring.__code__.co_names)
+    assert shape(attention.k)[-2:] in ((12, 8), (8, 12))
     assert (block.stage.length, block.token_axis, block.batch_axis) == (12, 1, 0)
 
 
@@ -276,6 +320,8 @@ LAYOUTS = {
     "twice": (lambda x: torch.cat([torch.ones(2, 1, D), torch.cat([torch.ones(2, 4, D), rows(x)], 1) * 2], 1), 5, 0, (3, 5)),
     "cut-off": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, 1:] + 1, 0, 0, (3, 5)),
     "partly-cut": (lambda x: torch.cat([torch.ones(2, 3, D), rows(x)], 1)[:, 1:], 2, 0, (3, 5)),
+    "packed": (lambda x: torch.cat([torch.ones(4, D), rows(x)[0]], 0).unsqueeze(0), 4, 0, None),
+    "images-side-by-side": (lambda x: torch.cat([torch.ones(2, 2, D), rows(x), rows(x)[:, :6]], 1), 2, 0, None),
     "mean-in-front": (lambda x: torch.cat([x.mean((2, 3))[:, None], rows(x)], 1), 1, 0, (3, 5)),
     "a-part": (lambda x: rows(x)[:, :12], 0, 0, None),
 }

@@ -53,6 +53,33 @@ def test_positions_named_by_constants_are_joined_and_taken():
     assert not gm.meta[FIXED]  # constants do not change from call to call
 
 
+def test_what_is_laid_out_around_weights_is_no_prompt():
+    """A class token in front of patches, by an index."""
+    places, tokens = torch.arange(1, 6), torch.zeros(1, 6, 6)
+
+    def laid_out(features):
+        x = tokens.clone()
+        x[torch.zeros(5, dtype=torch.int64), places] = features
+        return x * 2
+
+    gm = canonical(laid_out, FEATURES[:5])
+    assert "index_put.default" not in ops(gm)
+    assert not spans(gm)
+    assert torch.equal(gm(FEATURES[:5])[0], laid_out(FEATURES[:5]))
+
+
+@pytest.mark.parametrize("row", [torch.arange(6.0), torch.ones(1, 6), torch.tensor(2.0)], ids=["row", "1 row", "number"])
+def test_one_row_written_at_a_mask_is_a_choice(row):
+    def write(ids, text):
+        text = text.clone()
+        text[ids == 9] = row
+        return text
+
+    gm = canonical(write, IDS, TEXT)
+    assert not {"index_put.default", "nonzero.default"} & set(ops(gm))
+    assert torch.equal(gm(IDS, TEXT)[0], write(IDS, TEXT))
+
+
 @pytest.mark.parametrize("case", ["rows differ", "features left over", "channels differ"])
 def test_other_writes_stay_what_they_are(case):
     ids, features, fn = IDS.clone(), FEATURES, scatter

@@ -69,7 +69,7 @@ def written(x, axis):
 
 def turned(x, table):
     """A table for all heads, where these are folded into the batch."""
-    b, n, _ = x.shape
+    b = len(x)
     return (x.unflatten(2, (2, 8)).transpose(1, 2).flatten(0, 1) * table).unflatten(0, (b, 2)).transpose(1, 2).flatten(2)
 
 
@@ -176,6 +176,7 @@ CASES = {
     "look-up": (lambda x, t: t[x.argmax(-1)], "16 5", f"B, {S}, 5"),
     "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
     "experts": (experts, "4 16", f"B, {S}, 16"),
+    "experts-normed": (experts_that(lambda y, *_: F.rms_norm(y, (16,)) + y.mean(-1, keepdim=True)), "", f"B, {S}, 16"),
     "experts-of-channels": (experts_that(lambda y, *_: y * y.unsqueeze(1).chunk(2, -1)[1][..., 3:4][:, 0]), "", f"B, {S}, 16"),
     "scatter-value": (lambda x: torch.zeros_like(x).scatter(-1, x.topk(3).indices, 1.0) * x, "", f"B, {S}, 16"),
     "scatter-table": (lambda x, t: t.expand_as(x).scatter(-1, x.topk(3).indices, x), "L 16", f"B, {S}, 16"),

@@ -188,9 +188,9 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
             bias = kwargs.get("position_bias")
             if bias is not None and bias.shape[-1] != key.shape[2]:
                 raise InputError(
-                    f"layer {layer} is given a position bias of {bias.shape[-1]} columns for {key.shape[2]} keys: this model counts "
-                    "distances on its own cache, and cannot go on after a reduction\n  what to do: nothing yet; the prefill alone "
-                    "can be optimized and exported"
+                    f"layer {layer} is given a position bias of {bias.shape[-1]} columns for {key.shape[2]} keys: this model "
+                    "counts distances on its own cache, and cannot go on after a reduction\n  what to do: nothing yet; the "
+                    "prefill alone can be optimized and exported"
                 )
             own = eager_attention(module, original)
             scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)

@@ -22,7 +22,6 @@ from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.plan import Plan
 from tokcompile.passes.trace import trace
 
-
 WITHOUT_CACHE = {"mlp", "moe"}  # kinds of layers that look at one token at a time
 
 
@@ -203,8 +202,8 @@ def rehearse(step: Decode, example: dict[str, Any]) -> None:
         ) from error
     if logits.dim() != 3:
         raise InputError(
-            f"{type(step.model).__name__} gives {tuple(logits.shape)} numbers for a token and no logits of a next one: nothing can "
-            "be generated\n  what to do: run the parts of such a model one after the other: parts(pixel_values, input_ids)"
+            f"{type(step.model).__name__} gives {tuple(logits.shape)} numbers for a token and no logits of a next one: nothing "
+            "can be generated\n  what to do: run the parts of such a model one after the other: parts(pixel_values, input_ids)"
         )
 
 

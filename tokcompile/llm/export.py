@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tokcompile.api import OptimizedModel
 from tokcompile.errors import ExportError
 from tokcompile.exports.verify import TOLERANCES
-from tokcompile.passes.faithful import relative_error
 from tokcompile.files import atomic_folder
 from tokcompile.llm.folder import FORMAT, SPEC, load
 from tokcompile.llm.generate import Generated, Generator, Wiring
 from tokcompile.llm.tokenizer import TOKENIZER
+from tokcompile.passes.faithful import relative_error
 
 CHUNK = 4096  # rows of the embedding table that are computed at a time
 

@@ -170,8 +170,8 @@ class Parts:
         except Exception as error:  # its forward wants ids, or what is seen, too; or gives no logits
             first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the model does not run on embeddings alone, as a language model with a cache: {type(error).__name__}: {first}\n"
-                "  what to do: optimize the parts of it one by one, or the whole model"
+                f"the model does not run on embeddings alone, as a language model with a cache: {type(error).__name__}: "
+                f"{first}\n  what to do: optimize the parts of it one by one, or the whole model"
             ) from error
         if self.optimized is None:
             check_logits(self.seen, made["logits"][:, -1], self.prompt)
@@ -354,8 +354,8 @@ def check_question(seen: Observed) -> None:
     more = [name for name, value in seen.fixed.items() if value.is_floating_point() and value.dim() > 2]
     if more:
         raise InputError(
-            f"{seen.source.features} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the vision "
-            "part takes one\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
+            f"{seen.source.features} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the "
+            "vision part takes one\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
         )
     text = [name for name in seen.fixed if name.endswith("input_ids")]
     if text:

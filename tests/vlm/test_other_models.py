@@ -1,0 +1,169 @@
+"""Models that differ in one thing from those around which `split` was made: taken apart all the same, or refused with the
+reason."""
+
+import functools
+
+import pytest
+import torch
+
+import tokcompile
+from tests.conftest import error, run
+from tests.llm.by_hand import dropped, hidden
+from tests.models import shake
+from tests.models.family import noise, seeded, tokens
+from tests.models.hf_base import DECODER, VIT, class_of
+from tokcompile import InputError
+from tokcompile.vlm import Generator, split
+
+SIGLIP = dict(model_type="siglip_vision_model", vision_use_head=False, **VIT)
+VQ = dict(
+    embed_dim=16, num_embeddings=16, latent_channels=16, resolution=32, base_channels=32, num_res_blocks=1,
+    channel_multiplier=[1, 1, 1],
+)  # fmt: skip
+WORDS = {"<image>": 60} | {f"IMGIMG{''.join(chr(65 + int(d)) for d in str(i))}Z": 20 + i for i in range(16)}
+SAM = dict(
+    model_type="sam_vision_model", hidden_size=48, output_channels=16, num_hidden_layers=4, num_attention_heads=4, image_size=64,
+    patch_size=8, window_size=4, global_attn_indexes=[1, 3], mlp_dim=96,
+)  # fmt: skip
+GEMMA = dict(**DECODER, head_dim=16)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0,
+            attention_factor=1.0)  # fmt: skip
+SPARSE = DECODER | dict(
+    num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=16, v_head_dim=12,
+    qk_rope_head_dim=8, qk_nope_head_dim=8, index_topk=60, index_head_dim=16, index_n_heads=2, rope_parameters=YARN,
+)  # fmt: skip
+
+
+def prompt(count, pixels, **more):
+    """Five tokens of text, the image, seven of text."""
+    text = tokens(1, 12, 54)
+    ids = torch.cat([text[:, :5], torch.full((1, count), 60), text[:, 5:]], 1)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, use_cache=False) | more
+
+
+def chameleon():
+    """Places the features in the module that holds the layers; words for images have the smallest number as logits."""
+    config = class_of("ChameleonConfig")(**DECODER, vocabulary_map=WORDS, vq_config=VQ)
+    return class_of("ChameleonForConditionalGeneration")(config), prompt(64, noise(1, 3, 32, 32))
+
+
+def mistral_large():
+    """A sparse attention that may choose more keys than there are."""
+    config = class_of("MistralLarge4Config")(
+        vision_config=dict(model_type="pixtral", **VIT | dict(image_size=64)), text_config=SPARSE, image_token_index=60
+    )
+    inputs = prompt(16, noise(1, 3, 64, 64), image_sizes=torch.tensor([[64, 64]]))
+    return class_of("MistralLarge4ForConditionalGeneration")(config), inputs
+
+
+def hybrid():
+    """Two forms of each image."""
+    config = class_of("DeepseekVLHybridConfig")(
+        vision_config=SIGLIP, high_res_vision_config=SAM, text_config=dict(model_type="llama", **DECODER), image_token_id=60
+    )
+    inputs = prompt(49, noise(1, 3, 56, 56), high_res_pixel_values=noise(1, 3, 64, 64))
+    return class_of("DeepseekVLHybridForConditionalGeneration")(config), inputs
+
+
+def colpali():
+    """Embeddings for search, and no logits."""
+    inner = dict(
+        model_type="paligemma", vision_config=SIGLIP, text_config=dict(model_type="gemma", **GEMMA), image_token_index=60,
+        projection_dim=48,
+    )  # fmt: skip
+    config = class_of("ColPaliConfig")(vlm_config=inner, embedding_dim=32)
+    inputs = prompt(49, noise(1, 3, 56, 56))
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return class_of("ColPaliForRetrieval")(config), inputs
+
+
+def shieldgemma():
+    """Two numbers for a prompt."""
+    config = class_of("ShieldGemma2Config")(
+        vision_config=SIGLIP | dict(image_size=64), text_config=dict(model_type="gemma3_text", sliding_window=16, **GEMMA),
+        mm_tokens_per_image=16, image_token_index=60, boi_token_index=61, eoi_token_index=62,
+    )  # fmt: skip
+    config.yes_token_index, config.no_token_index = 5, 9
+    inputs = prompt(16, noise(1, 3, 64, 64))
+    return class_of("ShieldGemma2ForImageClassification")(config), inputs | {
+        "token_type_ids": (inputs["input_ids"] == 60).long()
+    }
+
+
+def inkling():
+    """A bias by distance, which its cache counts."""
+    config = class_of("Inkling2Config")(
+        vision_config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, patch_size=8,
+                           posemb_grid_size=8, projection_hidden_dim=64, text_hidden_size=48),
+        text_config=dict(vocab_size=64, unpadded_vocab_size=64, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=12, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+                         swa_head_dim=12, sliding_window_size=16, d_rel=4, rel_extent=32, n_layers_per_attn_res_block=2,
+                         layer_types=["hybrid_sliding", "hybrid"] * 2, conv_kernel_size=3, moe_intermediate_size=32,
+                         n_routed_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=63, pad_token_id=0),
+        image_token_id=60,
+    )  # fmt: skip
+    inputs = prompt(12, noise(12, 16, 16, 3), image_grid_thw=torch.tensor([[1, 4, 3]]))
+    return class_of("Inkling2ForConditionalGeneration")(config), inputs
+
+
+@functools.cache
+def made(make):
+    with seeded():
+        model, inputs = make()
+    return shake(model.eval()), inputs
+
+
+def test_a_decoder_that_places_the_features_itself():
+    model, inputs = made(chameleon)
+    parts, pixels, ids = split(model, inputs), inputs["pixel_values"], inputs["input_ids"]
+    want = run(model, **inputs).logits[:, -1]
+    said = want > -1e30  # the others are never said
+    assert 0 < int(said.sum()) < said.numel()
+    assert error(parts(pixels, ids)["logits"][:, -1][said], want[said]) < 1e-5
+    options = dict(method="random", budget=tokcompile.Tokens(4), where=[2], spans=parts.spans, outputs="reduced")
+    prefill = tokcompile.optimize(*parts.language, **options)
+    gone = dropped(run(prefill, **parts.language.kwargs).kept["s0_index"][0], *parts.spans[0])
+    generator = Generator(parts, prefill, max_new_tokens=4)
+    with hidden(gone, {2, 3}):
+        want = run(parts.language.module, **parts.language.kwargs)["logits"][:, -1]
+    assert error(generator(pixels, ids, eos=(), keep_logits=True).logits[0][said], want[said]) < 1e-5
+    whole = tokcompile.optimize(model, kwargs=inputs, method="tome", budget=0.5, outputs="reduced")
+    assert run(whole, **inputs).output.logits.shape[1] == 44  # its tower cannot be reduced, its decoder can
+    assert not whole.report.recoveries
+
+
+def test_a_sparse_attention_that_chooses_all_keys():
+    model, inputs = made(mistral_large)
+    parts, pixels, ids = split(model, inputs), inputs["pixel_values"], inputs["input_ids"]
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", budget=1.0)
+    want = run(model.generate, **inputs | {"use_cache": True}, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(Generator(parts, prefill, max_new_tokens=8)(pixels, ids, eos=()).tokens, want[:, -8:])
+    options = dict(method="random", budget=tokcompile.Tokens(4), where=[2], spans=parts.spans, outputs="reduced")
+    prefill = tokcompile.optimize(*parts.language, **options)
+    gone = dropped(run(prefill, **parts.language.kwargs).kept["s0_index"][0], *parts.spans[0])
+    with hidden(gone, {2, 3}):
+        want = run(parts.language.module, **parts.language.kwargs)["logits"][:, -1]
+    generator = Generator(parts, prefill, max_new_tokens=8)
+    assert error(generator(pixels, ids, eos=(), keep_logits=True).logits[0], want) < 1e-5
+    with pytest.raises(InputError, match="attends to the 60 keys that its indexer chooses"):
+        Generator(parts, prefill, max_new_tokens=40)
+
+
+@pytest.mark.parametrize(("make", "why"), [
+    (hybrid, "get_image_features is given high_res_pixel_values beside pixel_values: a second form of the image"),
+    (colpali, "does not run on embeddings alone, as a language model with a cache: AttributeError"),
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+def test_what_cannot_be_taken_apart_is_refused(make, why):
+    with pytest.raises(InputError, match=why):
+        split(*made(make), image_token=60)
+
+
+@pytest.mark.parametrize(("make", "why"), [
+    (shieldgemma, r"gives \(1, 2\) numbers for a token and no logits of a next one"),
+    (inkling, "is given a position bias of 1 columns for 32 keys"),
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+def test_what_cannot_be_decoded_is_refused(make, why):
+    parts = split(*made(make))
+    prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", budget=1.0)
+    with pytest.raises(InputError, match=why):
+        Generator(parts, prefill, max_new_tokens=8)
