@@ -22,12 +22,12 @@ VQ = dict(
 )  # fmt: skip
 WORDS = {"<image>": 60} | {f"IMGIMG{''.join(chr(65 + int(d)) for d in str(i))}Z": 20 + i for i in range(16)}
 SAM = dict(
-    model_type="sam_vision_model", hidden_size=48, output_channels=16, num_hidden_layers=4, num_attention_heads=4, image_size=64,
-    patch_size=8, window_size=4, global_attn_indexes=[1, 3], mlp_dim=96,
+    model_type="sam_vision_model", hidden_size=48, output_channels=16, num_hidden_layers=4, num_attention_heads=4, mlp_dim=96,
+    image_size=64, patch_size=8, window_size=4, global_attn_indexes=[1, 3],
 )  # fmt: skip
 GEMMA = dict(**DECODER, head_dim=16)
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0,
-            attention_factor=1.0)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, beta_fast=32.0,
+            beta_slow=1.0, attention_factor=1.0)  # fmt: skip
 SPARSE = DECODER | dict(
     num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=16, v_head_dim=12,
     qk_rope_head_dim=8, qk_nope_head_dim=8, index_topk=60, index_head_dim=16, index_n_heads=2, rope_parameters=YARN,
