@@ -85,8 +85,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
                 stack.enter_context(recorded_features(module, name, seen))
         handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
         stack.callback(handle.remove)
-        first = layers_of(decoder, config_of(model).num_hidden_layers)[0]
-        stack.callback(first.register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
+        entrance = layers_of(decoder, config_of(model).num_hidden_layers)[0]
+        stack.callback(entrance.register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(given_features, seen, name)).remove)
         inside = set(decoder.modules())
