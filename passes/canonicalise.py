@@ -38,7 +38,7 @@ DROPOUTS = {
 ALIASES = {
     "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "absolute": "abs", "negative": "neg",
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
-    "less_equal": "le", "not_equal": "ne",
+    "less_equal": "le", "not_equal": "ne", "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
 }  # fmt: skip
 FIXED = "fixed_values"  # the key in the graph module's meta
 
@@ -76,9 +76,9 @@ def one_name_each(gm: GraphModule) -> None:
     """Ops that are other names of others, as rules know them."""
     for node in gm.graph.nodes:
         name = packet(node).removeprefix("aten.")
-        plain = ALIASES.get(name.removesuffix("_"))
+        plain = ALIASES.get(name, ALIASES.get(name.removesuffix("_")))
         if node.op == "call_function" and plain:
-            overloads = getattr(torch.ops.aten, plain + "_" * name.endswith("_"))
+            overloads = getattr(torch.ops.aten, plain + "_" * (name not in ALIASES))
             node.target = getattr(overloads, node.target._overloadname, node.target)
 
 

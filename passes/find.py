@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -61,6 +61,7 @@ class Block:
     stage: Stage
     parallel: bool = False
     why_not: str | None = None  # set where tokens cannot be reduced here, with the reason
+    crosses: bool = False  # its keys come from elsewhere: it says nothing about its own tokens
 
     @property
     def language(self) -> bool:
@@ -275,7 +276,9 @@ def make_block(
     if stage not in structure.stages:
         structure.stages.append(stage)
     path = common_path(entry, attention.node, mid)
-    return Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage, why_not=why_not)
+    crosses = entry not in ancestors(attention.k, dependent, structure.order[entry], structure.order)
+    block = Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage)
+    return replace(block, why_not=why_not, crosses=crosses)
 
 
 def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:

@@ -45,7 +45,7 @@ def attentions_of(s: Splice) -> list[Attention]:
 def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
     """q, k or v as (B, H, L, d), by default before any rotary embedding; attentions side by side count as more heads."""
     parts, attentions = [], attentions_of(s)
-    nodes: list[Node] = [getattr(attention, name) for attention in attentions]
+    nodes = [of_tokens(getattr(attention, name), shape(s.at)[s.block.token_axis]) for attention in attentions]
     if (whole := in_one_sequence(nodes)) is not None:  # positions were rotated into all of it
         nodes = [whole]
     for attention, node in zip(attentions, nodes):
@@ -58,6 +58,17 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
         segments = whole is None and len(attentions) > 1
         parts.append(repeated(rw, standard(rw, s, node, name, attention, segments, in_line=True), times))
     return side_by_side(rw, s, parts)
+
+
+def of_tokens(node: Node, count: int) -> Node:
+    """Keys or values without learned ones, or zeros, that are joined to those of the tokens."""
+    whole = node.args[0] if packet(node) in ("aten.transpose", "aten.mT", "aten.permute") else node
+    if packet(whole) not in ("aten.cat", "aten.pad", "aten.constant_pad_nd"):
+        return node
+    pieces = whole.args[0] if packet(whole) == "aten.cat" else [whole.args[0]]
+    grown = [[a for a, b in zip(shape(piece), shape(whole)) if a != b] for piece in pieces]
+    found = [piece for piece, sizes in zip(pieces, grown) if sizes == [count] and shape(piece).count(count) == 1]
+    return found[0] if len(found) == 1 else node
 
 
 def in_one_sequence(nodes: list[Node]) -> Node | None:

@@ -68,6 +68,8 @@ def choose_slots(
             raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
     else:
         candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
+        if recipe.reads_attention():
+            candidates = [b for b in candidates if not b.crosses] or candidates
         chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
     place = recipe.place_in(spans is not None or chosen[0].language)
     refused = [b for b in chosen if b.why_not]
@@ -185,6 +187,7 @@ def one_block(blocks: Sequence[Block], index: Any) -> Block:
 def before(block: Block, blocks: Sequence[Block]) -> Block | None:
     """The last block over the same tokens that has been computed when `block` begins."""
     same = [b for b in blocks[: block.index] if kind(b) == kind(block) and b.stage is block.stage]
+    same = [b for b in same if not b.crosses] or same
     return same[-1] if same else None
 
 

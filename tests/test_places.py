@@ -111,3 +111,27 @@ def test_tokens_are_given_back_beside_other_blocks_too():
     (recovery,) = optimized.report.recoveries
     assert not recovery["inside"]
     assert torch.equal(run(optimized, *inputs)[1], model(*inputs)[1])
+
+
+class Captioned(nn.Module):
+    """Between its blocks the tokens look at a caption."""
+
+    def __init__(self):
+        super().__init__()
+        self.tiny = Tiny()
+        self.looks = nn.ModuleList(nn.MultiheadAttention(WIDTH, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, x, caption):
+        for block, look in zip(self.tiny.blocks, self.looks):
+            x = block(x)
+            x = x + look(x, caption, caption, need_weights=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "pitome"])
+def test_methods_read_how_tokens_look_at_each_other(method):
+    model, inputs = Captioned().eval(), (torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, WIDTH))
+    optimized = tokcompile.optimize(model, inputs, method=method, budget=0.5)
+    assert run(optimized, *inputs).shape == inputs[0].shape
+    assert [b for b, _, _ in counts(optimized)] == [0, 2, 4]
+    assert tokcompile.check(model, inputs).ok

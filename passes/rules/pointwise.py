@@ -23,7 +23,7 @@ UNARY = [
 BINARY = [
     "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "maximum", "minimum", "where",
     "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
-    "bitwise_or", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
+    "bitwise_or", "bitwise_xor", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
     "ldexp", "nextafter", "xlogy", "copy",
 ]  # fmt: skip
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.rules.attention import sizes_along
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_tokens, one_sample, rule
-from tokcompile.passes.tokens import Seq
+from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, one_sample, rule, tokens_of
+from tokcompile.passes.tokens import Seq, new
 
 
 def dims_of(call: Call, label: Label) -> list[int]:
@@ -109,7 +109,7 @@ def positions(call: Call) -> Any:
     """Along other axes only: over tokens, positions and running sums would mean something else."""
     label = call.label("self")
     dim = call.args.get("dim")
-    if dim is None or has_tokens(label[dim % len(label)]):
+    if dim is None or (has_tokens(label[dim % len(label)]) and not thresholds(call, label[dim % len(label)])):
         raise NeedsFull("it gives positions of tokens")
     value = call.node.meta["val"]
     if isinstance(value, (tuple, list)):
@@ -118,3 +118,9 @@ def positions(call: Call) -> Any:
         return call.emit([out, out])
     keep = call.args.get("keepdim", True) if "arg" in str(call.node.target) and "sort" not in str(call.node.target) else None
     return call.emit(label if keep is None else reduced(label, [dim % len(label)], bool(keep)))
+
+
+def thresholds(call: Call, axis: Axis) -> bool:
+    """Whether top-k is asked for its values alone, as by attention to the largest scores, and enough tokens are left."""
+    read = {u.args[1] for u in call.node.users if u.users}
+    return "k" in call.args and read == {0} and tokens_of(axis) is not None and new(axis) >= call["k"]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 import tokcompile
-from tests.conftest import leaves, run
+from tests.conftest import error, leaves, run
 from tests.reference.hiprune import hiprune
 from tests.reference.topk import topk
-from tokcompile import Mix, Recipe, Tokens
+from tokcompile import Keep, Mix, Recipe, Tokens
 from tokcompile.errors import MethodError
 from tokcompile.passes import gather
 
@@ -115,3 +116,42 @@ def test_shares_of_the_channels():
     assert gather.channel_shares(8, 8, (), False, None) == [0, 2, 4, 6] * 2  # more positions than frequencies
     with pytest.raises(tokcompile.UnsupportedGraph, match="7 channels does not hold 4 frequencies once or twice"):
         gather.channel_shares(7, 2, (4,), False, None)
+
+
+class Joined(nn.Module):
+    """Attention also to learned keys, which stand before or after those of the tokens; with fused attention or without."""
+
+    def __init__(self, fused, zeros):
+        super().__init__()
+        self.fused, self.zeros = fused, zeros
+        self.qkv, self.mlp, self.more = nn.Linear(16, 48), nn.Linear(16, 16), nn.Parameter(torch.randn(2, 3, 8))
+
+    def forward(self, x):
+        for _ in range(2):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            more = self.more.expand(len(x), -1, -1, -1)
+            k, v = (nn.functional.pad(y, (0, 0, 1, 0)) if self.zeros else torch.cat([y, more], 2) for y in (k, v))
+            if self.fused:
+                y = nn.functional.scaled_dot_product_attention(q, k, v)
+            else:
+                y = (q @ k.mT * 0.3).softmax(-1) @ v
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + self.mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_learned_keys_are_not_those_of_the_tokens(fused, zeros):
+    model, x = Joined(fused, zeros).eval(), torch.randn(2, 12, 16)
+    seen = []
+
+    def plan(tokens, site):
+        seen.append(tokens.k)
+        return Keep(torch.arange(site.k).expand(len(tokens.k), -1))
+
+    recipe = Recipe("probe", plan, taps=("x", "k"))
+    run(tokcompile.optimize(model, (x,), method=recipe, budget=Tokens(8), where=[0]), x)
+    want = run(model.qkv, x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)[1]
+    assert error(seen[-1], want) < 1e-6
+    assert tokcompile.check(model, (x,)).ok

@@ -175,6 +175,8 @@ CASES = {
     "index-of-the-class-token": (lambda x: x[:, torch.tensor([0])] * 2, "", ""),
     "look-up": (lambda x, t: t[x.argmax(-1)], "16 5", f"B, {S}, 5"),
     "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
+    "bits": (lambda x: ((x > 0) & (x < 1) | (x > 2)) ^ (x < -1), "", f"B, {S}, 16"),
+    "threshold": (lambda x: (x.mT - x.mT.topk(3).values[..., -1:]).relu().mT, "", f"B, {S}, 16"),
     "experts": (experts, "4 16", f"B, {S}, 16"),
     "experts-normed": (experts_that(lambda y, *_: F.rms_norm(y, (16,)) + y.mean(-1, keepdim=True)), "", f"B, {S}, 16"),
     "experts-of-channels": (experts_that(lambda y, *_: y * y.unsqueeze(1).chunk(2, -1)[1][..., 3:4][:, 0]), "", f"B, {S}, 16"),
@@ -273,6 +275,7 @@ def test_causal_attention_goes_by_original_positions(batch, order):
 
 
 NEED_ALL = {
+    "largest": (lambda x: x.mT.topk(3).indices, "it gives positions of tokens"),
     "cumsum": (lambda x: x.cumsum(1), "it gives positions of tokens"),
     "sort": (lambda x: x.sort(1).values, "it gives positions of tokens"),
     "argmax": (lambda x: x.argmax(1), "it gives positions of tokens"),
