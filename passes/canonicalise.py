@@ -12,7 +12,7 @@ from tokcompile.passes.choices import write_everywhere
 from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
-from tokcompile.passes.graph import bind, copy_graph, get_attr, packet, propagate_shapes
+from tokcompile.passes.graph import bind, copy_graph, emitter, get_attr, packet, propagate_shapes
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
 from tokcompile.passes.mosaic import write_mosaics
 from tokcompile.passes.permutations import fix_permutations
@@ -40,6 +40,7 @@ ALIASES = {
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
     "less_equal": "le", "not_equal": "ne", "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
 }  # fmt: skip
+FILLS = {"aten.zeros_like": 0, "aten.ones_like": 1}
 FIXED = "fixed_values"  # the key in the graph module's meta
 
 
@@ -53,6 +54,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     refuse_random(gm)
     drop_identities(gm)
     refuse_state(gm)
+    write_out_fills(gm)
     fold_constants(gm)
     functionalise(gm)
     propagate_shapes(gm, inputs)
@@ -112,6 +114,20 @@ def inline_regions(gm: GraphModule) -> None:
         for user in list(node.users):
             user.replace_all_uses_with(result[user.args[1]])
             gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def write_out_fills(gm: GraphModule) -> None:
+    """`zeros_like(x)[:, :, 0]` holds nothing of x: it becomes a constant, and the mask that is made of it does too."""
+    for node in list(gm.graph.nodes):
+        value = FILLS.get(packet(node))
+        cut = node.users and all(packet(u) in ("aten.select", "aten.slice") for u in node.users)
+        if value is None or not cut or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        like, emit = node.meta["val"], emitter(gm, node)
+        new = emit(torch.ops.aten.full.default, list(like.shape), value, dtype=like.dtype, device=like.device)
+        new.meta["val"] = like
+        node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
 from tokcompile.passes.graph import aten, bind, emitter, packet, shape
-from tokcompile.passes.memory import ancestors_of
+from tokcompile.passes.memory import CASTS, ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
@@ -51,6 +51,9 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
                     fixed.append(Fixed(program, mask, placeholders_at(spans)))
         elif packet(node) in ("aten.index_put", "aten.index"):
             at_positions(gm, node, inputs)
+        elif packet(node) == "aten.where":
+            fixed += by_rank(gm, node, inputs)
+    gm.graph.eliminate_dead_code()
     return fixed
 
 
@@ -100,6 +103,33 @@ def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
         taken(gm, node, base, spans)
     elif numel(a["values"]) == written(spans, shape(base)):
         joined(gm, node, base, a["values"], spans)
+
+
+def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
+    """`where(mask, features.gather(1, index), x)`, where the index counts the places of the mask, so that every feature is
+    taken once and in order (pi0)."""
+    mask_node, picked, base = node.args
+    while isinstance(picked, Node) and packet(picked) in CASTS:
+        picked = picked.args[0]
+    whole = all(isinstance(n, Node) and shape(n) == shape(node) for n in (picked, base))
+    if not whole or len(shape(node)) != 3 or packet(picked) != "aten.gather" or bind(picked)["dim"] % 3 != 1:
+        return []
+    features, programs = picked.args[0], [program_of(gm, n) for n in (mask_node, picked.args[2])]
+    mask, index = (value_of(one, inputs) for one in programs)
+    spans = None if mask is None else spans_of_mask(mask, shape(node))
+    if index is None or mask is None or not spans or numel(features) != written(spans, shape(node)):
+        return []
+    count = shape(features)[1]
+    taken_in_order = index.expand(shape(node))[:, mask.expand(shape(node))[0, :, 0]] == torch.arange(count)[:, None]
+    if not bool(taken_in_order.all()):
+        return []
+    joined(gm, node, base, features if picked is node.args[1] else cast_like(gm, node, features), spans)
+    places = [Fixed(programs[0], mask, placeholders_at(spans)), Fixed(programs[1], index, "features stand in their order")]
+    return [one for one in places if read_by(one.program, inputs)]
+
+
+def cast_like(gm: GraphModule, node: Node, features: Node) -> Node:
+    return emitter(gm, node)(aten.to.dtype, features, node.meta["val"].dtype)
 
 
 def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:

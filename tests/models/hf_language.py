@@ -53,6 +53,21 @@ def _mllama_prompt(batch: int) -> dict:
     )
 
 
+def _pi0_prompt(batch: int) -> dict:
+    """Two cameras a sample, the state of the robot and noise for five actions."""
+    ids = _prompt_ids(batch, 2 * 49)
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=noise(batch, 2, 3, 56, 56),
+        pixel_attention_mask=torch.ones(batch, 2, dtype=torch.bool),
+        state=noise(batch, 6),
+        noise=noise(batch, 5, 6),
+        timestep=torch.full((batch,), 0.5),
+        use_cache=False,
+    )
+
+
 def _qwen_prompt(batch: int) -> dict:
     """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
     ids = _prompt_ids(batch, 12)
@@ -462,5 +477,28 @@ LANGUAGE: tuple[Family, ...] = (
         _mllama_prompt,
         depth=5,
         note="Llama 3.2 Vision: four tiles with padding tokens, which are cut off before the decoder's cross-attention",
+    ),
+    row(
+        "pi0",
+        "PI0ForConditionalGeneration",
+        "PI0Config",
+        dict(
+            vlm_config=(
+                "PaliGemmaConfig",
+                dict(
+                    vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
+                    text_config=("GemmaConfig", DECODER | dict(head_dim=12)),
+                    image_token_index=60,
+                    projection_dim=48,
+                ),
+            ),
+            dit_config=("GemmaConfig", DECODER | dict(hidden_size=32, intermediate_size=64, head_dim=12)),
+            chunk_size=5,
+            max_state_dim=6,
+            max_action_dim=6,
+        ),
+        _pi0_prompt,
+        depth=8,
+        note="actions of a robot, by a second decoder that looks at the first one's keys",
     ),
 )

@@ -122,6 +122,22 @@ VISION: tuple[Family, ...] = (
         _siglip2,
         note="4 of 40 patches are padding",
     ),
+    row(
+        "radio",
+        "RadioModel",
+        "RadioConfig",
+        dict(
+            hidden_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            mlp_ratio=2.0,
+            patch_size=8,
+            image_size=64,
+            max_img_size=64,
+        ),
+        lambda batch: dict(pixel_values=noise(batch, 3, 64, 48)),
+        note="3 class tokens and 7 registers",
+    ),
     row("beit", "BeitModel", "BeitConfig", BEIT | dict(use_relative_position_bias=True), image()),
     row("beit_shared", "BeitModel", "BeitConfig", BEIT | dict(use_shared_relative_position_bias=True), image()),
     row(

@@ -104,6 +104,19 @@ def test_a_mask_that_hides_nothing_becomes_none(mask, stays, place):
     assert bool(masks) == stays
 
 
+def test_what_only_has_the_shape_of_an_input_is_a_constant():
+    x = torch.randn(2, 3, 4)
+
+    def fn(x):
+        kinds = torch.zeros_like(x)[:, :, 0]
+        return x * (kinds[..., None] == kinds[:, None, 0:1]) + torch.ones_like(x)
+
+    gm = canonical(fn, x)
+    assert "zeros_like.default" not in ops(gm)
+    assert "ones_like.default" in ops(gm)  # as large as x itself, and with its tokens
+    assert torch.equal(gm(x)[0], fn(x))
+
+
 def test_a_mask_from_the_inputs_stays():
     padding = torch.ones(2, 6, dtype=torch.bool)
     gm = same(lambda x, m: F.scaled_dot_product_attention(x, x, x, m[:, None].expand(2, 6, 6)), X, padding)

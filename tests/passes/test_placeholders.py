@@ -68,6 +68,24 @@ def test_what_is_laid_out_around_weights_is_no_prompt():
     assert torch.equal(gm(FEATURES[:5])[0], laid_out(FEATURES[:5]))
 
 
+@pytest.mark.parametrize(("shift", "cast"), [(0, False), (0, True), (1, False)])
+def test_features_taken_by_their_rank(shift, cast):
+    """Every feature once and in order; in another order it is no placeholder."""
+
+    def place(ids, text, features):
+        there = ids == 9
+        index = ((there.cumsum(-1) - 1).clamp(min=0) + shift) % 5
+        taken = features.gather(1, index[..., None].expand(-1, -1, 6))
+        return torch.where(there[..., None], taken.float() if cast else taken, text)
+
+    features = FEATURES.reshape(2, 5, 6).to(torch.float64 if cast else torch.float32)
+    gm = canonical(place, IDS, TEXT, features)
+    assert spans(gm) == ([] if shift else [((1, 4), (5, 7))])
+    assert ("gather.default" in ops(gm)) == bool(shift)
+    assert torch.equal(gm(IDS, TEXT, features)[0], place(IDS, TEXT, features))
+    assert len(gm.meta[FIXED]) == (0 if shift else 2)
+
+
 @pytest.mark.parametrize("row", [torch.arange(6.0), torch.ones(1, 6), torch.tensor(2.0)], ids=["row", "1 row", "number"])
 def test_one_row_written_at_a_mask_is_a_choice(row):
     def write(ids, text):
