@@ -249,7 +249,8 @@ def refusal(error: Exception, recording: Recording) -> str:
     if "not a known type" in str(error) and "Cache" in str(error):
         return (
             "this call returns a key-value cache, which torch.export does not take\n"
-            "  what to do: add use_cache=False to the example inputs; tokcompile.llm and tokcompile.vlm generate with caches"
+            "  what to do: add use_cache=False to the example inputs, or wrap the model in a module that returns tensors "
+            "alone; tokcompile.llm and tokcompile.vlm generate with caches"
         )
     return (
         f"torch.export cannot trace this model: {type(error).__name__}: {' '.join(lines[:3])}\n"

@@ -106,6 +106,21 @@ def inkling():
     return class_of("Inkling2ForConditionalGeneration")(config), inputs
 
 
+def t5gemma():
+    """An encoder sees the image."""
+    half = DECODER | dict(
+        head_dim=12, sliding_window=16, query_pre_attn_scalar=12, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    encoder = dict(
+        vision_config=SIGLIP | dict(image_size=64), text_config=half, mm_tokens_per_image=16, boi_token_index=61,
+        eoi_token_index=62, image_token_index=60,
+    )  # fmt: skip
+    config = class_of("T5Gemma2Config")(encoder=encoder, decoder=half, image_token_index=60)
+    inputs = prompt(16, noise(1, 3, 64, 64), decoder_input_ids=tokens(1, 6, 55))
+    inputs["input_ids"][:, 21] = 61  # whose embedding is written at a mask
+    return class_of("T5Gemma2ForConditionalGeneration")(config), inputs
+
+
 @functools.cache
 def made(make):
     with seeded():
@@ -149,9 +164,17 @@ def test_a_sparse_attention_that_chooses_all_keys():
         Generator(parts, prefill, max_new_tokens=40)
 
 
+def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
+    model, inputs = made(t5gemma)
+    optimized = tokcompile.optimize(model, kwargs=inputs, method="dart", budget=0.5)
+    assert run(optimized, **inputs).logits.shape == run(model, **inputs).logits.shape
+    assert optimized.export_onnx(tmp_path / "model.onnx").nodes  # without NonZero, which the export would refuse
+
+
 @pytest.mark.parametrize(("make", "why"), [
     (hybrid, "get_image_features is given high_res_pixel_values beside pixel_values: a second form of the image"),
     (colpali, "does not run on embeddings alone, as a language model with a cache: AttributeError"),
+    (t5gemma, "looks at what is seen with an encoder"),
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_what_cannot_be_taken_apart_is_refused(make, why):
     with pytest.raises(InputError, match=why):

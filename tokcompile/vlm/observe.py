@@ -126,6 +126,11 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
 
 def decoder_of(model: nn.Module) -> str:
     """The name of the module that holds the token embeddings beside a list of layers. Raises: InputError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} looks at what is seen with an encoder: its image tokens are in no prompt of its decoder\n"
+            "  what to do: optimize the encoder, model.get_encoder(), or the whole model with use_cache=False"
+        )
     find = getattr(model, "get_input_embeddings", None)
     table = find() if find is not None else None
     layers = getattr(config_of(model), "num_hidden_layers", None)
@@ -136,7 +141,7 @@ def decoder_of(model: nn.Module) -> str:
     raise InputError(
         f"{type(model).__name__} has no decoder that this function finds: a module with the token embeddings "
         "(get_input_embeddings) beside a list of num_hidden_layers layers\n  what to do: pass a vision-language model of "
-        "transformers, such as LlavaForConditionalGeneration"
+        "transformers that generates, such as LlavaForConditionalGeneration; others are optimized as a whole"
     )
 
 
