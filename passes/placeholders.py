@@ -51,9 +51,8 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
                     fixed.append(Fixed(program, mask, placeholders_at(spans)))
         elif packet(node) in ("aten.index_put", "aten.index"):
             at_positions(gm, node, inputs)
-        elif packet(node) == "aten.where":
+        elif node.target is aten.where.self:
             fixed += by_rank(gm, node, inputs)
-    gm.graph.eliminate_dead_code()
     return fixed
 
 
@@ -123,13 +122,11 @@ def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
     taken_in_order = index.expand(shape(node))[:, mask.expand(shape(node))[0, :, 0]] == torch.arange(count)[:, None]
     if not bool(taken_in_order.all()):
         return []
-    joined(gm, node, base, features if picked is node.args[1] else cast_like(gm, node, features), spans)
+    if picked is not node.args[1]:
+        features = emitter(gm, node)(aten.to.dtype, features, node.meta["val"].dtype)
+    joined(gm, node, base, features, spans)
     places = [Fixed(programs[0], mask, placeholders_at(spans)), Fixed(programs[1], index, "features stand in their order")]
     return [one for one in places if read_by(one.program, inputs)]
-
-
-def cast_like(gm: GraphModule, node: Node, features: Node) -> Node:
-    return emitter(gm, node)(aten.to.dtype, features, node.meta["val"].dtype)
 
 
 def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:
