@@ -54,10 +54,11 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     refuse_random(gm)
     drop_identities(gm)
     refuse_state(gm)
-    write_out_fills(gm)
     fold_constants(gm)
     functionalise(gm)
     propagate_shapes(gm, inputs)
+    if write_out_fills(gm):
+        fold_constants(gm)
     drop_no_ops(gm)
     write_out_equations(gm)
     share_equal_views(gm)
@@ -117,18 +118,21 @@ def inline_regions(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def write_out_fills(gm: GraphModule) -> None:
-    """`zeros_like(x)[:, :, 0]` holds nothing of x: it becomes a constant, and the mask that is made of it does too."""
+def write_out_fills(gm: GraphModule) -> bool:
+    """`zeros_like(x)[:, :, 0]` holds nothing of x: it becomes a constant, and the mask that is made of it does too. Returns
+    whether there was any."""
+    found = False
     for node in list(gm.graph.nodes):
-        value = FILLS.get(packet(node))
+        value, like = FILLS.get(packet(node)), node.meta.get("val")
         cut = node.users and all(packet(u) in ("aten.select", "aten.slice") for u in node.users)
-        if value is None or not cut or not isinstance(node.meta.get("val"), torch.Tensor):
+        if value is None or not cut or not isinstance(like, torch.Tensor) or not like.is_contiguous():
             continue
-        like, emit = node.meta["val"], emitter(gm, node)
+        emit, found = emitter(gm, node), True
         new = emit(torch.ops.aten.full.default, list(like.shape), value, dtype=like.dtype, device=like.device)
         new.meta["val"] = like
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+    return found
 
 
 def refuse_random(gm: GraphModule) -> None:

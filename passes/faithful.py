@@ -69,7 +69,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     if not want.is_floating_point():
         return 0.0 if torch.equal(got, want) else float("inf")
     ends = infinite(want)
-    if not torch.equal(ends, infinite(got)):
+    if not torch.equal(ends, infinite(got.to(want.dtype))):
         return float("inf")
     got, want = got.double(), want.double()
     compared = (ends == 0) & ~(got.isnan() & want.isnan())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
@@ -152,7 +151,7 @@ def hides_the_future(gm: GraphModule, attention: Attention, dependent: set[Node]
     value = get_attr(gm, mask.target)
     if value.is_meta:
         return False
-    visible = value if value.dtype is torch.bool else value > -1e4
+    visible = value > -1e4 if value.is_floating_point() else value != 0
     return not bool((visible ^ hides).reshape(-1, *sizes[-2:])[0].triu(1).any())
 
 
@@ -162,7 +161,8 @@ def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = N
         return None
     if packet(node) in MATMUL and not mixes_heads(node, dependent):
         return node if back else (node, source)
-    if packet(node) not in BETWEEN | MATMUL and (back or packet(node) != "aten.layer_norm"):  # of what each head weighs
+    norm_of_heads = not back and packet(node) == "aten.layer_norm"
+    if packet(node) not in BETWEEN | MATMUL and not norm_of_heads:
         return None
     nexts = node.all_input_nodes if back else list(node.users)
     for n in nexts:
@@ -173,7 +173,7 @@ def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = N
 
 
 def mixes_heads(node: Node, dependent: set[Node]) -> bool:
-    """Whether a product only mixes the scores of heads by a weight (talking heads)."""
+    """Whether a product only mixes scores by a square weight, as of heads that talk to each other."""
     given = [n for n in operands(node) if isinstance(n, Node)]
     weights = [shape(n) for n in given if n not in dependent]
     same = any(prod(shape(n)) == prod(shape(node)) for n in given if n in dependent)
@@ -277,8 +277,19 @@ def make_block(
         structure.stages.append(stage)
     path = common_path(entry, attention.node, mid)
     crosses = entry not in ancestors(attention.k, dependent, structure.order[entry], structure.order)
-    block = Block(len(structure.blocks), path, [attention], entry, mid, None, token_axis, batch_axis, stage)
-    return replace(block, why_not=why_not, crosses=crosses)
+    return Block(
+        len(structure.blocks),
+        path,
+        [attention],
+        entry,
+        mid,
+        None,
+        token_axis,
+        batch_axis,
+        stage,
+        why_not=why_not,
+        crosses=crosses,
+    )
 
 
 def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:

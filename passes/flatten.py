@@ -18,7 +18,7 @@ from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.rules.pointwise import BINARY, UNARY
 
 ROWWISE = {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
-TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} | ROWWISE
+TOKENWISE = {f"aten.{name}" for name in UNARY + BINARY} - {"aten.prelu"} | ROWWISE  # whose weights lie along axis 1
 PARTS = {"aten.chunk", "aten.split", "aten.split_with_sizes"}  # of the channels
 
 

@@ -70,6 +70,9 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     with gm.graph.inserting_before(node):
         if packet(node) == "aten.copy_":
             value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
+            into, given = node.meta.get("val"), node.args[1].meta.get("val")
+            if into is not None and (given is None or given.dtype != into.dtype):
+                value = gm.graph.call_function(aten.to.dtype, (value, into.dtype))
         else:
             functional = functional_overload(node)
             if functional is None:

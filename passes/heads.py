@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
-from tokcompile.passes.graph import aten, packet, shape
+from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
 
@@ -62,13 +62,26 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
 
 def of_tokens(node: Node, count: int) -> Node:
     """Keys or values without learned ones, or zeros, that are joined to those of the tokens."""
-    whole = node.args[0] if packet(node) in ("aten.transpose", "aten.mT", "aten.permute") else node
-    if packet(whole) not in ("aten.cat", "aten.pad", "aten.constant_pad_nd"):
-        return node
-    pieces = whole.args[0] if packet(whole) == "aten.cat" else [whole.args[0]]
-    grown = [[a for a, b in zip(shape(piece), shape(whole)) if a != b] for piece in pieces]
-    found = [piece for piece, sizes in zip(pieces, grown) if sizes == [count] and shape(piece).count(count) == 1]
-    return found[0] if len(found) == 1 else node
+    turned = packet(node) in ("aten.transpose", "aten.mT", "aten.permute")
+    found = node.args[0] if turned else node
+    while (axis := joined_along(found)) is not None:
+        pieces = found.args[0] if packet(found) == "aten.cat" else [found.args[0]]
+        whole = [p for p in pieces if shape(p)[axis] == count]
+        if whole:  # turned back, the axes of a square one could not be told apart
+            return whole[0] if len(whole) == 1 and not (turned and shape(whole[0]).count(count) > 1) else node
+        found = max(pieces, key=lambda p: shape(p)[axis])
+    return node
+
+
+def joined_along(node: Node) -> int | None:
+    """The one axis along which something was joined."""
+    rank = len(shape(node))
+    if packet(node) == "aten.cat":
+        return int(bind(node)["dim"]) % rank
+    if packet(node) not in ("aten.pad", "aten.constant_pad_nd"):
+        return None
+    axes = {rank - 1 - i // 2 for i, amount in enumerate(bind(node)["pad"]) if amount}
+    return axes.pop() if len(axes) == 1 else None
 
 
 def in_one_sequence(nodes: list[Node]) -> Node | None:

@@ -39,8 +39,8 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
         masked = write_by_mask(node)
         if masked is not None:
             base, mask_node, features = masked
-            if packet(node) == "aten.index_put" and shape(features) in ((), (1,), shape(node)[-1:], (1, *shape(node)[-1:])):
-                chosen(gm, node, base, mask_node, features)
+            if is_row(features, node):
+                one_row(gm, node, base, mask_node, features)
                 continue
             program = program_of(gm, mask_node)
             mask = value_of(program, inputs)
@@ -75,7 +75,17 @@ def as_rows(mask: Tensor, node: Node) -> Tensor:
     return mask.unsqueeze(-1) if mask.dim() == len(shape(node)) - 1 and packet(node) == "aten.index_put" else mask
 
 
-def chosen(gm: GraphModule, node: Node, base: Node, mask: Node, row: Node) -> None:
+def is_row(value: Node, node: Node) -> bool:
+    """Whether what is assigned at a mask is a row of the model's own, such as the embedding of one word."""
+    one = shape(value) in ((), (1,), shape(node)[-1:], (1, *shape(node)[-1:]))
+    return packet(node) == "aten.index_put" and one and not from_inputs(value)
+
+
+def from_inputs(node: Node) -> bool:
+    return any(n.op == "placeholder" for n in ancestors_of({node}))
+
+
+def one_row(gm: GraphModule, node: Node, base: Node, mask: Node, row: Node) -> None:
     """`x[mask] = row`, one for all places, chooses between the two at each."""
     emit = emitter(gm, node)
     new = emit(aten.where.self, emit(aten.unsqueeze.default, mask, -1), row, base)
@@ -108,7 +118,9 @@ def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
     """`where(mask, features.gather(1, index), x)`, where the index counts the places of the mask, so that every feature is
     taken once and in order (pi0)."""
     mask_node, picked, base = node.args
+    casts: list[Node] = []
     while isinstance(picked, Node) and packet(picked) in CASTS:
+        casts.append(picked)
         picked = picked.args[0]
     whole = all(isinstance(n, Node) and shape(n) == shape(node) for n in (picked, base))
     if not whole or len(shape(node)) != 3 or packet(picked) != "aten.gather" or bind(picked)["dim"] % 3 != 1:
@@ -116,17 +128,19 @@ def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
     features, programs = picked.args[0], [program_of(gm, n) for n in (mask_node, picked.args[2])]
     mask, index = (value_of(one, inputs) for one in programs)
     spans = None if mask is None else spans_of_mask(mask, shape(node))
-    if index is None or mask is None or not spans or numel(features) != written(spans, shape(node)):
+    if index is None or mask is None or not spans:
         return []
-    count = shape(features)[1]
+    count = sum(stop - start for start, stop in spans)
+    if shape(features) != (shape(node)[0], count, shape(node)[2]):
+        return []
     taken_in_order = index.expand(shape(node))[:, mask.expand(shape(node))[0, :, 0]] == torch.arange(count)[:, None]
     if not bool(taken_in_order.all()):
         return []
-    if picked is not node.args[1]:
-        features = emitter(gm, node)(aten.to.dtype, features, node.meta["val"].dtype)
+    for cast in reversed(casts):
+        features = emitter(gm, node)(cast.target, features, *cast.args[1:], **cast.kwargs)
     joined(gm, node, base, features, spans)
-    places = [Fixed(programs[0], mask, placeholders_at(spans)), Fixed(programs[1], index, "features stand in their order")]
-    return [one for one in places if read_by(one.program, inputs)]
+    held = [Fixed(programs[0], mask, placeholders_at(spans)), Fixed(programs[1], index, "features stand in their order")]
+    return [one for one in held if read_by(one.program, inputs)]
 
 
 def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:
@@ -147,7 +161,7 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
         pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
     new = emit(aten.cat.default, pieces, axis)
     new.meta["val"] = node.meta["val"]
-    if any(n.op == "placeholder" for n in ancestors_of({base})):  # else they are laid out around weights, and in no prompt
+    if from_inputs(base):  # else they are laid out around weights, and in no prompt
         rows.meta[SAMPLES], new.meta[SPANS] = True, spans
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -124,7 +124,8 @@ def exits_of(movement: Movement, block: Block) -> list[Exit]:
     """The ends of a movement whose rows are groups of tokens; channels have to be on the last axis."""
     source, out = movement.source, []
     sizes = shape(source)
-    candidates = [n for n in movement.ends if prod(shape(n)[:-1]) < prod(sizes[:-1]) and shape(n)[-1] % sizes[-1] == 0]
+    ends = [n for n in movement.ends if shape(n)]
+    candidates = [n for n in ends if prod(shape(n)[:-1]) < prod(sizes[:-1]) and shape(n)[-1] % sizes[-1] == 0]
     if not candidates:
         return []
     marks = torch.arange(prod(sizes), dtype=torch.int64 if prod(sizes) >= 1 << 31 else torch.int32)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import RESHAPES, bind, packet, shape, to_int
-from tokcompile.passes.memory import ancestors_of
+from tokcompile.passes.memory import CASTS, is_view
 from tokcompile.passes.placeholders import SPANS, WRITES
 
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
@@ -65,7 +65,8 @@ def placeholder_spans(upstream: set[Node], length: int) -> tuple[tuple[int, int]
 
 
 def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple[int, ...] | None, Node]:
-    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it)."""
+    """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it). Images
+    side by side have no grid in common."""
     prefix = suffix = 0
     while node in dependent and node.op == "call_function":
         name, a = packet(node), bind(node)
@@ -124,9 +125,11 @@ def beside(at: int, images: list[bool]) -> list[int]:
 
 
 def from_patches(node: Node) -> bool:
-    """Whether a tensor is computed from patches, and not only filled in their shape."""
-    filled = packet(node).removeprefix("aten.").startswith(("new_", "zeros", "ones", "full", "empty"))
-    return not filled and any(packet(n) in PATCHES for n in ancestors_of({node}))
+    """Whether a tensor is the patches of an image themselves, only laid out anew: what is computed from an image, such as a
+    class token, is none."""
+    while is_view(node) or packet(node) in LAYOUT | CASTS:
+        node = node.args[0]
+    return packet(node) in PATCHES
 
 
 def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:

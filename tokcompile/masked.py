@@ -58,6 +58,9 @@ class MaskedRun(Interpreter):
         if name in SOFTMAX and self.tokens(args["self"], args["dim"]):
             hidden = ~self.visible(args["self"], args["dim"])
             return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
+        if name == "aten.topk" and self.tokens(args["self"], args["dim"]):
+            hidden = ~self.visible(args["self"], args["dim"])
+            return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
         if (
             name in REDUCTIONS
             and args.get("dim") is not None

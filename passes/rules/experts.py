@@ -25,7 +25,7 @@ ALONG = {  # where that is another axis than the rows'
     "aten.chunk", "aten.split", "aten.split_with_sizes", "aten.slice", "aten.select", "aten.unsqueeze", "aten.squeeze",
     "aten.mean", "aten.sum", "aten.amax", "aten.softmax", "aten._softmax",
 }  # fmt: skip
-NORMS = {"aten.layer_norm", "aten.rms_norm"}  # of the last axes, one row has two at least
+NORMS = {"aten.layer_norm", "aten.rms_norm"}  # where these leave out the first axis
 COUNTS = {"aten.histc", "aten.bincount"}  # how many rows each expert has,
 OF_COUNTS = {"aten.cumsum", "aten.to", "aten._to_copy"}  # and where they begin, which only the products may look at
 
@@ -108,7 +108,7 @@ def allowed(call: Call, node: Node, region: Region, inside: set[Node], rows: Axi
         return False
     if name in PRODUCTS:
         return True
-    if longer(node, inside, rows):
+    if longer(node, inside, rows) or crossed(node, inside):
         return False
     if index is not None:  # a row of a table for each
         return node.args[0] not in inside
@@ -121,6 +121,12 @@ def along_rows(node: Node) -> bool:
     dim, rank = bind(node).get("dim"), len(shape(node.args[0])) + (packet(node) == "aten.unsqueeze")
     dims = [dim] if isinstance(dim, int) else dim or ([] if packet(node) == "aten.squeeze" else [0])
     return any(d % rank == 0 for d in dims)
+
+
+def crossed(node: Node, inside: set[Node]) -> bool:
+    """Whether the sorted rows are laid along two axes, so that each meets all others."""
+    ranks = {len(shape(n)) for n in node.all_input_nodes if n in inside and is_tensor(n)}
+    return packet(node) in ROW_BY_ROW and len(ranks - {0}) > 1
 
 
 def longer(node: Node, inside: set[Node], rows: Axis) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.rules.attention import sizes_along
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, one_sample, rule, tokens_of
 from tokcompile.passes.tokens import Seq, new
@@ -121,6 +121,9 @@ def positions(call: Call) -> Any:
 
 
 def thresholds(call: Call, axis: Axis) -> bool:
-    """Whether top-k is asked for its values alone, as by attention to the largest scores, and enough tokens are left."""
+    """Whether top-k is asked for its values alone, as by attention to the largest scores, and enough tokens are left. Behind
+    the blocks tokens are given back at no cost."""
+    if packet(call.node) != "aten.topk" or not call.args.get("largest", True) or call.rewriter.behind_blocks(call.node):
+        return False
     read = {u.args[1] for u in call.node.users if u.users}
-    return "k" in call.args and read == {0} and tokens_of(axis) is not None and new(axis) >= call["k"]
+    return read == {0} and tokens_of(axis) is not None and new(axis) >= call["k"]

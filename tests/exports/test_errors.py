@@ -121,3 +121,6 @@ def test_what_stands_for_infinity_is_not_the_largest():
     assert relative_error(a + torch.tensor([0, 0, 0, 1.0, 0]), a) == pytest.approx(0.5)
     assert relative_error(a.flip(0), a) == float("inf")
     assert relative_error(a[:1], a[3:4]) == float("inf")
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1.0, 2.0])) == 0
+    small = torch.tensor([torch.finfo(torch.float16).min, 1.0])  # a number like others in float32
+    assert relative_error(small.half(), small) == 0

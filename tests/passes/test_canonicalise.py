@@ -117,6 +117,15 @@ def test_what_only_has_the_shape_of_an_input_is_a_constant():
     assert torch.equal(gm(x)[0], fn(x))
 
 
+def test_what_has_the_shape_and_the_strides_of_an_input_stays():
+    def fn(x):
+        x = x.transpose(1, 2)
+        return torch.zeros_like(x)[:, :2].transpose(1, 2).reshape(2, 6) + x.sum()
+
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(canonical(fn, x)(x)[0], fn(x))
+
+
 def test_a_mask_from_the_inputs_stays():
     padding = torch.ones(2, 6, dtype=torch.bool)
     gm = same(lambda x, m: F.scaled_dot_product_attention(x, x, x, m[:, None].expand(2, 6, 6)), X, padding)

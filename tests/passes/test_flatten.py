@@ -170,7 +170,9 @@ def test_tiles_that_are_seen_for_an_embedding_stay_one_token_axis():
     assert torch.equal(run(gm, GRID)[0], want)
 
 
-@pytest.mark.parametrize("then", [lambda x: x + x.mean(2, keepdim=True), lambda x: x.flip(2), lambda x: x.softmax(1)])
+@pytest.mark.parametrize("then", [
+    lambda x: x + x.mean(2, keepdim=True), lambda x: x.flip(2), lambda x: x.softmax(1), nn.PReLU(2),
+])  # fmt: skip
 def test_tiles_that_something_looks_at_stay(then):
     gm = canonical(Tiles(then).eval(), GRID)
     code = str(gm.graph)

@@ -131,10 +131,16 @@ def a_copy_is_written(x):
     return y, z
 
 
+def another_dtype_is_written(x):
+    y = torch.zeros(x.shape, dtype=torch.int32)
+    y.copy_(x * 3)
+    return y.float() + x
+
+
 @pytest.mark.parametrize("fn", [
     in_place_activation, in_place_chain, write_a_row, write_a_slice, write_a_slice_of_a_slice, write_at_positions,
     write_at_a_mask, write_into_a_constant, write_all_of_a_constant, fill_of_a_new_tensor, written_before_a_view,
-    a_copy_is_written, a_view_that_alone_is_read_is_written,
+    a_copy_is_written, another_dtype_is_written, a_view_that_alone_is_read_is_written,
     read_a_row_after_its_parts_are_written, written_through_a_chain_of_views, joined_masks,
     written_from_the_inputs_then_computed, one_of_several_results_is_written,
 ], ids=lambda f: f.__name__)  # fmt: skip

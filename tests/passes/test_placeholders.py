@@ -76,7 +76,7 @@ def test_features_taken_by_their_rank(shift, cast):
         there = ids == 9
         index = ((there.cumsum(-1) - 1).clamp(min=0) + shift) % 5
         taken = features.gather(1, index[..., None].expand(-1, -1, 6))
-        return torch.where(there[..., None], taken.float() if cast else taken, text)
+        return torch.where(there[..., None], taken.half().float() if cast else taken, text)
 
     features = FEATURES.reshape(2, 5, 6).to(torch.float64 if cast else torch.float32)
     gm = canonical(place, IDS, TEXT, features)
@@ -84,6 +84,29 @@ def test_features_taken_by_their_rank(shift, cast):
     assert ("gather.default" in ops(gm)) == bool(shift)
     assert torch.equal(gm(IDS, TEXT, features)[0], place(IDS, TEXT, features))
     assert len(gm.meta[FIXED]) == (0 if shift else 2)
+
+
+def test_one_wide_row_of_features_is_no_row_for_each_place():
+    def place(ids, text, features):
+        taken = features.gather(1, (ids * 0)[..., None].expand(-1, -1, 6))
+        return torch.where((ids == 9)[..., None], taken, text)
+
+    features = FEATURES.reshape(2, 1, 30)
+    gm = canonical(place, IDS, TEXT, features)
+    assert not spans(gm)
+    assert torch.equal(gm(IDS, TEXT, features)[0], place(IDS, TEXT, features))
+
+
+def test_a_feature_for_one_place_is_no_row_of_the_models_own():
+    def write(ids, text, features):
+        text = text.clone()
+        text[ids == 2] = features
+        return text
+
+    inputs = IDS[:1], TEXT[:1], FEATURES[:1]
+    gm = canonical(write, *inputs)
+    assert spans(gm) == [((4, 5),)]
+    assert torch.equal(gm(*inputs)[0], write(*inputs))
 
 
 @pytest.mark.parametrize("row", [torch.arange(6.0), torch.ones(1, 6), torch.tensor(2.0)], ids=["row", "1 row", "number"])

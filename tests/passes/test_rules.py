@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tokcompile
 from tests.passes.graphs import canonical, fixed, merging, reduced, rewriter, run, subset
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.rules import RULES, Call, NeedsFull, register_rule
@@ -176,7 +177,6 @@ CASES = {
     "look-up": (lambda x, t: t[x.argmax(-1)], "16 5", f"B, {S}, 5"),
     "gather": (lambda x, t: x.gather(2, t.argsort(-1)[:, :, :4]), "B L 16", f"B, {S}, 4"),
     "bits": (lambda x: ((x > 0) & (x < 1) | (x > 2)) ^ (x < -1), "", f"B, {S}, 16"),
-    "threshold": (lambda x: (x.mT - x.mT.topk(3).values[..., -1:]).relu().mT, "", f"B, {S}, 16"),
     "experts": (experts, "4 16", f"B, {S}, 16"),
     "experts-normed": (experts_that(lambda y, *_: F.rms_norm(y, (16,)) + y.mean(-1, keepdim=True)), "", f"B, {S}, 16"),
     "experts-of-channels": (experts_that(lambda y, *_: y * y.unsqueeze(1).chunk(2, -1)[1][..., 3:4][:, 0]), "", f"B, {S}, 16"),
@@ -275,6 +275,9 @@ def test_causal_attention_goes_by_original_positions(batch, order):
 
 
 NEED_ALL = {
+    "smallest": (lambda x: x.mT.topk(3, largest=False).values, "it gives positions of tokens"),
+    "median": (lambda x: x.mT.kthvalue(3).values, "it gives positions of tokens"),
+    "largest-behind-the-blocks": (lambda x: x.mT.topk(3).values, "it gives positions of tokens"),
     "largest": (lambda x: x.mT.topk(3).indices, "it gives positions of tokens"),
     "cumsum": (lambda x: x.cumsum(1), "it gives positions of tokens"),
     "sort": (lambda x: x.sort(1).values, "it gives positions of tokens"),
@@ -342,6 +345,7 @@ def test_an_op_that_needs_all_tokens_gets_them_or_is_refused(name, batch):
     lambda y, *_: y - y.mean(0),
     lambda y, *_: y.chunk(2)[0].repeat(2, 1),
     lambda y, *_: y * torch.arange(len(y))[:, None],
+    lambda y, *_: (y[:, None] - y).mean(1),
     lambda y, ids, _: y[ids],
     lambda y, ids, _: y * torch.histc(ids.double(), 2, 0, 1)[ids][:, None],
     lambda y, _, order: y * (order % 2)[:, None],
@@ -537,3 +541,29 @@ def test_the_most_refined_axis_wins():
     for weak, strong in zip(order, order[1:]):
         assert rank_of(strong) > rank_of(weak)
     assert rank_of(twice) > rank_of(once) > rank_of(plain)
+
+
+class Largest(torch.nn.Module):
+    """Two layers in which every token attends to the four keys that it scores highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        for _ in range(2):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT * 0.3
+            scores = scores.masked_fill(scores < scores.topk(4).values[..., -1:], -1e9)
+            x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_attention_to_the_largest_scores_is_to_those_of_the_tokens_left():
+    torch.manual_seed(0)
+    model, x = Largest().eval(), extra("B L 16", 2, 16, 1).float()
+    optimized = tokcompile.optimize(model, (x,), method="random", budget=0.5, where=[0], outputs="reduced")
+    assert not optimized.report.recoveries
+    assert tokcompile.check(model, (x,)).ok
+    with pytest.raises(UnsupportedGraph, match="it gives positions of tokens"):  # fewer than it attends to
+        tokcompile.optimize(model, (x,), method="random", budget=tokcompile.Tokens(3), where=[0])

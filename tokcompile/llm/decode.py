@@ -220,7 +220,8 @@ def check_model(model: nn.Module, plan: Layout) -> None:
         )
     config = config_of(model)
     kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in WITHOUT_CACHE]
-    odd = {*kinds} - {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+    chosen = getattr(config, "index_topk", None)
+    odd = {*kinds} - {"full_attention", "sliding_attention", "chunked_attention", *(["indexed_attention"] if chosen else [])}
     if odd and not plan.states:
         raise InputError(
             f"layers of the kind {', '.join(sorted(odd))} keep no plain cache of keys and values\n"
@@ -232,7 +233,6 @@ def check_model(model: nn.Module, plan: Layout) -> None:
             f"from token {scaled} on this model scales queries by how many entries its cache has held, which a reduced one "
             "does not tell\n  what to do: a shorter prompt, or a smaller max_new_tokens"
         )
-    chosen = getattr(config, "index_topk", None)
     if chosen and plan.length + plan.room > chosen:
         raise InputError(
             f"this model attends to the {chosen} keys that its indexer chooses, and a prompt of {plan.length} tokens with "
