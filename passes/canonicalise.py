@@ -38,8 +38,9 @@ DROPOUTS = {
 ALIASES = {
     "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "absolute": "abs", "negative": "neg",
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
-    "less_equal": "le", "not_equal": "ne", "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
+    "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
+OPERATORS = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
 FILLS = {"aten.zeros_like": 0, "aten.ones_like": 1}
 FIXED = "fixed_values"  # the key in the graph module's meta
 
@@ -79,10 +80,10 @@ def one_name_each(gm: GraphModule) -> None:
     """Ops that are other names of others, as rules know them."""
     for node in gm.graph.nodes:
         name = packet(node).removeprefix("aten.")
-        plain = ALIASES.get(name, ALIASES.get(name.removesuffix("_")))
-        if node.op == "call_function" and plain:
-            overloads = getattr(torch.ops.aten, plain + "_" * (name not in ALIASES))
-            node.target = getattr(overloads, node.target._overloadname, node.target)
+        plain, in_place = ALIASES.get(name.removesuffix("_")), "_" * name.endswith("_")
+        known = OPERATORS.get(name) or (plain and plain + in_place)
+        if node.op == "call_function" and known:
+            node.target = getattr(getattr(torch.ops.aten, known), node.target._overloadname, node.target)
 
 
 def inline_regions(gm: GraphModule) -> None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.passes.graph import RESHAPES, aten, bind, emitter, packet, shape
 from tokcompile.passes.memory import CASTS
 
-KEEPING = CASTS | RESHAPES | {"aten.clone", "aten.contiguous"}
+COPIES = CASTS | RESHAPES | {"aten.clone", "aten.contiguous"}  # of an index, where its shape stays
 
 
 def write_everywhere(gm: GraphModule) -> bool:
@@ -30,7 +30,7 @@ def is_whole(scatter: Node) -> bool:
     """Whether its index is all places along its axis, in whatever order."""
     a = bind(scatter)
     index = a["index"]
-    while packet(index) in KEEPING and shape(index) == shape(index.args[0]):
+    while packet(index) in COPIES and shape(index) == shape(index.args[0]):
         index = index.args[0]
     if index.target is not operator.getitem or index.args[1] != 1 or packet(index.args[0]) not in ("aten.topk", "aten.sort"):
         return False

@@ -95,10 +95,9 @@ class _Flatten:
         return region
 
     def run(self, streams: list[Node]) -> None:
+        """Rewrites what belongs to streams whose channels are on the last axis; others are feature maps."""
         region = self.region(streams)
-        if any(
-            packet(n) in ROWWISE for n in region
-        ):  # else channels are not on the last axis: feature maps, not rows of tokens
+        if any(packet(n) in ROWWISE for n in region):
             self.rewrite(region)
 
     def rewrite(self, region: set[Node]) -> None:

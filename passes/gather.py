@@ -223,16 +223,15 @@ class Gatherer:
             index = self.index(atom if isinstance(atom, Seq) else old((atom,)), target)
             x, atoms = self.pick(x, atoms, at, index, target.new, origin)
             atoms[at] = target
-        shown, left = [], iter(atoms)
+        # where heads are folded into the batch, what is alike for all of them is spread over them
+        spread_out, left = [], iter(atoms)
         for axis, count in zip(want, groups):
             mine = [next(left) for _ in range(count)]
-            shown.append(list(axis) if len(axis) == count and any(isinstance(a, Batch) for a in mine) else mine)
-        wide = [
-            new((a,)) for group in shown for a in group
-        ]  # what is alike for all heads, where these are folded into the batch
-        if wide != [new((a,)) for a in atoms]:
-            x = self.b.emit(aten.expand.default, x, wide)
-        return self.reshape(x, [prod(new((a,)) for a in group) for group in shown])
+            spread_out.append(list(axis) if len(axis) == count and any(isinstance(a, Batch) for a in mine) else mine)
+        sizes = [new((a,)) for group in spread_out for a in group]
+        if sizes != [new((a,)) for a in atoms]:
+            x = self.b.emit(aten.expand.default, x, sizes)
+        return self.reshape(x, [prod(new((a,)) for a in group) for group in spread_out])
 
     def reshape(self, x: Node, sizes: list[int]) -> Node:
         return x if shape(x) == tuple(sizes) else self.b.emit(aten.reshape.default, x, sizes)

@@ -69,7 +69,7 @@ def choose_slots(
     else:
         candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
         if recipe.reads_attention():
-            candidates = [b for b in candidates if not b.crosses] or candidates
+            candidates = looking_at_themselves(candidates)
         chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
     place = recipe.place_in(spans is not None or chosen[0].language)
     refused = [b for b in chosen if b.why_not]
@@ -187,8 +187,12 @@ def one_block(blocks: Sequence[Block], index: Any) -> Block:
 def before(block: Block, blocks: Sequence[Block]) -> Block | None:
     """The last block over the same tokens that has been computed when `block` begins."""
     same = [b for b in blocks[: block.index] if kind(b) == kind(block) and b.stage is block.stage]
-    same = [b for b in same if not b.crosses] or same
-    return same[-1] if same else None
+    return looking_at_themselves(same)[-1] if same else None
+
+
+def looking_at_themselves(blocks: list[Block]) -> list[Block]:
+    """Those whose tokens attend to each other, where there are such, and not to a caption."""
+    return [b for b in blocks if not b.crosses] or blocks
 
 
 def stage_blocks(structure: Structure) -> str:

@@ -21,11 +21,11 @@ from tokcompile.passes.rules.reduce import positions
 
 PRODUCTS = {"aten.grouped_mm", "aten._grouped_mm", "transformers.grouped_mm_fallback"}
 ROW_BY_ROW = {f"aten.{name}" for name in UNARY + BINARY}
-ALONG = {  # where that is another axis than the rows'
+ALONG = {  # another axis than that of the rows
     "aten.chunk", "aten.split", "aten.split_with_sizes", "aten.slice", "aten.select", "aten.unsqueeze", "aten.squeeze",
     "aten.mean", "aten.sum", "aten.amax", "aten.softmax", "aten._softmax",
 }  # fmt: skip
-NORMS = {"aten.layer_norm", "aten.rms_norm"}  # where these leave out the first axis
+NORMS = {"aten.layer_norm", "aten.rms_norm"}  # of the last axes, as long as the rows' is none of them
 COUNTS = {"aten.histc", "aten.bincount"}  # how many rows each expert has,
 OF_COUNTS = {"aten.cumsum", "aten.to", "aten._to_copy"}  # and where they begin, which only the products may look at
 
@@ -108,7 +108,7 @@ def allowed(call: Call, node: Node, region: Region, inside: set[Node], rows: Axi
         return False
     if name in PRODUCTS:
         return True
-    if longer(node, inside, rows) or crossed(node, inside):
+    if row_for_row(node, inside, rows) or crossed(node, inside):
         return False
     if index is not None:  # a row of a table for each
         return node.args[0] not in inside
@@ -129,11 +129,12 @@ def crossed(node: Node, inside: set[Node]) -> bool:
     return packet(node) in ROW_BY_ROW and len(ranks - {0}) > 1
 
 
-def longer(node: Node, inside: set[Node], rows: Axis) -> bool:
-    """Whether a node meets something that has a row for each of all the rows."""
+def row_for_row(node: Node, inside: set[Node], rows: Axis) -> bool:
+    """Whether a node meets something of another place that has one row for each of the rows; what has fewer axes lies along the
+    last ones."""
     rank = len(shape(node)) if is_tensor(node) else 1
     given = [shape(n) for n in node.all_input_nodes if n not in inside and is_tensor(n)]
-    return any(len(sizes) >= rank and sizes[:1] == (old(rows),) for sizes in given)  # shorter ones lie along other axes
+    return any(len(sizes) >= rank and sizes[:1] == (old(rows),) for sizes in given)
 
 
 def write(call: Call, region: Region, rows: Axis) -> Any:
