@@ -144,7 +144,8 @@ class Slots(Collecting):
 @contextmanager
 def replaced_attention(model: nn.Module, make: Callable[[Attention | None], Attention]) -> Iterator[None]:
     """For the duration of the block, the model's attention functions are what `make` gives for each of them (None for the
-    one that transformers keeps beside its table, of eager mode)."""
+    one that transformers keeps beside its table, of eager mode). Attention that is no layer's, such as that over the results of
+    earlier layers, stays as it is."""
     files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}
     tables = {id(t): t for t in (getattr(file, "ALL_ATTENTION_FUNCTIONS", None) for file in files) if t is not None}
     changed = []
@@ -153,7 +154,7 @@ def replaced_attention(model: nn.Module, make: Callable[[Attention | None], Atte
             for name in {"eager", *table}:
                 own = table._local_mapping.get(name)
                 changed.append((table, name, own))
-                table[name] = make(table.get(name))
+                table[name] = of_layers(make(table.get(name)), table.get(name))
         yield
     finally:
         for table, name, own in reversed(changed):
@@ -161,6 +162,14 @@ def replaced_attention(model: nn.Module, make: Callable[[Attention | None], Atte
                 del table[name]
             else:
                 table[name] = own
+
+
+def of_layers(made: Attention, original: Attention | None) -> Attention:
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = made if hasattr(module, "layer_idx") else original or eager_attention(module)
+        return own(module, *args, **kwargs)
+
+    return attend
 
 
 @contextmanager
