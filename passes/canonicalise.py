@@ -12,7 +12,7 @@ from tokcompile.passes.choices import write_everywhere
 from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
-from tokcompile.passes.graph import bind, copy_graph, emitter, get_attr, packet, propagate_shapes
+from tokcompile.passes.graph import bind, copy_graph, filled, get_attr, packet, propagate_shapes
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
 from tokcompile.passes.mosaic import write_mosaics
 from tokcompile.passes.permutations import fix_permutations
@@ -128,11 +128,8 @@ def write_out_fills(gm: GraphModule) -> bool:
         cut = node.users and all(packet(u) in ("aten.select", "aten.slice") for u in node.users)
         if value is None or not cut or not isinstance(like, torch.Tensor) or not like.is_contiguous():
             continue
-        emit, found = emitter(gm, node), True
-        new = emit(torch.ops.aten.full.default, list(like.shape), value, dtype=like.dtype, device=like.device)
-        new.meta["val"] = like
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        filled(gm, node, value)
+        found = True
     return found
 
 

@@ -7,7 +7,7 @@ import operator
 
 from torch.fx import GraphModule, Node
 
-from tokcompile.passes.graph import RESHAPES, aten, bind, emitter, packet, shape
+from tokcompile.passes.graph import RESHAPES, aten, bind, filled, packet, shape
 from tokcompile.passes.memory import CASTS
 
 COPIES = CASTS | RESHAPES | {"aten.clone", "aten.contiguous"}  # of an index, where its shape stays
@@ -17,11 +17,7 @@ def write_everywhere(gm: GraphModule) -> bool:
     """Rewrites scatters of a number in place; returns whether there were any."""
     found = [n for n in gm.graph.nodes if packet(n) == "aten.scatter" and n.target is aten.scatter.value and is_whole(n)]
     for node in found:
-        value = node.meta["val"]
-        emit = emitter(gm, node)
-        new = emit(aten.full.default, list(shape(node)), bind(node)["value"], dtype=value.dtype, device=value.device)
-        new.meta["val"] = value
-        node.replace_all_uses_with(new)
+        filled(gm, node, bind(node)["value"])
     gm.graph.eliminate_dead_code()
     return bool(found)
 

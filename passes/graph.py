@@ -176,6 +176,19 @@ def emitter(gm: GraphModule, origin: Node) -> Callable[..., Node]:
     return emit
 
 
+def stand_in(node: Node, new: Node) -> None:
+    """`new`, which holds the same, is read in the place of a node, which goes."""
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def filled(gm: GraphModule, node: Node, number: float) -> None:
+    """A node becomes a tensor of one number, which depends on nothing."""
+    value = node.meta["val"]
+    stand_in(node, emitter(gm, node)(aten.full.default, list(value.shape), number, dtype=value.dtype, device=value.device))
+
+
 def device_of(graph: Graph) -> torch.device:
     """Where the first tensor among the inputs lies."""
     values = (n.meta.get("val") for n in graph.find_nodes(op="placeholder"))

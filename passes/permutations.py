@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
-from tokcompile.passes.graph import aten, bind, emitter, shape
+from tokcompile.passes.graph import aten, bind, emitter, shape, stand_in
 
 
 def fix_permutations(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
@@ -59,6 +59,4 @@ def by_constant(gm: GraphModule, node: Node, order: Tensor) -> None:
         constant = gm.graph.get_attr(name)
     constant.meta["val"] = bind(node)["indices"][0].meta["val"].flatten()
     made = emit(aten.reshape.default, emit(aten.index.Tensor, x, [constant]), [*order.shape, *shape(x)[1:]])
-    made.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(made)
-    gm.graph.erase_node(node)
+    stand_in(node, made)

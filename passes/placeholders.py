@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
-from tokcompile.passes.graph import aten, bind, emitter, packet, shape
+from tokcompile.passes.graph import aten, bind, emitter, packet, shape, stand_in
 from tokcompile.passes.memory import CASTS, ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
@@ -89,9 +89,7 @@ def one_row(gm: GraphModule, node: Node, base: Node, mask: Node, row: Node) -> N
     """`x[mask] = row`, one for all places, chooses between the two at each."""
     emit = emitter(gm, node)
     new = emit(aten.where.self, emit(aten.unsqueeze.default, mask, -1), row, base)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    stand_in(node, new)
 
 
 def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
@@ -160,11 +158,9 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
     if at < sizes[axis]:
         pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
     new = emit(aten.cat.default, pieces, axis)
-    new.meta["val"] = node.meta["val"]
     if from_inputs(base):  # else they are laid out around weights, and in no prompt
         rows.meta[SAMPLES], new.meta[SPANS] = True, spans
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    stand_in(node, new)
 
 
 def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
@@ -174,9 +170,7 @@ def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
     rows = pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, len(sizes) - 2)
     count = sum(stop - start for start, stop in spans)
     new = emit(aten.reshape.default, rows, [prod(sizes[:-2]) * count, sizes[-1]])
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    stand_in(node, new)
 
 
 def spans_of_mask(mask: Tensor, sizes: tuple[int, ...]) -> Spans | None:

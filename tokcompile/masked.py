@@ -55,10 +55,7 @@ class MaskedRun(Interpreter):
         value = {k: self.env[v] for k, v in args.items() if isinstance(v, Node)}
         if name == SDPA and self.tokens(args["key"], -2):
             return self.attention(n, args, value)
-        if name in SOFTMAX and self.tokens(args["self"], args["dim"]):
-            hidden = ~self.visible(args["self"], args["dim"])
-            return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
-        if name == "aten.topk" and self.tokens(args["self"], args["dim"]):
+        if name in SOFTMAX | {"aten.topk"} and self.tokens(args["self"], args["dim"]):
             hidden = ~self.visible(args["self"], args["dim"])
             return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
         if (

@@ -121,14 +121,14 @@ def scatter(call: Call) -> Any:
 @rule("aten.index_put")
 def index_put(call: Call) -> Any:
     """One number at constant places of an axis without tokens, such as logits of words that are never said."""
-    label, indices = call.label("self"), call["indices"]
+    label = call.label("self")
     places = [d for d, index in enumerate(call.old_args["indices"]) if index is not None]
     one = len(places) == 1 and len(shape(call.old_args["indices"][places[0]])) == 1 and call.is_tensor("values")
     if not one or has_tokens(label[places[0]]) or prod(shape(call.old_args["values"])) != 1:
         return writes(call)
     if call.labelled("values") or call.rewriter.is_labelled(call.old_args["indices"][places[0]]):
         return writes(call)
-    return call.emit(label, indices=indices)
+    return call.emit(label)
 
 
 @rule("aten.masked_scatter", "aten.index_add", "aten.index_copy")

@@ -8,6 +8,12 @@ from .family import Family, noise, tokens
 from .hf_base import DECODER, QWEN, VIT, Inputs, qwen, row
 
 _LLAMA = ("LlamaConfig", DECODER)
+_PALIGEMMA = dict(
+    vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
+    text_config=("GemmaConfig", DECODER | dict(head_dim=16)),
+    image_token_index=60,
+    projection_dim=48,
+)
 _MROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2])
 _QWEN3_VISION = QWEN | dict(
     hidden_size=64, intermediate_size=112, out_hidden_size=48, num_position_embeddings=64, deepstack_visual_indexes=[0, 2]
@@ -192,12 +198,7 @@ LANGUAGE: tuple[Family, ...] = (
         "paligemma",
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",
-        dict(
-            vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
-            text_config=("GemmaConfig", DECODER | dict(head_dim=16)),
-            image_token_index=60,
-            projection_dim=48,
-        ),
+        _PALIGEMMA,
         _prompt(49, type_ids=True),
         depth=8,
         note="the prompt attends both ways",
@@ -483,16 +484,8 @@ LANGUAGE: tuple[Family, ...] = (
         "PI0ForConditionalGeneration",
         "PI0Config",
         dict(
-            vlm_config=(
-                "PaliGemmaConfig",
-                dict(
-                    vision_config=("SiglipVisionConfig", VIT | dict(vision_use_head=False)),
-                    text_config=("GemmaConfig", DECODER | dict(head_dim=12)),
-                    image_token_index=60,
-                    projection_dim=48,
-                ),
-            ),
-            dit_config=("GemmaConfig", DECODER | dict(hidden_size=32, intermediate_size=64, head_dim=12)),
+            vlm_config=("PaliGemmaConfig", _PALIGEMMA),
+            dit_config=("GemmaConfig", DECODER | dict(hidden_size=32, intermediate_size=64, head_dim=16)),
             chunk_size=5,
             max_state_dim=6,
             max_action_dim=6,
