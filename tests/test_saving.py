@@ -36,8 +36,6 @@ def test_save_and_load(method, options, family, program, tmp_path):
 
 
 def test_what_torch_cannot_write(program, tmp_path, monkeypatch):
-    """As a symbolic bool in torch 2.11."""
-
     def save(program, path, **options):
         Path(path).write_bytes(b"half")
         raise RuntimeError("unsupported node")

@@ -145,6 +145,7 @@ class OptimizedModel(torch.nn.Module):
                 "(optimized.plan.save) and optimize the model with it again"
             )
         erase_marks(self._source.graph)
+        spell_casts(self._source.graph)
         data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self._spec})
         with atomic(path) as temporary:
             try:
@@ -154,6 +155,14 @@ class OptimizedModel(torch.nn.Module):
                     f"torch.export.save of torch {torch.__version__} cannot write this program: {error}\n  what to do: try a "
                     "newer torch; or save the plan (optimized.plan.save) and optimize the model with it again"
                 ) from error
+
+
+def spell_casts(graph: torch.fx.Graph) -> None:
+    """Up to torch 2.11, checks of values turn a condition into 1 or 0 by a function that its own files cannot hold; `sym_ite`
+    does the same, and later versions use it."""
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", None) == "cast_symbool_to_symint_guardless":
+            node.target, node.args = torch.sym_ite, (*node.args, 1, 0)
 
 
 def optimize(
