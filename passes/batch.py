@@ -1,4 +1,4 @@
-"""Batch: the images of several samples in one sequence, each with its own tokens left, as a batch of sequences."""
+"""Batch: views between samples one after the other in one sequence, each with its own tokens left, and a batch of sequences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from tokcompile.passes.graph import aten
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, make_seq, tokens_of
 
 Run = list[int | Space]
+
+
+def cut_by_sample(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
+    """The label of a view to these sizes that takes tokens of several samples apart, or puts them in line."""
+    ways = (read(g, label, sizes) for read in (side_by_side, in_line, apart))
+    return next((found for found in ways if found is not None), None)
 
 
 def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
@@ -30,6 +36,39 @@ def side_by_side(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | N
     return (Batch(sizes[0]),), (make_seq(c for c in columns if c is not None),), *label[1:]
 
 
+def in_line(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
+    """The label of (B * W, L, ..) windows or cameras viewed as (B, W * L, ..), those of a sample side by side."""
+    many, seq = rows_of(label)
+    if seq is None or not sizes or many % sizes[0] or sizes[1:2] != (many // sizes[0] * seq.old,):
+        return None
+    each = many // sizes[0]
+    parts = (part for i in range(each) for part in g.samples_of(seq, range(i, many, each)).parts)
+    return (Batch(sizes[0]),), (make_seq(parts),), *label[2:]
+
+
+def apart(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
+    """The label of (B, W * L, ..) viewed as (B * W, L, ..), where its tokens are windows that were once apart."""
+    count, seq = rows_of(label)
+    if seq is None or not sizes or sizes[0] % count or sizes[1:2] != (seq.old * count // sizes[0],):
+        return None
+    each, parts = sizes[0] // count, []
+    for column in zip(*(runs_of(seq, each) or ())):
+        first = column[0]
+        if isinstance(first, Space):
+            first, _ = g.sampled(first)
+            if any(g.sampled(s) != (first, range(i, sizes[0], each)) for i, s in enumerate(column)):
+                return None
+        parts.append(first)
+    return ((Batch(sizes[0]),), (make_seq(parts),), *label[2:]) if parts else None
+
+
+def rows_of(label: Label) -> tuple[int, Seq | None]:
+    """How many samples, windows or the like (B, L, ..) tokens belong to, and the tokens of each; none in other tensors."""
+    if len(label) < 2 or len(label[0]) != 1 or not isinstance(label[0][0], Batch):
+        return 1, None
+    return label[0][0].size, tokens_of(label[1])
+
+
 def unbatched(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
     """Two labels of which one sees samples one after the other and the other sees a batch, both without a batch."""
     have = ((),) * (len(want) - len(have)) + tuple(have)
@@ -45,7 +84,7 @@ def samples_in_line(g: Gatherer, axis: Axis) -> Axis:
     """Where an axis is the tokens of a whole batch, one after the other, each sample's become a run of their own."""
     if len(axis) < 2 or not isinstance(axis[0], Batch) or not isinstance(axis[1], Seq):
         return axis
-    return (make_seq(part for i in range(axis[0].size) for part in g.sample_of(axis[1], i).parts), *axis[2:])
+    return (make_seq(part for i in range(axis[0].size) for part in g.samples_of(axis[1], range(i, i + 1)).parts), *axis[2:])
 
 
 def flat(g: Gatherer, axis: Axis) -> Axis:
@@ -86,7 +125,7 @@ def stacked(g: Gatherer, column: tuple[int | Space, ...]) -> int | Space | None:
     if not spaces:
         return column[0]
     first, source = spaces[0], spaces[0].sources[0] if spaces[0].sources else None
-    if isinstance(source, Space) and all(g.is_sample(s, source, i) for i, s in enumerate(spaces)):
+    if isinstance(source, Space) and all(g.sampled(s) == (source, range(i, i + 1)) for i, s in enumerate(spaces)):
         return source
     if any(s.index is None or s.index.meta["val"].shape[0] != 1 or g.several(s) is not None for s in spaces):
         return None

@@ -36,7 +36,7 @@ class Gatherer:
         self._index: dict[tuple[Seq, Seq], Node] = {}
         self._assign: dict[Seq, Node] = {}
         self._size: dict[Seq, Node] = {}
-        self._sample: dict[tuple[Space, int], Space] = {}
+        self._sample: dict[tuple[Space, range], Space] = {}
         self._by_channel: dict[tuple[Seq, int, bool], Node] = {}
         self._coerced: dict[tuple[Node, Label, Label], Node] = {}  # masks and rotary tables are read by every block
         self.stacks: dict[tuple[int | Space, ...], int | Space | None] = {}  # see passes/batch.py
@@ -162,12 +162,12 @@ class Gatherer:
     def shifted(self, index: Node, by: int) -> Node:
         return self.b.emit(aten.add.Tensor, index, by) if by else index
 
-    def sample(self, space: Space, i: int) -> Space:
-        """What sample i of the batch chose, as a space of its own."""
-        if (space, i) not in self._sample:
-            take = lambda value: self.b.emit(aten.slice.Tensor, value, 0, i, i + 1)  # noqa: E731
-            self._sample[space, i] = Space(
-                f"{space.name}_{i}",
+    def sample(self, space: Space, rows: range) -> Space:
+        """What one sample of the batch chose, or some at equal distances, as a space of its own."""
+        if (space, rows) not in self._sample:
+            take = lambda value: self.b.emit(aten.slice.Tensor, value, 0, rows.start, rows.stop, rows.step)  # noqa: E731
+            self._sample[space, rows] = Space(
+                f"{space.name}_{rows.start}",
                 space.root_n,
                 space.k,
                 index=take(self.within(space.root_n, space)),
@@ -177,26 +177,22 @@ class Gatherer:
                 ordered=space.ordered,
                 renumber=space.renumber,
                 sources=(space,),
-                derive=lambda chosen: chosen(space)[i : i + 1],
-                hidden=None if space.hidden is None else space.hidden[i : i + 1],
+                derive=lambda chosen: chosen(space)[rows.start : rows.stop : rows.step],
+                hidden=None if space.hidden is None else space.hidden[rows.start : rows.stop : rows.step],
                 positions=None if (many := self.several(space)) is None else take(many),
                 bands=bands_of(space),
-                groups=self.sample(space.groups, i) if space.groups else None,
+                groups=self.sample(space.groups, rows) if space.groups else None,
             )
-        return self._sample[space, i]
+        return self._sample[space, rows]
 
     def sampled(self, part: Space) -> tuple[Space, range]:
-        """The space of a whole batch that a part is one sample of, and which; itself with all samples where it is none."""
-        found = ((space, range(i, i + 1)) for (space, i), own in self._sample.items() if own is part)
+        """The space of a whole batch that a part is some samples of, and which; itself with all samples where it is none."""
+        found = (key for key, own in self._sample.items() if own is part)
         return next(found, (part, range(samples(Seq((part,))))))
 
-    def is_sample(self, part: Space, space: Space, i: int) -> bool:
-        """Whether a part is what sample i chose of a space, whose samples are as many as it has rows of indices."""
-        return self._sample.get((space, i)) is part
-
-    def sample_of(self, seq: Seq, i: int) -> Seq:
-        """The token axis of one sample."""
-        return Seq(tuple(self.sample(p, i) if isinstance(p, Space) else p for p in seq.parts))
+    def samples_of(self, seq: Seq, rows: range) -> Seq:
+        """The token axis of one sample, or of some."""
+        return Seq(tuple(self.sample(p, rows) if isinstance(p, Space) else p for p in seq.parts))
 
     # -- gathers -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.samples import heads_first, samples_first
-from tokcompile.passes.tokens import Batch, Seq, has_tokens, is_labelled, plain
+from tokcompile.passes.tokens import Batch, Label, Seq, has_batch, has_tokens, is_labelled, plain, tokens_of
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -142,7 +142,7 @@ def standard(
     axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
     operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known
     token = usual if operand or usual in axes else next(iter(reversed(axes)), usual)
-    in_line &= is_labelled(label) and sizes[token] == s.batch * wanted and label[token][:1] == (Batch(s.batch),)
+    in_line &= is_labelled(label) and sizes[token] == windows_in(label, token, s.batch) * wanted > wanted
     if sizes[token] != wanted and not in_line:
         raise UnsupportedGraph(
             f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
@@ -152,11 +152,33 @@ def standard(
         )
     channel = next(d for d in (rank - 1, rank - 2, rank - 3) if d != token)
     lead = [d for d in range(rank) if d not in (token, channel)]
+    if in_line:
+        lead.sort(key=lambda d: not has_batch(label[d]))
     if [*lead, token, channel] != list(range(rank)):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
-    turned = in_line or (s.batch > 1 and heads_first(rw.old, s, node, label, lead))
-    value = samples_first(rw, value, s.batch, [wanted, sizes[channel]], turned)
-    return restricted(rw, s, value, 2) if wanted == full != length and not in_line else value
+    tail = [wanted, sizes[channel]]
+    if in_line:
+        return windows_first(rw, value, s.batch // (sizes[token] // wanted), tail)
+    turned = s.batch > 1 and heads_first(rw.old, s, node, label, lead)
+    value = samples_first(rw, value, s.batch, tail, turned)
+    return restricted(rw, s, value, 2) if wanted == full != length else value
+
+
+def windows_in(label: Label, token: int, batch: int) -> int:
+    """How many of the `batch` windows stand side by side on the token axis; 0 where that cannot be told."""
+    if label[token][:1] == (Batch(batch),):
+        return batch
+    samples = [axis[0].size for axis in label if len(axis) == 1 and isinstance(axis[0], Batch)]
+    return batch // samples[0] if samples and tokens_of(label[token]) else 0
+
+
+def windows_first(rw: Rewriter, value: Node, batch: int, tail: list[int]) -> Node:
+    """A head tensor (B, H, W * L, d) over the windows of a sample as (B * W, H, L, d)."""
+    windows = shape(value)[-2] // tail[0]
+    count = _numel(value) // (batch * windows * tail[0] * tail[1])
+    value = rw.gather.reshape(value, [batch, count, windows, *tail])
+    value = rw.builder.emit(aten.permute.default, value, [0, 2, 1, 3, 4])
+    return rw.gather.reshape(value, [batch * windows, count, *tail])
 
 
 def restricted(rw: Rewriter, s: Splice, value: Node, dim: int) -> Node:

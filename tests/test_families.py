@@ -100,14 +100,10 @@ HARD = [
     "hf/vit_mae",
 ]
 AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
-# of several images each is rearranged by itself, or its windows or cameras are laid side by side
-APART = {"hf/lfm2_vl", "hf/lw_detr_backbone", "hf/pi0", "hf/rf_detr_backbone"}
+APART = {"hf/lfm2_vl"}  # of several images each is rearranged by itself
 NOTES = {
     "hf/lfm2_vl": "in batches, where each image is rearranged by itself",
-    "hf/lw_detr_backbone": "in batches, where the windows of each image are laid side by side",
     "hf/mllama": "behind the tower, where padding is cut off tile by tile",
-    "hf/pi0": "in batches, where the cameras of each sample are laid side by side",
-    "hf/rf_detr_backbone": "in batches, where the windows of each image are laid side by side",
 }
 FIRST_SITE = {"timm/levit": 1, "timm/swinv2_cr": 2, "timm/tnt": 1, "timm/crossvit": 1}
 

@@ -122,7 +122,8 @@ def in_line(call: Call, label: Label, dim: int) -> Label:
 def one_sample(call: Call, value: Any, label: Label, dim: int, index: int) -> Any:
     """Sample `index` of the batch that axis `dim` is."""
     rest = label[:dim] + label[dim + 1 :]
-    alone = [tuple(call.gather.sample_of(a, index) if isinstance(a, Seq) else a for a in axis) for axis in rest]
+    row = range(index, index + 1)
+    alone = [tuple(call.gather.samples_of(a, row) if isinstance(a, Seq) else a for a in axis) for axis in rest]
     return call.typed(call.op(aten.select.int, value, dim, index), tuple(alone))
 
 

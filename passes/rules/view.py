@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tokcompile.passes.batch import side_by_side
+from tokcompile.passes.batch import cut_by_sample
 from tokcompile.passes.graph import RESHAPES, aten
 from tokcompile.passes.placeholders import SAMPLES
 from tokcompile.passes.rules.core import Batch, Call, NeedsFull, has_batch, has_tokens, normal, old, plain, rule, tokens_of
@@ -18,23 +18,28 @@ def view(call: Call) -> Any:
     name = call.tensors()[0]
     if call.node.target is aten.view.dtype:
         return call.emit(call.label(name))
+    label = call.label(name)
     try:
-        label = regroup(call.label(name), call.old_shape)
-    except SplitsTokens as split:
-        batch = side_by_side(call.gather, call.label(name), call.old_shape)
-        if batch is None and SAMPLES in call.node.meta and len(call.old_shape) == 3:
-            count, length = call.old_shape[:2]
-            call.rewriter.cuts |= {i * length for i in range(1, count)}
-            call.rewriter.sample = length
-            raise NeedsFull(f"it gives {count} samples {length} tokens each, and they do not keep as many each") from split
-        if batch is not None:
-            label = regroup(batch, call.old_shape)
-            return call.typed(call.op(aten.reshape.default, call[name], list(new_shape(label))), label)
-        call.rewriter.splits.append(split)
-        raise NeedsFull("it views the tokens as a grid, as windows or as groups") from split
-    except ValueError as error:
-        raise NeedsFull(str(error)) from error
+        label = regroup(label, call.old_shape)
+    except (SplitsTokens, ValueError) as error:
+        by_sample = cut_by_sample(call.gather, label, call.old_shape)
+        if by_sample is None:
+            raise refused(call, error) from error
+        label = regroup(by_sample, call.old_shape)
     return call.typed(call.op(aten.reshape.default, call[name], list(new_shape(label))), label)
+
+
+def refused(call: Call, error: SplitsTokens | ValueError) -> NeedsFull:
+    """Why a view needs the whole token axis; what tears tokens apart is kept for the passes that can help it."""
+    if isinstance(error, ValueError):
+        return NeedsFull(str(error))
+    if SAMPLES in call.node.meta and len(call.old_shape) == 3:
+        count, length = call.old_shape[:2]
+        call.rewriter.cuts |= {i * length for i in range(1, count)}
+        call.rewriter.sample = length
+        return NeedsFull(f"it gives {count} samples {length} tokens each, and they do not keep as many each")
+    call.rewriter.splits.append(error)
+    return NeedsFull("it views the tokens as a grid, as windows or as groups")
 
 
 @rule(

@@ -82,3 +82,28 @@ def test_heads_in_another_order_are_refused():
     model.eval()
     with pytest.raises(tokcompile.UnsupportedGraph, match="which samples and heads"):
         tokcompile.optimize(model, (torch.randn(2, LENGTH, WIDTH),), method="tome", recover="anywhere")
+
+
+class Windowed(Model):
+    """Windows along the batch (RF-DETR's backbone), of which the second block sees all of an image side by side."""
+
+    def forward(self, x):
+        b, w, n, _ = x.shape
+        x = x.flatten(0, 1)
+        for i, (attention, up) in enumerate(zip(self.attention, self.up)):
+            y = attention(x.reshape(b, w * n, -1)).view(b * w, n, -1) if i == 1 else attention(x)
+            x = x + y
+            x = x + up(x).relu()
+        return x.mean(1).view(b, w, -1)
+
+
+@pytest.mark.parametrize("method", ["tome", "dart", "pitome", "divprune", "grid"])
+@pytest.mark.parametrize("order", ["samples first", "heads first"])
+def test_windows_side_by_side_in_a_batch(method, order):
+    with seeded():
+        model, x = shake(Windowed(order).eval()), torch.randn(3, 4, LENGTH, WIDTH)
+    options = {"where": [1]} if method == "dart" else {}
+    each_by_itself(model, x, method=method, **options)
+    check = tokcompile.check(model, (x,))
+    assert check.ok
+    assert not any("recover='anywhere'" in r.note for r in check.results)
