@@ -37,9 +37,9 @@ class Gatherer:
         self._assign: dict[Seq, Node] = {}
         self._size: dict[Seq, Node] = {}
         self._sample: dict[tuple[Space, range], Space] = {}
-        self._by_channel: dict[tuple[Seq, int, bool], Node] = {}
         self._coerced: dict[tuple[Node, Label, Label], Node] = {}  # masks and rotary tables are read by every block
         self.stacks: dict[tuple[int | Space, ...], int | Space | None] = {}  # see passes/batch.py
+        self.channels: dict[tuple[Seq, int, bool], Node] = {}  # see passes/rotary.py
         self.twins: dict[Space, Space] = {}  # see passes/renumber.py
 
     # -- index tensors of whole token axes ---------------------------------------------------------------------------
@@ -72,36 +72,6 @@ class Gatherer:
         if space.parent is None or space.parent is ancestor:
             return space.index
         return self.b.emit(aten.gather.default, self.within(ancestor, space.parent), 1, space.index)
-
-    def by_channel(self, x: Node, want: Seq, pairs: bool, rank: int, origin: Node | None) -> Node:
-        """A rotary table x: (.., L, d), as wide as a head or half of it, for tokens that have several positions: each channel
-        is taken at the position that its frequency's share of them names: (B, 1, .., L', d), of that rank. pairs: see
-        `channel_shares`."""
-        x = self.reshape(x, [1] * (rank - len(shape(x))) + list(shape(x)))
-        sizes, width, batch = shape(x), shape(x)[-1], samples(want)
-        key = want, width, pairs
-        if key not in self._by_channel:
-            pieces, start = [], 0
-            for part in want.parts:
-                if isinstance(part, Space):
-                    pieces.append(self.shifted(self.per_channel(part, width, pairs, origin), start))
-                else:
-                    column = self.b.constant(torch.arange(start, start + part)[None, :, None], "column")
-                    pieces.append(self.b.emit(aten.expand.default, column, [batch, part, width]))
-                start += part if isinstance(part, int) else part.root_n
-            self._by_channel[key] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
-        middle = [1] * (rank - 3)
-        wide = self.b.emit(aten.expand.default, x, [batch, *middle, *sizes[-2:]])
-        index = self.reshape(self._by_channel[key], [batch, *middle, want.new, width])
-        return self.b.emit(aten.gather.default, wide, -2, index)
-
-    def per_channel(self, space: Space, width: int, pairs: bool, origin: Node | None) -> Node:
-        """(B, k, width) positions, among the root's tokens, that each channel of a rotary table is taken at."""
-        many = self.several(space)
-        if many is None:
-            return self.spread(self.within(space.root_n, space), width)
-        share = channel_shares(width, shape(many)[2], bands_of(space), pairs, origin)
-        return self.b.emit(aten.index_select.default, many, 2, self.b.constant(torch.tensor(share), "shares"))
 
     def several(self, space: Space) -> Node | None:
         """(B, k, P) positions, among the root's tokens, of tokens that have several; None for those that have one."""
@@ -277,22 +247,6 @@ class Gatherer:
 
 def bands_of(space: Space) -> tuple[int, ...]:
     return next((s.bands for s in space.lineage() if s.positions is not None), ())
-
-
-def channel_shares(width: int, count: int, bands: tuple[int, ...], pairs: bool, origin: Node | None) -> list[int]:
-    """Which of `count` positions each channel of a rotary table takes: every band of frequencies is cut into `count` parts.
-
-    The channels hold the frequencies once, or twice: one run after the other, as in Llama, or each one in a pair.
-    """
-    total = sum(bands) if bands else width // 2
-    if total == 0 or width not in (total, 2 * total):
-        raise UnsupportedGraph(
-            f"a rotary table of {width} channels does not hold {total} frequencies once or twice",
-            origin,
-            f"sections=(...) that add up to {width // 2}, as in the model's configuration",
-        )
-    share = [i * count // band for band in bands or (total,) for i in range(band)]
-    return [s for s in share for _ in range(2)] if pairs else share * (width // total)
 
 
 class BatchSlot(int):

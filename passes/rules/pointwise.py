@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from tokcompile.passes.graph import aten, get_attr, packet, shape
 from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
+from tokcompile.passes.rotary import by_channel
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
 
 UNARY = [
@@ -56,7 +57,7 @@ def rotary(call: Call, name: str, label: Label) -> Node | None:
     if lead not in ([], [old(label[0])][: len(sizes) == len(label)]) or (has_batch(label[0]) and len(label[0]) > 1):
         return None
     call.rewriter.positioned.update(s for space in seq.spaces for s in space.lineage())
-    return call.gather.by_channel(call[name], seq, holds_pairs(call, node), len(label), call.node)
+    return by_channel(call.gather, call[name], seq, holds_pairs(call, node), len(label), call.node)
 
 
 def holds_pairs(call: Call, node: Node) -> bool:

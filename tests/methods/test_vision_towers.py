@@ -10,7 +10,7 @@ from tests.reference.hiprune import hiprune
 from tests.reference.topk import topk
 from tokcompile import Keep, Mix, Recipe, Tokens
 from tokcompile.errors import MethodError
-from tokcompile.passes import gather
+from tokcompile.passes import rotary
 
 
 def maps_of(model, kwargs):
@@ -86,8 +86,8 @@ def alone(shift):
 
 def shares(monkeypatch):
     """Which position each channel is taken at, of all rotary tables that are read from now on."""
-    found, right = [], gather.channel_shares
-    monkeypatch.setattr(gather, "channel_shares", lambda *given: found.append(right(*given)) or found[-1])
+    found, right = [], rotary.channel_shares
+    monkeypatch.setattr(rotary, "channel_shares", lambda *given: found.append(right(*given)) or found[-1])
     return found
 
 
@@ -109,13 +109,13 @@ def test_several_positions_in_rotary_tables(name, pairs, family, program, monkey
 
 
 def test_shares_of_the_channels():
-    assert gather.channel_shares(12, 3, (), False, None) == [0, 0, 1, 1, 2, 2] * 2
-    assert gather.channel_shares(12, 3, (), True, None) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
-    assert gather.channel_shares(6, 2, (2, 4), False, None) == [0, 1, 0, 0, 1, 1]
-    assert gather.channel_shares(12, 2, (2, 4), False, None) == [0, 1, 0, 0, 1, 1] * 2
-    assert gather.channel_shares(8, 8, (), False, None) == [0, 2, 4, 6] * 2  # more positions than frequencies
+    assert rotary.channel_shares(12, 3, (), False, None) == [0, 0, 1, 1, 2, 2] * 2
+    assert rotary.channel_shares(12, 3, (), True, None) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert rotary.channel_shares(6, 2, (2, 4), False, None) == [0, 1, 0, 0, 1, 1]
+    assert rotary.channel_shares(12, 2, (2, 4), False, None) == [0, 1, 0, 0, 1, 1] * 2
+    assert rotary.channel_shares(8, 8, (), False, None) == [0, 2, 4, 6] * 2  # more positions than frequencies
     with pytest.raises(tokcompile.UnsupportedGraph, match="7 channels does not hold 4 frequencies once or twice"):
-        gather.channel_shares(7, 2, (4,), False, None)
+        rotary.channel_shares(7, 2, (4,), False, None)
 
 
 class Joined(nn.Module):
