@@ -75,7 +75,7 @@ class Check:
         lines += [f"fixed while tracing: {text}" for text in self.guards]
         inside = any("recover='anywhere'" in r.note for r in self.results)
         understood = "the pass understands this model" + inside * (
-            ", but tokens have to be given back inside its blocks (recover='anywhere'), which costs most of the gain"
+            ", but tokens have to be given back inside its blocks (recover='anywhere'); a report's FLOPs say what that costs"
         )
         refused = "does NOT understand this model" if self.results else "finds nothing to reduce in this model"
         lines.append(understood if self.ok else f"the pass {refused}")
