@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tokcompile.passes.find import SDPA, SOFTMAX
 from tokcompile.passes.graph import aten, emitter, is_tensor, packet, shape
 from tokcompile.passes.memory import CASTS
 from tokcompile.passes.movement import Movement, moves
@@ -74,9 +75,13 @@ def apart(order: Tensor, rows: int, tile: int) -> tuple[list[tuple[int, int, int
 
 
 def mosaics(gm: GraphModule) -> list[Mosaic]:
-    """The last nodes of movements of one tensor and one weight that hold rows of the tensor."""
+    """The last nodes of movements of one tensor and one weight that hold rows of the tensor, which has gone through attention:
+    before it no token is reduced, and a class token is none of a map."""
     origins: dict[Node, frozenset[Node]] = {}
+    attended: set[Node] = set()
     for node in gm.graph.nodes:
+        if packet(node) in {SDPA, *SOFTMAX} or any(n in attended for n in node.all_input_nodes):
+            attended.add(node)
         given = [n for n in node.all_input_nodes if n.op != "get_attr" or packet(node) != "aten.index_select"]
         of = frozenset().union(*(origins.get(n, {n}) for n in given))
         weights = {n for n in of if n.op == "get_attr"}
@@ -87,6 +92,8 @@ def mosaics(gm: GraphModule) -> list[Mosaic]:
     for node, of in origins.items():
         if len(of) == 2 and is_tensor(node) and any(len(origins.get(user, ())) < 2 for user in node.users):
             filler, source = sorted(of, key=lambda n: n.op != "get_attr")
+            if source not in attended:
+                continue
             found.append(read(Movement(gm, source, list(origins)), node, filler))
     return [m for m in found if m is not None]
 

@@ -68,6 +68,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
     """Walks back from a block's input to where its tokens were laid out: (prefix, suffix, grid, the op that did it). Images
     side by side have no grid in common."""
     prefix = suffix = 0
+    least = (0, 0)  # what was joined before and behind stays there, whatever was cut off the middle before that
     while node in dependent and node.op == "call_function":
         name, a = packet(node), bind(node)
         rank = len(shape(node)) if isinstance(node.meta["val"], torch.Tensor) else 0
@@ -78,6 +79,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             images = beside(tensors.index(node), [shape(t)[axis] > 1 and from_patches(t) for t in tensors])
             prefix += sum(shape(t)[axis] for t in tensors[: images[0]])
             suffix += sum(shape(t)[axis] for t in tensors[images[-1] + 1 :])
+            least = max(least[0], prefix), max(least[1], suffix)
             if len(images) > 1:
                 break
         elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
@@ -86,6 +88,9 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
         elif name == "aten.unsqueeze" and a["dim"] % rank != axis:
             axis, node = axis - (a["dim"] % rank < axis), node.args[0]
+        elif name == "aten.select" or (name == "aten.squeeze" and isinstance(a.get("dim"), int)):
+            dim = a["dim"] % len(shape(a["self"]))
+            axis, node = axis + (dim <= axis and len(shape(a["self"])) > rank), a["self"]
         elif name in LAYOUT:
             axis, node = moved(node, axis), node.all_input_nodes[0]
         elif name in RESHAPES:
@@ -96,7 +101,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             if len(before) > 1:
                 # what an index laid out is no raster: groups of neighbours in the order of windows
                 grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in before)
-                return max(prefix, 0), max(suffix, 0), grid, source
+                return max(prefix, least[0]), max(suffix, least[1]), grid, source
             axis, node = before[0], source
         else:
             length = shape(node)[axis] if rank else None
@@ -111,7 +116,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             if not follow:
                 break
             node = follow[0]
-    return max(prefix, 0), max(suffix, 0), None, node
+    return max(prefix, least[0]), max(suffix, least[1]), None, node
 
 
 def beside(at: int, images: list[bool]) -> list[int]:

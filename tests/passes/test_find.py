@@ -320,12 +320,15 @@ LAYOUTS = {
     "twice": (lambda x: torch.cat([torch.ones(2, 1, D), torch.cat([torch.ones(2, 4, D), rows(x)], 1) * 2], 1), 5, 0, (3, 5)),
     "cut-off": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, 1:] + 1, 0, 0, (3, 5)),
     "partly-cut": (lambda x: torch.cat([torch.ones(2, 3, D), rows(x)], 1)[:, 1:], 2, 0, (3, 5)),
-    "packed": (lambda x: torch.cat([torch.ones(4, D), rows(x)[0]], 0).unsqueeze(0), 4, 0, None),
+    "packed": (lambda x: torch.cat([torch.ones(4, D), rows(x)[0]], 0).unsqueeze(0), 4, 0, (3, 5)),
     "images-side-by-side": (lambda x: torch.cat([torch.ones(2, 2, D), rows(x), rows(x)[:, :6]], 1), 2, 0, None),
     "registers-that-saw-the-image": (lambda x: torch.cat([rows(x)[:, :4] * 0 + 1, rows(x)], 1), 4, 0, (3, 5)),
     "text-that-saw-the-image": (lambda x: torch.cat([rows(x), torch.ones(2, 6, 15) @ rows(x)], 1), 0, 6, (3, 5)),
     "mean-in-front": (lambda x: torch.cat([x.mean((2, 3))[:, None], rows(x)], 1), 1, 0, (3, 5)),
     "a-part": (lambda x: rows(x)[:, :12], 0, 0, None),
+    "one-of-a-batch": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[0][None], 1, 0, (3, 5)),
+    "squeezed": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, None].squeeze(1), 1, 0, (3, 5)),
+    "class-token-in-the-middle": (lambda x: torch.cat([rows(x)[:, :8], torch.ones(2, 1, D), rows(x)[:, 8:]], 1), 0, 8, None),
 }
 
 

@@ -102,6 +102,30 @@ def test_class_tokens_of_several_samples_are_no_mosaic(batch, after):
     assert "aten.index_select" not in {packet(n) for n in canonicalise(traced.gm, traced.inputs).graph.nodes}
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_class_token_beside_a_feature_map_is_no_mosaic(batch, windows):
+    """Patches as (B, H, W, C), or in the order of windows: the class token beside them is protected."""
+
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+            self.patch, self.norm, self.token = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Parameter(torch.randn(1, 1, 16))
+            self.tower = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, image):
+            x = self.norm(self.patch(image).permute(0, 2, 3, 1))
+            if windows:
+                x = x.view(len(x), 2, 2, 2, 2, 16).transpose(2, 3)
+            x = x.reshape(len(x), 16, 16)
+            return self.tower(torch.cat([self.token.expand(len(x), -1, -1), x], 1))[:, 0]
+
+    plan = tokcompile.optimize(Tower().eval(), (torch.randn(batch, 3, 16, 16),), method="topk", where=[0]).plan
+    assert [(r.n, r.k, r.prefix, r.suffix) for r in plan.reductions] == [(16, 8, 1, 0)]
+
+
 def test_samples_one_after_the_other_meet_the_same_as_a_batch():
     """As features that are added inside of a decoder: taken sample by sample there, and all at once here."""
 
