@@ -5,10 +5,17 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from tokcompile.passes.graph import aten, packet, shape
+from torch.fx import Node
+
+from tokcompile.passes.find import SOFTMAX
+from tokcompile.passes.graph import RESHAPES, aten, bind, packet, shape
+from tokcompile.passes.memory import CASTS
 from tokcompile.passes.rules.attention import sizes_along
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, one_sample, rule, tokens_of
+from tokcompile.passes.stages import LAYOUT, moved, view_sources
 from tokcompile.passes.tokens import Seq, new
+
+SCALES = {"aten.mul", "aten.div", "aten.expand", "aten.expand_as", "aten.dropout", "aten.masked_fill"}
 
 
 def dims_of(call: Call, label: Label) -> list[int]:
@@ -34,6 +41,8 @@ def mean_or_sum(call: Call) -> Any:
     if len(merged) > 1:
         raise NeedsFull("it sums over two token axes at once")
     dim = merged[0]
+    if normalised(call.old_args["self"], dim):  # sizes weigh in the softmax, where they weigh at all
+        return call.emit(out)
     size = sizes_along(call, label, dim)
     size = call.op(aten.to.dtype, size, call["self"].meta["val"].dtype)
     weighted = call.op(aten.mul.Tensor, call["self"], size)
@@ -48,6 +57,26 @@ def mean_or_sum(call: Call) -> Any:
         sizes = [s for d, s in enumerate(shape(count)) if call.args.get("keepdim") or d not in dims]
         total = call.op(aten.div.Tensor, total, call.op(aten.reshape.default, count, sizes))
     return call.typed(total, out)
+
+
+def normalised(node: Any, dim: int) -> bool:
+    """Whether what is summed along an axis is a product with weights that a softmax along it has made sum to one."""
+    if not isinstance(node, Node) or node.op != "call_function" or dim < 0 or shape(node)[dim] == 1:
+        return False
+    name, a, rank = packet(node), bind(node), len(shape(node))
+    if name in SOFTMAX:
+        return bool(a["dim"] % rank == dim)
+    if name in SCALES | CASTS:
+        return any(normalised(n, dim - rank + len(shape(n))) for n in node.all_input_nodes)
+    if name == "aten.unsqueeze":
+        return normalised(a["self"], dim - (a["dim"] % rank < dim))
+    if name in LAYOUT:
+        return normalised(node.all_input_nodes[0], moved(node, dim))
+    if name in RESHAPES or name == "aten.squeeze":
+        source = node.all_input_nodes[0]
+        before = view_sources(shape(source), shape(node), dim)
+        return before is not None and len(before) == 1 and normalised(source, before[0])
+    return False
 
 
 @rule(

@@ -479,6 +479,29 @@ def test_means_and_sums_weigh_by_size(weighted, keepdim):
     torch.testing.assert_close(first, (rows * weights).sum(1) / weights.sum(1), rtol=0, atol=1e-6)
 
 
+POOLINGS = {
+    "along-the-tokens": lambda x: (x[..., :1].softmax(1) * x).sum(1),
+    "unsqueezed": lambda x: (x[..., 0].softmax(-1)[..., None] * x).sum(1),
+    "turned": lambda x: (x[..., :1].mT.softmax(-1) * x.mT * 2).sum(-1) / 2,
+    "viewed": lambda x: (x[..., 0].softmax(-1).view(2, 7, 1).expand_as(x) * x).sum(1),
+}
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_sums_that_a_softmax_weighs_count_sizes_once(name, proportional):
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    weights = (rows[..., 0] + (SIZES.log() if proportional else 0)).softmax(-1)
+    torch.testing.assert_close(merge(POOLINGS[name], x, proportional), (weights[..., None] * rows).sum(1), rtol=0, atol=1e-6)
+
+
+def test_sums_across_a_softmax_weigh_by_size():
+    x = extra("B L 16", 2, 7, 1)
+    want = (SIZES[..., None] * merged_rows(x).softmax(-1)).sum(1)
+    torch.testing.assert_close(merge(lambda x: x.softmax(-1).sum(1), x), want, rtol=0, atol=1e-6)
+
+
 def test_merged_tokens_are_given_back_to_their_members():
     x = extra("B L 16", 2, 7, 1)
     rows = merged_rows(x)
