@@ -63,6 +63,8 @@ def joined(rw: Rewriter, parts: list[Node], dim: int) -> Node:
 
 def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
     """The softmax the model itself computes, or what goes into it, as (B, H, L, L)."""
+    if bind(attention.node)["dim"] % len(shape(value)) == len(shape(value)) - 2:  # a map of keys by queries
+        value = rw.builder.emit(aten.transpose.int, value, -1, -2)
     sizes, length = shape(value), token_length(rw, s)
     if sizes[-2] == length < sizes[-1] and sinks_follow(attention):
         value = rw.builder.emit(aten.slice.Tensor, value, -1, 0, length)

@@ -27,7 +27,7 @@ BETWEEN = {
     "aten.view", "aten.reshape", "aten.permute", "aten.transpose", "aten.expand", "aten.contiguous", "aten.clone",
     "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view",
     "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
-    "aten.slice_scatter", "aten.cat", "aten.slice",
+    "aten.slice_scatter", "aten.cat", "aten.slice", "aten.mT", "aten.swapaxes", "aten.swapdims", "aten.movedim",
 }  # fmt: skip
 
 
@@ -182,9 +182,24 @@ def mixes_heads(node: Node, dependent: set[Node]) -> bool:
 
 def unfused(softmax: Node, scores: Node, value: tuple[Node, Node], dependent: set[Node]) -> Attention:
     q, k = operands(scores)[:2]
+    if keys_first(softmax, scores):
+        q, k = k, q
     matmul, weights = value
     v = next((o for o in operands(matmul) if o is not weights), operands(matmul)[-1])
     return Attention(softmax, q, k, v, False)
+
+
+def keys_first(softmax: Node, scores: Node) -> bool:
+    """Whether the product of queries and keys has the keys, over which the softmax runs, as its first operand."""
+    if shape(scores) != shape(softmax):
+        return False
+    rank = len(shape(scores))
+    dim = bind(softmax)["dim"] % rank
+    if packet(scores) != "aten.einsum":
+        return bool(dim == rank - 2)
+    inputs, _, output = scores.args[0].partition("->")
+    first, second = inputs.split(",")[:2]
+    return output[dim] in first and output[dim] not in second
 
 
 def operands(node: Node) -> list[Node]:

@@ -94,6 +94,48 @@ def test_tome_equals_tome_by_hand(r, batch, family, program):
     assert error(run(optimized, image), run(tome_by_hand, model, image, [r] * 4)) < 1e-5
 
 
+def by_keys(q, k):
+    return (k @ q.mT).softmax(-2).mT
+
+
+SAME_ATTENTION = {
+    "keys-by-queries": by_keys,
+    "einsum": lambda q, k: torch.einsum("bhke,bhqe->bhqk", k, q).softmax(-1),
+    "einsum-by-keys": lambda q, k: torch.einsum("bhqe,bhke->bhkq", q, k).softmax(2).mT,
+}
+
+
+@pytest.mark.parametrize("method", ["topk", "tome"])
+@pytest.mark.parametrize("form", SAME_ATTENTION)
+def test_queries_and_keys_are_told_apart(form, method):
+    """Attention written with its keys first reduces the tokens that it does written the usual way."""
+
+    class Tower(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weights, self.patch, self.token = weights, nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+            self.qkv, self.up = (nn.ModuleList(nn.Linear(16, n) for _ in range(2)) for n in (48, 16))
+
+        def forward(self, image):
+            x = self.patch(image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+            for qkv, up in zip(self.qkv, self.up):
+                q, k, v = qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+                x = x + (self.weights(q, k) @ v).transpose(1, 2).flatten(2)
+                x = x + up(x).tanh()
+            return x
+
+    image = torch.randn(2, 3, 16, 16)
+    usual, other = (
+        tokcompile.optimize(Tower(weights).eval(), (image,), method=method, where=[0], outputs="reduced")
+        for weights in (lambda q, k: (q @ k.mT).softmax(-1), SAME_ATTENTION[form])
+    )
+    want, got = run(usual, image), run(other, image)
+    assert torch.equal(got.kept["s0_index"], want.kept["s0_index"])
+    assert error(got.output, want.output) < 1e-6
+
+
 class Windows(nn.Module):
     """Two blocks over the windows of an image, which lie along the batch; the second attends to all of them at once."""
 
