@@ -35,6 +35,13 @@ class Reduction:
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("n", "k", "prefix", "suffix", "unit"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise PlanError(f"the {name!r} of a reduction is {value!r}, not a whole number")
+        only_mappings(self, "options")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +61,9 @@ class Plan:
     outputs: str = "keep"
     recover: str = "end"
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        only_mappings(self, "options", "budget")
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -95,3 +105,10 @@ class Plan:
         ]
         runs = [(row, len(list(same))) for row, same in groupby(rows)]  # tiles and windows are reduced alike
         return "\n".join([title, *(f"{row}{f'  ({count} times)' * (count > 1)}" for row, count in runs)])
+
+
+def only_mappings(one: Plan | Reduction, *names: str) -> None:
+    """Raises: PlanError where one of these fields is no mapping."""
+    for name in names:
+        if not isinstance(value := getattr(one, name), Mapping):
+            raise PlanError(f"the {name!r} of a plan are {value!r}, not names with values")

@@ -6,12 +6,14 @@ import inspect
 import io
 import logging
 import os
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -27,6 +29,10 @@ from tokcompile.passes.faithful import check_faithful
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
+
+TRACING = threading.RLock()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -192,6 +198,17 @@ def data_dependent(program: ExportedProgram) -> bool:
     symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
     return any(isinstance(v, symbols) and v.node.expr.free_symbols for v in values)
+
+
+def one_at_a_time(fn: Callable[P, R]) -> Callable[P, R]:
+    """What traces waits for other threads that do: tracing has one state, and one standard output, for the whole process."""
+
+    @wraps(fn)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with TRACING:
+            return fn(*args, **kwargs)
+
+    return alone
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """tokcompile.optimize from the outside: what it takes, how it is called, and what it answers."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -224,3 +226,21 @@ def test_the_public_names_stay_what_they_are():
     assert set(tokcompile.methods()) == set(METHODS)
     assert set(tokcompile.methods()) == set(METHODS)
     assert all(hasattr(tokcompile, name) for name in tokcompile.__all__)
+
+
+def test_threads_optimize_one_after_the_other():
+    """Tracing has one state for the whole process, and so has its output."""
+    before, outputs, x = sys.stdout, [], torch.randn(1, 12, 32)
+
+    def work():
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True, norm_first=True)
+        model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        outputs.append(tokcompile.optimize(model, (x,), method="random")(x).shape)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outputs == [x.shape] * 3
+    assert sys.stdout is before

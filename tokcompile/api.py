@@ -23,7 +23,7 @@ from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.graph import finished
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
 from tokcompile.passes.renumber import Consecutive
-from tokcompile.passes.trace import flat_caller
+from tokcompile.passes.trace import flat_caller, one_at_a_time
 from tokcompile.recipe import Recipe
 from tokcompile.report import Report, make_report
 
@@ -105,6 +105,7 @@ class OptimizedModel(torch.nn.Module):
         return self._compiled.rewritten is not None and any(s.renumber for s in self._compiled.rewritten.spaces)
 
     @property
+    @one_at_a_time
     def exported_program(self) -> ExportedProgram:
         """The optimized model as a torch.export program in portable ATen (for AOTInductor, ExecuTorch and the like)."""
         if self._program is None:
@@ -165,6 +166,7 @@ def spell_casts(graph: torch.fx.Graph) -> None:
             node.target, node.args = torch.sym_ite, (*node.args, 1, 0)
 
 
+@one_at_a_time
 def optimize(
     model: Any,
     args: tuple[Any, ...] | None = None,

@@ -29,7 +29,7 @@ from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blo
 from tokcompile.passes.plan import Reduction
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Space, is_labelled
-from tokcompile.passes.trace import trace
+from tokcompile.passes.trace import one_at_a_time, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere
 from tokcompile.shaken import noise_floor, prepare, run
 
@@ -82,6 +82,7 @@ class Check:
         return "\n".join(lines)
 
 
+@one_at_a_time
 def check(
     model: Any,
     args: tuple[Any, ...] | None = None,
