@@ -63,6 +63,10 @@ def choose_slots(
         where = sorted(budget.counts)
     if where is not None:
         chosen = [one_block(blocks, b) for b in where]
+        if not isinstance(budget, Schedule):  # whose counts are in the order of its blocks
+            chosen = sorted({b.index: b for b in chosen}.values(), key=lambda b: b.index)
+        if not chosen:
+            raise PlanError("where=[] names no block: leave it out to reduce at the method's own")
         unsaid = [b for b in chosen if b.language and not b.stage.visual and not spans and not b.stage.spans]
         if unsaid:
             raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)

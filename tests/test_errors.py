@@ -116,9 +116,26 @@ def test_flops_that_cannot_be_reached_name_what_remains():
     (dict(where=[-4]), r"block -4 is not among the 3 blocks found"),
     (dict(where="blocks.7"), r"no block has the path 'blocks.7'; there are blocks.0, blocks.1, blocks.2"),
     (dict(budget=Schedule({9: 4})), r"block 9 is not among the 3 blocks found"),
-], ids=["high", "low", "path", "schedule"])  # fmt: skip
+    (dict(where=[]), r"where=\[\] names no block"),
+], ids=["high", "low", "path", "schedule", "none"])  # fmt: skip
 def test_where_out_of_range(options, message):
     with pytest.raises(PlanError, match=message):
+        optimize(tiny(), **options)
+
+
+def test_blocks_may_be_named_in_any_order():
+    plan = optimize(tiny(), method="random", where=[2, "blocks.0", 0]).plan
+    assert plan.reductions == optimize(tiny(), method="random", where=[0, 2]).plan.reductions
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(where=1.5), "where=1.5 is no block"),
+    (dict(spans=(5, 12)), r"spans=\(5, 12\) is no list of \(start, stop\)"),
+    (dict(spans=[("1", 5)]), "is no list of"),
+    (dict(spans=3), "spans=3 is no list of"),
+], ids=["where", "pair", "text", "number"])  # fmt: skip
+def test_places_of_another_kind(options, message):
+    with pytest.raises(InputError, match=message):
         optimize(tiny(), **options)
 
 

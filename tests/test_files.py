@@ -37,7 +37,7 @@ def optimized():
     ('{"method": "tome", "reductions": [], "version": 1, "colour": 1}', "unexpected keyword argument 'colour'"),
     ('{"method": "tome", "reductions": [{"block": 1, "n": 4, "k": "2"}], "version": 1}', "the 'k' of a reduction is '2'"),
     ('{"method": "tome", "reductions": [], "version": 1, "options": []}', r"the 'options' of a plan are \[\]"),
-], ids=["corrupt", "list", "empty", "old", "no-version", "missing-field", "extra-field", "extra-key", "text", "pairs"])  # fmt: skip
+], ids=["corrupt", "list", "empty", "old", "no-version", "missing", "extra-field", "extra-key", "text", "list-in"])  # fmt: skip
 def test_a_file_that_is_no_plan(text, message, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +219,10 @@ def optimize(
         method, method_options, outputs=outputs, recover=recover, size_weighted_mean=size_weighted_mean, spans=spans
     )
     where = [where] if isinstance(where, (int, str)) else where
+    if where is not None and not isinstance(where, Iterable):
+        raise InputError(f"where={where!r} is no block, nor a list of blocks")
+    if spans is not None and not all(is_span(span) for span in (spans if isinstance(spans, Iterable) else [spans])):
+        raise InputError(f"spans={spans!r} is no list of (start, stop): write [(5, 30)]")
     first = model if isinstance(model, OptimizedModel) else None
     if first is not None:
         refuse_again(first, args, kwargs, plan, settings)
@@ -227,6 +231,10 @@ def optimize(
     compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
     return OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+
+
+def is_span(span: Any) -> bool:
+    return isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)
 
 
 def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:
