@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
 from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
-from tokcompile.passes.memory import ancestors_of
+from tokcompile.passes.memory import ancestors_of, reachable_from
 from tokcompile.passes.placeholders import SAMPLES, SPANS
 from tokcompile.passes.stages import Stage, make_stage
 
@@ -86,6 +86,12 @@ class Structure:
     def leading(self) -> set[Node]:
         """What the blocks are computed from: whatever happens to tokens elsewhere costs nothing that was gained in them."""
         return ancestors_of({n for b in self.blocks for n in (b.mid, b.end) if n is not None})
+
+    @cached_property
+    def inside(self) -> set[Node]:
+        """What lies between the beginning and the end of a block."""
+        spans = (reachable_from({b.entry}) & ancestors_of({b.end or b.mid}) for b in self.blocks)
+        return set().union(*spans)
 
     def sites(self) -> list[Block]:
         return [b for b in self.blocks if b.why_not is None]

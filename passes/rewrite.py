@@ -6,6 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, device_of, packet, without_dead_code
+from tokcompile.passes.graph import Builder, device_of, packet, shape, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
+from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
@@ -26,6 +28,7 @@ from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
+from tokcompile.passes.weighted import shares, weighted_sums
 
 
 @dataclass
@@ -175,6 +178,15 @@ class Rewriter:
         if node not in self.env:
             self.env[node] = self.builder.attr(node.target)
         return self.env[node]
+
+    @cached_property
+    def weighted(self) -> set[Node]:
+        return weighted_sums(self.old.graph)
+
+    @cached_property
+    def shares(self) -> set[Node]:
+        lengths = {shape(b.mid)[b.token_axis] for b in self.structure.blocks}
+        return shares(self.old.graph, reachable_from(set(self.splices)), lengths)
 
     def behind_blocks(self, node: Node) -> bool:
         """Whether no block depends on it: recovering tokens here costs nothing that was gained."""

@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.passes.batch import samples_in_line
-from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.graph import aten
 from tokcompile.passes.renumber import as_numbered
 from tokcompile.passes.rules.core import (
     Axis,
     Call,
     Label,
-    NeedsFull,
-    has_batch,
     has_tokens,
     old,
     one_sample,
@@ -23,7 +20,8 @@ from tokcompile.passes.rules.core import (
     rule,
     tokens_of,
 )  # fmt: skip
-from tokcompile.passes.tokens import Batch, Seq, new
+from tokcompile.passes.rules.sizes import sizes_along
+from tokcompile.passes.tokens import Seq, new
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -97,41 +95,6 @@ def log_sizes(call: Call, scores: Label, dim: int = -1) -> Node | None:
     if not any(s.size is not None and s.proportional for a in scores[dim] if isinstance(a, Seq) for s in a.spaces):
         return None
     return sizes_along(call, scores, dim, log=True)
-
-
-def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
-    """How many tokens those along axis `dim` hold, or the log of it, laid out so that it broadcasts against the label."""
-    # over all samples at once, as over the windows of an image that are a batch elsewhere
-    like = tuple(samples_in_line(call.gather, axis) for axis in label)
-    dim = dim % len(like)
-    axis = like[dim]
-    value = call.gather.sizes(next(a for a in axis if isinstance(a, Seq)))
-    if log:
-        value = call.op(aten.log.default, value)
-    sizes = []
-    for d, one in enumerate(like):
-        if d == dim:
-            sizes.append(shape(value)[1])
-        else:
-            sizes.append(shape(value)[0] if has_batch(one) else 1)
-    repeat = [a for a in axis if not isinstance(a, Seq)]
-    if repeat:  # groups of u rows share their token's size
-        value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
-        sizes[dim] = shape(value)[1]
-    samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), dim)
-    if len(like[samples]) > 1 and samples != dim:  # a batch of heads
-        batch = shape(value)[0]
-        heads = old(like[samples]) // batch
-        if isinstance(like[samples][0], Batch):
-            value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
-        elif isinstance(like[samples][-1], Batch):
-            value = call.op(aten.repeat.default, value, [heads, 1])
-        else:
-            raise NeedsFull("its samples stand between other axes")
-        sizes[samples] = batch * heads
-    if samples > dim:
-        value = call.op(aten.transpose.int, value, 0, 1)
-    return call.op(aten.reshape.default, value, sizes)
 
 
 @rule(

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokcompile.passes.graph import shape
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, rule
+from tokcompile.passes.rules.sizes import weigh
 
 BY_POSITION = "it adds tokens up by a weight per position"
 
@@ -17,7 +18,7 @@ def matmul(call: Call) -> Any:
     if len(la) < 2 or len(lb) < 2:
         return vector(call, a, b)
     left, right, out = product(call, la, lb)
-    return call.emit(out, **{a: call.coerce(a, left), b: call.coerce(b, right)})
+    return call.emit(out, **{a: call.coerce(a, left), b: weigh(call, call.coerce(b, right), right, -2)})
 
 
 def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
@@ -45,7 +46,8 @@ def vector(call: Call, a: str, b: str) -> Any:
 def add_product(call: Call) -> Any:
     first, a, b = call.tensors()[:3]
     left, right, out = product(call, call.label(a), call.label(b))
-    return call.emit(out, **{a: call.coerce(a, left), b: call.coerce(b, right), first: call.coerce(first, out)})
+    right_side = weigh(call, call.coerce(b, right), right, -2)
+    return call.emit(out, **{a: call.coerce(a, left), b: right_side, first: call.coerce(first, out)})
 
 
 @rule("aten.einsum")
@@ -70,9 +72,14 @@ def einsum(call: Call) -> Any:
         raise NeedsFull("it multiplies samples with samples")
     batch = "".join(samples)
     operands = []
+    todo = {letter for letter, axis in axes.items() if has_tokens(axis) and letter not in output}
     for i, (term, label, value) in enumerate(zip(terms, labels, call["tensors"])):
         lead = (axes[batch],) if batch and batch not in term else ()
-        gathered = call.coerce_node(value, label, (*lead, *(axes[c] for c in term)))
+        want = (*lead, *(axes[c] for c in term))
+        gathered = call.coerce_node(value, label, want)
+        for letter in todo & set(term):
+            gathered = weigh(call, gathered, want[-len(shape(gathered)) :], term.index(letter) - len(term))
+        todo -= set(term)
         if len(shape(gathered)) > len(term):  # a table that had no batch has gained one
             terms[i] = batch + term
         operands.append(gathered)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import operator
+from math import inf, prod
 from typing import Any
 
-from torch.fx import Node
-
-from tokcompile.passes.find import SOFTMAX
-from tokcompile.passes.graph import RESHAPES, aten, bind, packet, shape
-from tokcompile.passes.memory import CASTS
-from tokcompile.passes.rules.attention import sizes_along
-from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, one_sample, rule, tokens_of
-from tokcompile.passes.stages import LAYOUT, moved, view_sources
-from tokcompile.passes.tokens import Seq, new
-
-SCALES = {"aten.mul", "aten.div", "aten.expand", "aten.expand_as", "aten.dropout", "aten.masked_fill"}
+from tokcompile.passes.graph import aten, packet, shape
+from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, one_sample, rule, tokens_of
+from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_along
+from tokcompile.passes.tokens import new
 
 
 def dims_of(call: Call, label: Label) -> list[int]:
@@ -35,23 +29,26 @@ def mean_or_sum(call: Call) -> Any:
     label = call.label("self")
     dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
-    merged = [d for d in dims if any(s.size is not None for a in label[d] if isinstance(a, Seq) for s in a.spaces)]
-    if not merged or not call.rewriter.size_weighted_mean:
+    tokens = [d for d in dims if has_tokens(label[d])]
+    mean = call.node.target in (aten.mean.dim, aten.mean.default)
+    if tokens and call.node in call.rewriter.weighted:
+        value, _ = call.emit(out)
+        left = prod(new(label[d]) / old(label[d]) for d in tokens)
+        return call.typed(call.op(aten.mul.Scalar, value, left) if mean else value, out)
+    if not mean and any(is_short(call, label[d]) for d in tokens):
+        raise NeedsFull(SHORT)
+    merged = [d for d in tokens if sized(label[d])]
+    if not merged or (mean and not call.rewriter.size_weighted_mean):
         return call.emit(out)
     if len(merged) > 1:
         raise NeedsFull("it sums over two token axes at once")
-    dim = merged[0]
-    if normalised(call.old_args["self"], dim):  # sizes weigh in the softmax, where they weigh at all
-        return call.emit(out)
-    size = sizes_along(call, label, dim)
+    size = sizes_along(call, label, merged[0])
     size = call.op(aten.to.dtype, size, call["self"].meta["val"].dtype)
     weighted = call.op(aten.mul.Tensor, call["self"], size)
     total = call.op(aten.sum.dim_IntList, weighted, dims, bool(call.args.get("keepdim")))
-    if call.node.target in (aten.mean.dim, aten.mean.default):
-        count = call.op(aten.sum.dim_IntList, size, [dim], True)
-        rest = 1
-        for d in dims:
-            rest *= 1 if d == dim else shape(call["self"])[d]
+    if mean:
+        count = call.op(aten.sum.dim_IntList, size, merged, True)
+        rest = prod(shape(call["self"])[d] for d in dims if d not in merged)
         if rest != 1:
             count = call.op(aten.mul.Scalar, count, rest)
         sizes = [s for d, s in enumerate(shape(count)) if call.args.get("keepdim") or d not in dims]
@@ -59,42 +56,30 @@ def mean_or_sum(call: Call) -> Any:
     return call.typed(total, out)
 
 
-def normalised(node: Any, dim: int) -> bool:
-    """Whether what is summed along an axis is a product with weights that a softmax along it has made sum to one."""
-    if not isinstance(node, Node) or node.op != "call_function" or dim < 0 or shape(node)[dim] == 1:
-        return False
-    name, a, rank = packet(node), bind(node), len(shape(node))
-    if name in SOFTMAX:
-        return bool(a["dim"] % rank == dim)
-    if name in SCALES | CASTS:
-        return any(normalised(n, dim - rank + len(shape(n))) for n in node.all_input_nodes)
-    if name == "aten.unsqueeze":
-        return normalised(a["self"], dim - (a["dim"] % rank < dim))
-    if name in LAYOUT:
-        return normalised(node.all_input_nodes[0], moved(node, dim))
-    if name in RESHAPES or name == "aten.squeeze":
-        source = node.all_input_nodes[0]
-        before = view_sources(shape(source), shape(node), dim)
-        return before is not None and len(before) == 1 and normalised(source, before[0])
-    return False
-
-
-@rule(
-    "aten.amax",
-    "aten.amin",
-    "aten.logsumexp",
-    "aten.linalg_vector_norm",
-    "aten.norm",
-    "aten.all",
-    "aten.any",
-    "aten.prod",
-    "aten.frobenius_norm",
-)
+@rule("aten.amax", "aten.amin", "aten.norm", "aten.all", "aten.any", "aten.prod", "aten.frobenius_norm")
 def other(call: Call) -> Any:
     """Over tokens: over those that are left."""
     name = call.tensors()[0]
     label = call.label(name)
     return call.emit(reduced(label, dims_of(call, label), bool(call.args.get("keepdim"))))
+
+
+@rule("aten.logsumexp", "aten.linalg_vector_norm")
+def sum_within(call: Call) -> Any:
+    """Sums of exponentials or powers."""
+    label = call.label("self")
+    dims = dims_of(call, label)
+    out = reduced(label, dims, bool(call.args.get("keepdim")))
+    if any(is_short(call, label[d]) for d in dims):
+        raise NeedsFull(SHORT)
+    value = call["self"]
+    for dim in (d for d in dims if sized(label[d])):
+        size = call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
+        if packet(call.node) == "aten.logsumexp":
+            value = call.op(aten.add.Tensor, value, call.op(aten.log.default, size))
+        elif 0 < call.args.get("ord", 2) < inf:
+            value = call.op(aten.mul.Tensor, value, call.op(aten.pow.Tensor_Scalar, size, 1 / call.args.get("ord", 2)))
+    return call.emit(out, self=value)
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")

@@ -195,7 +195,6 @@ CASES = {
     "cumsum": (lambda x: x.cumsum(-1), "", f"B, {S}, 16"),
     # over the tokens
     "mean-of-tokens": (lambda x: x[:, 1:].mean(1), "", ""),
-    "sum-of-tokens": (lambda x: x.sum((1, 2)), "", ""),
     "max-of-tokens": (lambda x: x.amax(1), "", ""),
     "softmax-of-tokens": (lambda x: x.softmax(1), "", f"B, {S}, 16"),
     # products
@@ -471,8 +470,8 @@ def test_means_and_sums_weigh_by_size(weighted, keepdim):
     mean = (rows * weights).sum(1, keepdim) / weights.sum(1, keepdim)
     got = merge(lambda x: x.mean(1, keepdim), x, size_weighted_mean=weighted)
     torch.testing.assert_close(got, mean, rtol=0, atol=1e-6)
-    total = merge(lambda x: x.sum(1, keepdim), x, size_weighted_mean=weighted)
-    torch.testing.assert_close(total, (rows * weights).sum(1, keepdim), rtol=0, atol=1e-6)
+    total = merge(lambda x: x.sum(1, keepdim), x, size_weighted_mean=weighted)  # of all tokens, whatever a mean is of
+    torch.testing.assert_close(total, (rows * SIZES[:, :, None]).sum(1, keepdim), rtol=0, atol=1e-6)
     both = merge(lambda x: x.mean((1, 2)), x, size_weighted_mean=weighted)
     torch.testing.assert_close(both, ((rows * weights).sum(1) / weights.sum(1)).mean(-1), rtol=0, atol=1e-6)
     first = merge(lambda x: x.mT.mean(2), x, size_weighted_mean=weighted)
@@ -500,6 +499,57 @@ def test_sums_across_a_softmax_weigh_by_size():
     x = extra("B L 16", 2, 7, 1)
     want = (SIZES[..., None] * merged_rows(x).softmax(-1)).sum(1)
     torch.testing.assert_close(merge(lambda x: x.softmax(-1).sum(1), x), want, rtol=0, atol=1e-6)
+
+
+ALL = {
+    "product": lambda x: x.mT @ x,
+    "einsum": lambda x: torch.einsum("bnc,bnd->bcd", x, x),
+    "norm": lambda x: x.norm(dim=1),
+    "norm of another order": lambda x: torch.linalg.vector_norm(x, 3, 1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "masked mean": lambda x: (x * MASK).sum(1) / MASK.sum(1),
+    "linear attention": lambda x: (x.exp() @ (x.exp().mT @ x)) / (x.exp() @ x.exp().sum(1)[:, :, None]),
+    "softmax by hand": lambda x: (x / x.sum(1, True)).mT @ x,
+    "a gate": lambda x: torch.einsum("bn,bnd->bd", x[..., 0].sigmoid(), x) / x[..., 0].sigmoid().sum(1, True),
+}
+MASK = torch.ones(2, 7, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sums_over_merged_tokens_are_sums_over_all(name):
+    """Each counts as often as it holds tokens: as if all of these were there, equal to it."""
+    x = extra("B L 16", 2, 7, 1).abs()
+    rows, counts = merged_rows(x), SIZES.long()
+    got = merge(ALL[name], x)
+    for b in range(2):
+        every = rows[b].repeat_interleave(counts[b], 0)[None]
+        want = ALL[name](every.expand(2, -1, -1))[:1]
+        if want.shape[1] == 7:  # a result for each token
+            want = want[:, counts[b].cumsum(0) - counts[b]]
+        torch.testing.assert_close(got[b : b + 1], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["product", "einsum", "norm", "logsumexp", "masked mean"])
+def test_sums_that_miss_tokens_have_them_back(name):
+    """Outside of the blocks, where nothing else is short of the same tokens: a kept one stands for those that are gone."""
+    x = extra("B L 16", 2, 7, 1)
+    index = subset(2, 6, 3, True)
+    out = reduced(ALL[name], (x,), index, 6, prefix=1)
+    assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"]
+    whole = run(reduced(lambda x: x.flip(1), (x,), index, 6, prefix=1).gm, x)[0].flip(1)
+    torch.testing.assert_close(run(out.gm, x)[0], ALL[name](whole), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate"])
+def test_shares_of_what_is_left(name):
+    x = extra("B L 16", 2, 7, 1)
+    index = subset(2, 6, 3, True)
+    out = reduced(ALL[name], (x,), index, 6, prefix=1)
+    got = run(out.gm, x)[0]
+    assert not [r for r in out.recoveries if "adds up" in r.reason]
+    if name != "linear attention":  # whose result, a token each, is given back at the end
+        kept = torch.stack([x[b, torch.cat([torch.zeros(1, dtype=torch.int64), index[b] + 1])] for b in range(2)])
+        torch.testing.assert_close(got, ALL[name](kept), rtol=0, atol=1e-9)
 
 
 def test_merged_tokens_are_given_back_to_their_members():

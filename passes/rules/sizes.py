@@ -1,0 +1,73 @@
+"""Sizes: how many tokens those of an axis hold, and whether a sum over them has all."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from tokcompile.passes.batch import samples_in_line
+from tokcompile.passes.graph import aten, shape
+from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_batch, has_tokens, old
+from tokcompile.passes.tokens import Batch, Seq
+
+SHORT = "it adds up all tokens, and some are gone"
+
+
+def weigh(call: Call, value: Node, label: Label, dim: int) -> Node:
+    """What is to be summed along an axis of tokens, each of which weighs as many as it holds.
+
+    Raises: NeedsFull where tokens are gone that the sum has to have.
+    """
+    if not has_tokens(label[dim]) or call.node in call.rewriter.weighted:
+        return value
+    if is_short(call, label[dim]):
+        raise NeedsFull(SHORT)
+    if not sized(label[dim]):
+        return value
+    size = call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
+    return call.op(aten.mul.Tensor, value, size)
+
+
+def sized(axis: Axis) -> bool:
+    """Whether tokens on an axis were merged, and know how many they hold."""
+    return any(space.size is not None for atom in axis if isinstance(atom, Seq) for space in atom.spaces)
+
+
+def is_short(call: Call, axis: Axis) -> bool:
+    """Whether a sum over an axis, outside of the blocks, would miss tokens that are gone, and is no share of one that does."""
+    dropped = any(space.size is None for atom in axis if isinstance(atom, Seq) for space in atom.spaces)
+    return dropped and call.node not in call.rewriter.structure.inside and call.node not in call.rewriter.shares
+
+
+def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
+    """How many tokens those along axis `dim` hold, or the log of it, laid out so that it broadcasts against the label."""
+    # over all samples at once, as over the windows of an image that are a batch elsewhere
+    like = tuple(samples_in_line(call.gather, axis) for axis in label)
+    dim = dim % len(like)
+    axis = like[dim]
+    value = call.gather.sizes(next(a for a in axis if isinstance(a, Seq)))
+    if log:
+        value = call.op(aten.log.default, value)
+    sizes = []
+    for d, one in enumerate(like):
+        if d == dim:
+            sizes.append(shape(value)[1])
+        else:
+            sizes.append(shape(value)[0] if has_batch(one) else 1)
+    repeat = [a for a in axis if not isinstance(a, Seq)]
+    if repeat:  # groups of u rows share their token's size
+        value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
+        sizes[dim] = shape(value)[1]
+    samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), dim)
+    if len(like[samples]) > 1 and samples != dim:  # a batch of heads
+        batch = shape(value)[0]
+        heads = old(like[samples]) // batch
+        if isinstance(like[samples][0], Batch):
+            value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
+        elif isinstance(like[samples][-1], Batch):
+            value = call.op(aten.repeat.default, value, [heads, 1])
+        else:
+            raise NeedsFull("its samples stand between other axes")
+        sizes[samples] = batch * heads
+    if samples > dim:
+        value = call.op(aten.transpose.int, value, 0, 1)
+    return call.op(aten.reshape.default, value, sizes)
