@@ -3,6 +3,7 @@ reason."""
 
 import functools
 
+import numpy
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from tests.models import shake
 from tests.models.family import noise, seeded, tokens
 from tests.models.hf_base import DECODER, VIT, class_of
 from tokcompile import InputError
-from tokcompile.vlm import Generator, split
+from tokcompile.vlm import Generator, export, load, split
 
 SIGLIP = dict(model_type="siglip_vision_model", vision_use_head=False, **VIT)
 VQ = dict(
@@ -121,6 +122,64 @@ def t5gemma():
     return class_of("T5Gemma2ForConditionalGeneration")(config), inputs
 
 
+def phi():
+    """Pixels under another name, no function for features, and a decoder that places them itself: four columns of a tile, of
+    which one is padding, with a newline token a row; a separator; the whole image."""
+    audio = dict(
+        hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=16, input_size=16,
+        depthwise_separable_out_channel=16, nemo_conv_channels=16, audio_token_id=59,
+    )  # fmt: skip
+    vision = VIT | dict(image_size=64, num_hidden_layers=2, crop_size=64, image_token_id=60)
+    config = class_of("Phi4MultimodalConfig")(**DECODER, vision_config=vision, audio_config=audio)
+    inputs = prompt(4 * (3 + 1) + 1 + 4 * (4 + 1), None)
+    there = torch.ones(1, 2, 8, 8)
+    there[:, 1, :, 6:] = 0
+    seen = dict(image_pixel_values=noise(1, 2, 3, 64, 64), image_sizes=torch.tensor([[64, 64]]), image_attention_mask=there)
+    return class_of("Phi4MultimodalForCausalLM")(config), {n: v for n, v in inputs.items() if n != "pixel_values"} | seen
+
+
+def granite():
+    """Zeros in the place of the placeholders, and features that are added before layers 0, 2 and 3."""
+    queries = dict(
+        model_type="blip_2_qformer", num_hidden_layers=1, intermediate_size=64, cross_attention_frequency=1,
+        max_position_embeddings=64, use_qformer_text_input=False,
+    )  # fmt: skip
+    config = class_of("Granite4VisionConfig")(
+        vision_config=SIGLIP | dict(hidden_size=64, image_size=64, num_hidden_layers=2),
+        text_config=DECODER | dict(embedding_multiplier=2.0, residual_multiplier=0.5, logits_scaling=2.0),
+        qformer_config=queries, image_token_index=60, vision_feature_select_strategy="full", downsample_rate="2/4",
+        image_grid_pinpoints=[[64, 64]], deepstack_layer_map=[[-2, 0], [2, 2]], spatial_target_layers=[3],
+    )  # fmt: skip
+    inputs = prompt(16 + 4 * 5, noise(1, 2, 3, 64, 64), image_sizes=torch.tensor([[64, 64]]))
+    return class_of("Granite4VisionForConditionalGeneration")(config), inputs
+
+
+def fuyu():
+    """Patches go into the decoder without a tower, under a name of their own."""
+    text = dict(DECODER, model_type="persimmon", qk_layernorm=True)
+    config = class_of("FuyuConfig")(text_config=text, hidden_size=48, patch_size=8, image_token_id=60)
+    inputs = prompt(16, None, image_patches=noise(1, 16, 192))
+    return class_of("FuyuForCausalLM")(config), {n: v for n, v in inputs.items() if n != "pixel_values"}
+
+
+def kosmos():
+    """Embeds segments and positions beside the tokens, before its first layer."""
+    vision = dict(
+        hidden_size=48, patch_embed_hidden_size=192, intermediate_size=96, head_dim=12, num_hidden_layers=4,
+        num_attention_heads=4, max_num_patches=64,
+    )  # fmt: skip
+    text = dict(
+        vocab_size=64, max_position_embeddings=128, embed_dim=48, layers=4, ffn_dim=96, attention_heads=4, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, dropout=0.0,
+    )  # fmt: skip
+    config = class_of("Kosmos2_5Config")(vision_config=vision, text_config=text, latent_query_num=16)
+    places = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(6.0), indexing="ij"), -1).reshape(1, 48, 2) + 1
+    inputs = prompt(16, None, flattened_patches=torch.cat([places, noise(1, 48, 192)], -1))
+    inputs |= dict(image_embeds_position_mask=(inputs["input_ids"] == 60).long())
+    model = class_of("Kosmos2_5ForConditionalGeneration")(config)
+    return model, {n: v for n, v in inputs.items() if n != "pixel_values"}
+
+
 @functools.cache
 def made(make):
     with seeded():
@@ -164,6 +223,76 @@ def test_a_sparse_attention_that_chooses_all_keys():
         Generator(parts, prefill, max_new_tokens=40)
 
 
+@pytest.mark.parametrize(("make", "name"), [
+    (phi, "image_pixel_values"), (granite, "pixel_values"), (fuyu, "image_patches"),
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
+def test_32_tokens_of_the_model_itself_with_dropped_keys_hidden(make, name):
+    model, inputs = made(make)
+    parts, pixels, ids = split(model, inputs), inputs[name], inputs["input_ids"]
+    assert error(parts(pixels, ids)["logits"][:, -1], run(model, **inputs).logits[:, -1]) < 1e-5
+    for budget, first in ((1.0, 4), (tokcompile.Tokens(6), 2)):
+        prefill = tokcompile.optimize(
+            *parts.language, method="dart", budget=budget, where=[2], spans=parts.spans, outputs="reduced"
+        )
+        out = run(prefill, **parts.language.kwargs)
+        gone = dropped(out.kept["s0_index"][0], *parts.spans[0]) if out.kept else set()
+        if not gone:
+            assert torch.equal(out.output["logits"], run(parts.language.module, **parts.language.kwargs)["logits"])
+        result = Generator(parts, prefill, max_new_tokens=32)(pixels, ids, eos=(), keep_logits=True)
+        tokens, logits = generated(model, inputs, gone, first)
+        assert torch.equal(result.tokens, tokens)
+        assert all(error(got, want) < 1e-5 for got, want in zip(result.logits, logits))
+    assert tokcompile.check(*parts.language, spans=parts.spans, blocks=[0, 2]).ok
+
+
+def generated(model, inputs, gone, first):
+    """32 tokens and their logits, by the model's own `generate`; nobody sees keys that are gone from layer `first` of 4 on."""
+    with hidden(set(), ()) as calls:
+        run(model, **inputs)
+    seeing = len(calls) - 4  # calls of the tower, which come first
+    layers = {seeing + 4 * step + layer for step in range(32) for layer in range(first, 4)}
+    options = dict(max_new_tokens=32, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    with hidden(gone, layers):
+        made = run(model.generate, **inputs | {"use_cache": True}, **options)
+    return made.sequences[:, -32:], made.logits
+
+
+def test_a_folder_of_a_model_without_a_function_for_features(tmp_path):
+    model, inputs = made(phi)
+    parts, pixels, ids = split(model, inputs), inputs["image_pixel_values"], inputs["input_ids"]
+    held = {type(module).__name__ for module in parts.vision.module.modules()}
+    assert "Phi4MultimodalVisionEncoderLayer" in held
+    assert not held & {"Phi4MultimodalMLP", "Phi4MultimodalAudioModel"}
+    vision = tokcompile.optimize(*parts.vision, method="divprune", budget=0.5)  # tokens are given back for its map
+    parts = parts.after(vision)
+    options = dict(method="dart", budget=tokcompile.Tokens(6), where=[2], spans=parts.spans, outputs="reduced")
+    prefill = tokcompile.optimize(*parts.language, **options)
+    export(parts, prefill, tmp_path / "folder", max_new_tokens=32)
+    folder = load(tmp_path / "folder")
+    want = Generator(parts, prefill, max_new_tokens=32)(pixels, ids, eos=()).tokens
+    numpy.savez(tmp_path / "all.npz", **{n: v.numpy() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+    assert torch.equal(folder.array(tmp_path / "all.npz"), pixels)
+    assert folder(pixels, ids, eos=()).tokens.tolist() == want.tolist()
+    assert set(folder.fixed) == {"image_sizes", "image_attention_mask"}
+
+
+@pytest.mark.parametrize(("placed", "why"), [
+    (lambda features, embeds: features + embeds.mean(), "is given input_ids too: this model looks .* the question in mind"),
+    (lambda features, embeds: features * 0, "no image_pixel_values are in what its decoder begins with"),
+])  # fmt: skip
+def test_what_stands_at_the_placeholders_comes_from_the_image_alone(placed, why, monkeypatch):
+    model, inputs = made(phi)
+    images = model.model.embed_tokens_extend.image_embed
+    own = images.forward
+
+    def forward(ids, embeds, **kwargs):
+        return torch.where((ids == 60)[..., None], placed(own(ids, embeds, **kwargs), embeds), embeds)
+
+    monkeypatch.setattr(images, "forward", forward)
+    with pytest.raises(InputError, match=why):
+        split(model, inputs)
+
+
 def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
     model, inputs = made(t5gemma)
     optimized = tokcompile.optimize(model, kwargs=inputs, method="dart", budget=0.5)
@@ -175,6 +304,7 @@ def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
     (hybrid, "get_image_features is given high_res_pixel_values beside pixel_values: a second form of the image"),
     (colpali, "does not run on embeddings alone, as a language model with a cache: AttributeError"),
     (t5gemma, "looks at what is seen with an encoder"),
+    (kosmos, "does more between the two than replacing placeholders"),
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_what_cannot_be_taken_apart_is_refused(make, why):
     with pytest.raises(InputError, match=why):

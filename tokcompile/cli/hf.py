@@ -18,6 +18,7 @@ from tokcompile.models import require
 from tokcompile.vlm import Parts, Preprocess
 from tokcompile.vlm.export import preprocesses
 from tokcompile.vlm.image import opened, pixel_values
+from tokcompile.vlm.observe import source_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}  # those that onnxruntime computes in on a CPU
 SAME = 1e-3  # what rounding alone makes of it
@@ -84,7 +85,7 @@ class Example:
 
     def distance(self, how: Sequence[Preprocess]) -> float:
         """The mean distance between the pixel values of the processor and those made in that way, both normalised."""
-        want = self.inputs["pixel_values"].float()
+        want = self.inputs[source_of(self.inputs).pixels].float()
         return float((pixel_values(how, self.images, want.shape, how[0].patches is not None) - want).abs().mean())
 
 

@@ -71,7 +71,9 @@ def export(
         ids = parts.embeddings.kwargs["input_ids"]
         start = parts.prompt.full[0][0]
         before = [int(i) for i, real in zip(ids[0, :start], parts.prompt.mask[0, :start]) if real]
-        images = spec(parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.fixed)
+        images = spec(
+            parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.source.pixels, parts.seen.fixed
+        )
         files = {name: file for name, file in report.files.items() if name != "vision"}
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.text.wiring, prefill, files, **{KEY: images}) + "\n")

@@ -23,7 +23,7 @@ from tokcompile.passes.tokens import Run
 from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
-from tokcompile.vlm.observe import IMAGES, VIDEOS
+from tokcompile.vlm.observe import IMAGES
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
@@ -53,6 +53,7 @@ class Folder:
             self.shape = tuple(data["shape"])
             self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
             self.fixed = {name: torch.tensor(values) for name, values in data["fixed"].items()}
+            self.pixels_name = data.get("pixels", IMAGES.pixels)
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
             vision = os.path.join(self.path, data["vision"])
         except KeyError as error:
@@ -118,11 +119,10 @@ class Folder:
         """
         try:
             loaded = np.load(path, allow_pickle=False)
-            given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {IMAGES.pixels: loaded}
-            found = given[VIDEOS.pixels if VIDEOS.pixels in given else IMAGES.pixels]
-            pixels = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+            given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {self.pixels_name: loaded}
+            pixels = torch.from_numpy(np.ascontiguousarray(given[self.pixels_name], dtype=np.float32))
         except KeyError as error:
-            raise InputError(f"{path} holds no {IMAGES.pixels} (it holds {', '.join(given) or 'nothing'})") from error
+            raise InputError(f"{path} holds no {self.pixels_name} (it holds {', '.join(given) or 'nothing'})") from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the pixel values {path!r}: {error}") from error
         if hasattr(loaded, "files"):
@@ -161,7 +161,7 @@ class Folder:
         self.prompt.check_pivots(attention_mask, self.text.data["method"], self.text.data["plan"]["options"])
         begin = time.perf_counter()
         made = self.vision({"pixel_values": self.cast(pixel_values)})
-        deep = [made[name] for name in sorted(made) if name.startswith("deepstack_")]
+        deep = [made[f"deepstack_{i}"] for i in range(sum(name.startswith("deepstack_") for name in made))]
         outputs: dict[str, Any] = {"features": made["features"]} | ({"deepstack": deep} if deep else {})
         indices = {name: value for name, value in made.items() if name.endswith("_index")}
         seen = seen_by(self.prompt, outputs, indices, self.kept_of)
@@ -201,7 +201,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 def spec(
     prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
-    template: str | None, before: Sequence[int], fixed: Mapping[str, Tensor],
+    template: str | None, before: Sequence[int], pixels: str, fixed: Mapping[str, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
     return {
@@ -212,6 +212,7 @@ def spec(
         "prompt": prompt.data(),
         "template": template,
         "before": list(before),
+        "pixels": pixels,
         "fixed": {name: value.tolist() for name, value in fixed.items()},
         "plan": json.loads(vision.plan.json()),
         "kept": dict(vision.kept_of),

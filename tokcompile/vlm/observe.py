@@ -1,16 +1,17 @@
 """One eager run of a whole vision-language model, and what passes between its parts on the way.
 
-No family is named: what counts is the function `get_image_features` (`get_video_features` for videos), the module that owns
-the token embeddings, and the masks that arrive at its attention.
+No family is named: what counts is the function `get_image_features` (`get_video_features` for videos), else what the decoder
+begins with, the module that owns the token embeddings, and the masks that arrive at its attention.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -37,36 +38,45 @@ VIDEOS = Source("pixel_values_videos", "get_video_features", ("video_token_id", 
 
 
 def source_of(inputs: Mapping[str, Any]) -> Source:
-    """Images, or videos where there are such. Raises: InputError where there are both."""
+    """Images, or videos where there are such; where neither has its usual name, the largest input of floating-point numbers,
+    since others, such as masks, have fewer. Raises: InputError where there are both."""
     images, videos = (isinstance(inputs.get(source.pixels), Tensor) for source in (IMAGES, VIDEOS))
     if images and videos:
         raise InputError(
             f"the example inputs have {IMAGES.pixels} and {VIDEOS.pixels}: images and videos go through different functions of "
             "the model\n  what to do: split once for images and once for videos"
         )
+    floats = {n: v.numel() for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if floats and not images and not videos:
+        return replace(IMAGES, pixels=max(floats, key=lambda name: floats[name]))
     return VIDEOS if videos else IMAGES
 
 
 @dataclass
 class Observed:
-    """source: what is seen. owner: name of the module whose get_image_features or get_video_features ran. args, kwargs: of
-    that call. features: one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where
-    there is one. behind: name of a module that is given all features before they are placed, and how many axes they have there.
-    deepstack: the same as features, for each layer of those that are added inside of the decoder. language:
-    name of the decoder. beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the
-    last token, (B, vocabulary). fixed: inputs of that call beside the pixels, which say how the images lie, as image_sizes.
-    masks: (B or 1, L, L) by layer, True where a query sees a key. reaches: the window or chunk by layer."""
+    """source: what is seen. owner: name of the module whose get_image_features or get_video_features ran; None where none
+    did, and the decoder begins with what became of the pixels. args, kwargs: of that call, or of the whole model. features:
+    one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where there is one. behind:
+    name of a module that is given all features before they are placed, and how many axes they have there. deepstack: the same
+    as features, for each layer of those that are added inside of the decoder. after: how many layers are behind it there.
+    language: name of the decoder. embeds: what it begins with, (B, L, D). decoding: where no function for features ran, the
+    modules that are called on that, and what each gave: the decoder, or its layers where it makes its embeddings itself.
+    beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the last token, (B,
+    vocabulary). fixed: inputs of that call beside the pixels, which say how the images lie, as image_sizes. masks: (B or 1, L,
+    L) by layer, True where a query sees a key. reaches: the window or chunk by layer."""
 
     source: Source = IMAGES
-    owner: str = ""
+    owner: str | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
     whole: str | None = None
     behind: tuple[str, int] | None = None
     deepstack: list[list[Tensor]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
     language: str = ""
     embeds: Tensor | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
     position_ids: Tensor | None = None
     beside: list[str] = field(default_factory=list)
     logits: Tensor | None = None
@@ -79,14 +89,21 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     """Runs the model once. Raises: InputError where it is no vision-language model, or does not run."""
     seen = Observed(source_of(inputs), language=decoder_of(model))
     decoder = model.get_submodule(seen.language)
+    layers = layers_of(decoder, config_of(model).num_hidden_layers)
+    names = [name for name, module in model.named_modules() if module in set(layers)]
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if callable(getattr(module, seen.source.features, None)):
                 stack.enter_context(recorded_features(module, name, seen))
         handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
         stack.callback(handle.remove)
-        entrance = layers_of(decoder, config_of(model).num_hidden_layers)[0]
-        stack.callback(entrance.register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
+        stack.callback(layers[0].register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
+        stack.callback(layers[0].register_forward_hook(lambda m, a, out: decoded(seen, names, out)).remove)
+        handle = decoder.register_forward_hook(
+            lambda m, a, k, out: decoded(seen, [seen.language], out) if k.get("inputs_embeds") is not None else None,
+            with_kwargs=True,
+        )
+        stack.callback(handle.remove)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(given_features, seen, name)).remove)
         inside = set(decoder.modules())
@@ -103,25 +120,46 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
                 "  what to do: pass inputs that model(**inputs) accepts, with one image placeholder for each image feature"
             ) from error
     seen.logits = logits[:, -1] if isinstance(logits, Tensor) and logits.dim() == 3 else None
+    if seen.owner is None:
+        seen.kwargs = {**inputs, **last_logits(model)}
+    else:
+        seen.decoding = {}
+    of_text = inputs["input_ids"].shape if seen.owner is None else None
     seen.fixed = {
         name: value
         for name, value in inputs.items()
         if name != seen.source.pixels
         and any(value is one for one in (*seen.args, *seen.kwargs.values()))
         and isinstance(value, Tensor)
+        and value.shape != of_text
     }
-    if not seen.features:
-        raise InputError(
-            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({', '.join(inputs)})\n"
-            f"  what to do: pass {seen.source.pixels} and what belongs to them, such as image_grid_thw or image_sizes; a "
-            "model whose features do not go into its prompt is optimized as a whole"
-        )
     if seen.embeds is None or not seen.masks:
         raise InputError(
             f"the decoder {seen.language!r} was not called on inputs_embeds, or does not call transformers' attention "
             "functions\n  what to do: nothing yet; optimize the parts of this model one by one"
         )
     return seen
+
+
+def begun(model: nn.Module, seen: Observed, inputs: Mapping[str, Any]) -> Tensor:
+    """What the decoder begins with in a call of the model, (B, L, D). It is not run: what it gave stands for its result."""
+    met: list[Tensor] = []
+
+    def instead(gave: Any, *args: Any, **kwargs: Any) -> Any:
+        met.append(kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0] if args else kwargs["hidden_states"])
+        return gave
+
+    with ExitStack() as stack:
+        for name, gave in seen.decoding.items():
+            module: Any = model.get_submodule(name)
+            stack.enter_context(mock.patch.dict(module.__dict__, {"forward": partial(instead, gave)}))
+        model(**inputs)
+    return met[0]
+
+
+def last_logits(model: nn.Module) -> dict[str, Any]:
+    """What makes a model give the logits of the last token alone, where it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def decoder_of(model: nn.Module) -> str:
@@ -164,7 +202,7 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
                 handle.remove()
         if not seen.features:
             seen.owner, seen.args, seen.kwargs = name, args, kwargs
-            seen.features, seen.deepstack = features_of(result)
+            seen.features, seen.deepstack, seen.after = features_of(result)
             seen.whole = next((n for n, out in outputs.items() if is_all_of(out, seen.features)), None)
         return result
 
@@ -195,17 +233,31 @@ def holds_all(value: Any, features: list[Tensor]) -> bool:
     return value.numel() == sum(f.numel() for f in features) and torch.equal(value.flatten(0, -2), torch.cat(features))
 
 
-def features_of(result: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The features of each image, and those for the decoder's inside, by layer and image."""
+class Features(NamedTuple):
+    """pooled: of each image, (n, D). deep: those for the decoder's inside, by layer and image. after: how many layers of the
+    decoder are behind it where each of these is added."""
+
+    pooled: list[Tensor]
+    deep: list[list[Tensor]]
+    after: list[int]
+
+
+def features_of(result: Any) -> Features:
+    """What a function for features gave. Raises: InputError."""
+    given = getattr(result, "deepstack_features", None) or []
+    numbered = all(isinstance(one, tuple) and isinstance(one[0], int) for one in given)
+    deep = [list(one[1] if numbered else one) for one in given]
+    after = [one[0] for one in given] if numbered else list(range(1, len(deep) + 1))
     pooled = getattr(result, "pooler_output", result)
     pooled = getattr(result, "last_hidden_state", None) if pooled is None else pooled
+    if pooled is None and deep:  # the placeholders are made zero, and all is added inside
+        pooled = [torch.zeros_like(one) for one in deep[0]]
     if pooled is None:
         raise InputError(
             f"the model's function for features gives {', '.join(result)}, and neither pooler_output nor last_hidden_state\n"
             "  what to do: optimize the whole model"
         )
-    deep = getattr(result, "deepstack_features", None) or []
-    return [pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled), [list(one) for one in deep]
+    return Features([pooled] if isinstance(pooled, Tensor) and pooled.dim() == 2 else list(pooled), deep, after)
 
 
 def entered(seen: Observed, kwargs: Mapping[str, Any]) -> None:
@@ -216,9 +268,13 @@ def entered(seen: Observed, kwargs: Mapping[str, Any]) -> None:
 
 def placed(seen: Observed, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Where the decoder places the features itself, its first layer is given what others are called on."""
-    if seen.embeds is None and seen.features:
+    if seen.embeds is None:
         seen.embeds = args[0] if args else kwargs.get("hidden_states")
         seen.position_ids = kwargs.get("position_ids") if seen.position_ids is None else seen.position_ids
+
+
+def decoded(seen: Observed, names: list[str], result: Any) -> None:
+    seen.decoding = dict.fromkeys(names, result)
 
 
 def looking(original: Attention | None, inside: set[nn.Module], seen: Observed) -> Attention:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tokcompile.errors import InputError
 from tokcompile.llm.caches import Collecting, cache_name, config_of, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
-from tokcompile.vlm.observe import Observed, features_of, layers_of
+from tokcompile.vlm.observe import Observed, begun, features_of, last_logits, layers_of
 
 
 class Vision(nn.Module):
@@ -48,7 +47,7 @@ class Vision(nn.Module):
         if self.whole is not None:  # before the model cuts the features of all images apart
             handle = self.model.get_submodule(self.whole).register_forward_hook(lambda m, a, out: caught.append(out))
         try:
-            pooled, deep = features_of(getattr(self.model.get_submodule(self.owner), self.features)(*given, **named))
+            pooled, deep, _ = features_of(getattr(self.model.get_submodule(self.owner), self.features)(*given, **named))
         finally:
             if handle is not None:
                 handle.remove()
@@ -62,6 +61,23 @@ class Vision(nn.Module):
         name, axes = self.behind
         made = self.model.get_submodule(name)(features.flatten(0, 1) if axes == 2 else features)
         return made.reshape(*features.shape[:-1], -1)
+
+
+class Placed(nn.Module):
+    """Pixel values to what the decoder begins with at the placeholders, {"features": (B, n, D)}, of a model without a function
+    for features. All else that the model is given is that of the example, fixed.
+
+    spans: of the placeholders.
+    """
+
+    def __init__(self, model: nn.Module, seen: Observed, spans: Sequence[tuple[int, int]]):
+        super().__init__()
+        self.model, self.seen, self.spans = model, seen, tuple(spans)
+        self.train(model.training)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Any]:
+        embeds = begun(self.model, self.seen, self.seen.kwargs | {self.seen.source.pixels: pixel_values})
+        return {"features": torch.cat([embeds[:, start:stop] for start, stop in self.spans], 1)}
 
 
 def in_one_row(images: Sequence[Tensor]) -> Tensor:
@@ -99,19 +115,19 @@ class Language(nn.Module):
     them.
 
     inputs_embeds: (B, L, D). position_ids: (B, L), or (axes, B, L) where positions have several axes. attention_mask:
-    (B, L), where the prompt may be padded. deepstack: (B, n, D) each, added to the image's tokens after layers 0, 1, ...
-    input_ids: (B, L), where the model makes more of the ids than embeddings, such as inputs of single layers.
+    (B, L), where the prompt may be padded. deepstack: (B, n, D) each, added to the image's tokens behind as many layers as
+    `after` says. input_ids: (B, L), where the model makes more of the ids than embeddings, such as inputs of single layers.
     """
 
     def __init__(
         self, model: nn.Module, decoder: str, view: Visibility, spans: Sequence[tuple[int, int]], length: int, *,
-        moved: bool = False, all_logits: bool = False,
+        moved: bool = False, all_logits: bool = False, after: Sequence[int] = (),
     ):  # fmt: skip
         super().__init__()
         self.model, self.decoder, self.spans, self.length = model, decoder, tuple(spans), length
+        self.after = tuple(after)
         self.prompt_masks = PromptMasks(length, view, moved)
-        takes = inspect.signature(model.forward).parameters
-        self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes and not all_logits else {}
+        self.last = {} if all_logits else last_logits(model)
         self.cache = cache_name(model)
         self.train(model.training)
 
@@ -129,7 +145,7 @@ class Language(nn.Module):
         with (
             Apart(),
             replaced_attention(self.model, lambda original: masked(original, masks, attention_mask)),
-            added(self.layers(), [self.spread(one) for one in deepstack or ()]),
+            added(self.layers(), self.after, [self.spread(one) for one in deepstack or ()]),
             self.entering(inputs_embeds) if input_ids is not None else nullcontext(),
         ):
             prompt = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
@@ -175,9 +191,14 @@ class Apart(TorchFunctionMode):
 
 
 @contextmanager
-def added(layers: nn.ModuleList, features: Sequence[Tensor]) -> Iterator[None]:
-    """The result of layer i has features[i] added to it."""
-    handles = [layer.register_forward_hook(adding(one)) for layer, one in zip(layers, features)]
+def added(layers: nn.ModuleList, after: Sequence[int], features: Sequence[Tensor]) -> Iterator[None]:
+    """What comes behind after[i] layers has features[i] added to it."""
+    handles = [
+        layers[count - 1].register_forward_hook(adding(one))
+        if count
+        else layers[0].register_forward_pre_hook(adding_before(one), with_kwargs=True)
+        for count, one in zip(after, features)
+    ]
     try:
         yield
     finally:
@@ -190,6 +211,15 @@ def adding(features: Tensor) -> Callable[..., Any]:
         if isinstance(result, tuple):
             return (result[0] + features, *result[1:])
         return result + features
+
+    return hook
+
+
+def adding_before(features: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (args[0] + features, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + features}
 
     return hook
 
@@ -216,7 +246,7 @@ def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Mod
 def pruned(module: nn.Module, ran: set[nn.Module]) -> nn.Module:
     """A copy without the branches in which nothing ran; lists stay as long as they are."""
     slim = copy.copy(module)
-    whole = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    whole = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention))  # the last reads a child without a call
     kept = {n: c for n, c in module._modules.items() if c is None or whole or any(m in ran for m in c.modules())}
     slim._modules = {n: c if c is None else pruned(c, ran) for n, c in kept.items()}
     return slim

@@ -17,8 +17,8 @@ from tokcompile.passes.calls import is_mixer
 from tokcompile.passes.faithful import TOLERANCE, worst
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import Observed, Source, observe, source_of
-from tokcompile.vlm.parts import Embeddings, Language, Vision, used_only
+from tokcompile.vlm.observe import Observed, Source, begun, observe, source_of
+from tokcompile.vlm.parts import Embeddings, Language, Placed, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
 
 CLOSE = 1e-5  # of the largest embedding: how near the placed features must be to what the model gave its decoder
@@ -161,6 +161,7 @@ class Parts:
             return Language(
                 model, self.seen.language.removeprefix(f"{self.causal}."), self.view, self.prompt.spans, self.prompt.length,
                 moved=attention_mask is not None or self.optimized is not None, all_logits=self.all_logits,
+                after=self.seen.after,
             )  # fmt: skip
 
         try:
@@ -209,7 +210,8 @@ def split(
     token = image_token_of(model, image_token, source_of(inputs))
     found = image_spans(ids, token)
     seen = observe(model, inputs)
-    check_question(seen)
+    check_seen(model, seen, found)
+    check_question(model, seen, found)
     view = visibility(seen, mask, found)
     positions = seen.position_ids
     if positions is None:
@@ -218,8 +220,12 @@ def split(
     positions = positions.expand(*positions.shape[:-2], *ids.shape).contiguous()
     mixer = mixer_of(model.get_submodule(seen.language))
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
-    slim, _ = used_only(model, lambda m: Vision(m, seen, pixels)(pixels))
-    made = Part(Vision(slim, seen, pixels).eval(), (pixels,), {})
+
+    def vision(model: nn.Module) -> nn.Module:
+        return Placed(model, seen, found) if seen.owner is None else Vision(model, seen, pixels)
+
+    slim, _ = used_only(model, lambda m: vision(m)(pixels))
+    made = Part(vision(slim).eval(), (pixels,), {})
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
@@ -287,7 +293,8 @@ def image_token_of(model: Any, given: int | None, source: Source) -> int:
     """The id of the placeholders. Raises: InputError."""
     if given is not None:
         return given
-    for config in (getattr(model, "config", None), config_of(model)):
+    whole = getattr(model, "config", None)
+    for config in (whole, config_of(model), getattr(whole, "vision_config", None)):
         for name in source.tokens:
             found = getattr(config, name, None)
             if isinstance(found, int):
@@ -349,21 +356,55 @@ def check_logits(seen: Observed, got: Tensor, prompt: Prompt) -> None:
         )
 
 
-def check_question(seen: Observed) -> None:
+def check_seen(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
+    """Raises: InputError where no features of the pixels stand at the placeholders."""
+    pixels = seen.source.pixels
+    if seen.owner is None and not changed(model, seen, spans, {pixels: seen.kwargs[pixels].flip(-2)}):  # other rows or patches
+        raise InputError(
+            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({', '.join(seen.kwargs)}), and no "
+            f"{pixels} are in what its decoder begins with\n"
+            f"  what to do: pass {pixels} and what belongs to them, such as image_grid_thw or image_sizes; a "
+            "model whose features do not go into its prompt is optimized as a whole"
+        )
+
+
+def check_question(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
     """Raises: InputError where features depend on the text: those of one question would be given for all."""
-    more = [name for name, value in seen.fixed.items() if value.is_floating_point() and value.dim() > 2]
+    where = seen.source.features if seen.owner is not None else type(model).__name__
+    more = [n for n, value in seen.fixed.items() if value.is_floating_point() and value.dim() > 2 and not is_mask(value)]
     if more:
         raise InputError(
-            f"{seen.source.features} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the "
+            f"{where} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the "
             "vision part takes one\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
         )
     text = [name for name in seen.fixed if name.endswith("input_ids")]
+    if seen.owner is None and changed(model, seen, spans, {"input_ids": other_text(seen.kwargs["input_ids"], spans)}):
+        text.append("input_ids")
     if text:
         raise InputError(
-            f"{seen.source.features} is given {text[0]} too: this model looks at an image with the question in mind, so that "
+            f"{where} is given {text[0]} too: this model looks at an image with the question in mind, so that "
             "its vision part would hold for the example's question alone\n  what to do: optimize the whole model, with "
             "use_cache=False, or its vision tower by itself"
         )
+
+
+def is_mask(value: Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all())
+
+
+def changed(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> bool:
+    """Whether the decoder begins with something else at the placeholders where these inputs take the place of the example's."""
+    with torch.no_grad():
+        embeds = begun(model, seen, seen.kwargs | inputs)
+    assert seen.embeds is not None
+    return any(not torch.equal(embeds[:, start:stop], seen.embeds[:, start:stop]) for start, stop in spans)
+
+
+def other_text(ids: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The same placeholders, and the tokens of the text one place further on."""
+    image = {p for span in spans for p in range(*span)}
+    text = torch.tensor([p for p in range(ids.shape[1]) if p not in image])
+    return ids.index_copy(1, text, ids[:, text].roll(1, 1))
 
 
 def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
