@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.graph import aten, packet
+from tokcompile.passes.graph import aten, get_attr, packet
 from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, read_later, views_from, views_of, whole
 
 
@@ -31,6 +32,34 @@ def functionalise(gm: GraphModule) -> None:
         node.target = functional
         for user in [u for u in changed.users if order.get(u, 0) > order[node] and u is not node]:
             user.replace_input_with(changed, node)
+
+
+def replace_overwritten(gm: GraphModule) -> None:
+    """A buffer that is written whole before anything reads it keeps nothing from one call to the next, such as rotary angles
+    that depend on the length: in place, what is written into it is read instead."""
+    for node in list(gm.graph.nodes):
+        if packet(node) != "aten.copy_" or node.args[0].op != "get_attr" or not isinstance(node.args[1], Node):
+            continue
+        buffer, value = get_attr(gm, node.args[0].target), node.args[1].meta["val"]
+        order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        reads = [n for n in gm.graph.nodes if n.op == "get_attr" and same_memory(get_attr(gm, n.target), buffer)]
+        users = [(read, user) for read in reads for user in read.users if user is not node]
+        early = any(order[user] < order[node] or read.target != node.args[0].target for read, user in users)
+        if early or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            continue
+        with gm.graph.inserting_before(node):
+            written = gm.graph.call_function(aten.clone.default, (node.args[1],))
+        written.meta = dict(node.meta)
+        for read, user in users:
+            user.replace_input_with(read, written)
+        node.replace_all_uses_with(written)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def same_memory(one: Any, other: Any) -> bool:
+    alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.device == other.device
+    return one is other or (alike and one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def functional_overload(node: Node) -> Any:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
 from tokcompile.passes.calls import CALLS, MixerCall, watched
 from tokcompile.passes.faithful import check_faithful
+from tokcompile.passes.functionalise import replace_overwritten
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
@@ -103,6 +104,7 @@ def from_program(
     gm = copy_graph(unlift(program))
     fixed = collect(gm)
     settle(gm)
+    replace_overwritten(gm)
     checks = [fixed] if fixed else []
     if fixed:
         fixed(inputs)

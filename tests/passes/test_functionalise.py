@@ -246,6 +246,29 @@ def test_a_model_that_counts_its_calls_is_refused():
         canonical(Counter().eval(), X)
 
 
+class Angles(nn.Module):
+    """Writes a buffer whole at each call, as a rotary embedding whose angles depend on the length; early: reads it first."""
+
+    def __init__(self, early=False):
+        super().__init__()
+        self.early = early
+        self.register_buffer("angles", torch.arange(X.shape[-1]).float())
+        self.register_buffer("own", torch.arange(X.shape[-1]).float())
+
+    def forward(self, x):
+        before = self.angles + 1 if self.early else 0
+        self.angles.copy_(torch.where(x.max() > 1, self.own * 2, self.own))
+        return x * self.angles + before
+
+
+def test_a_buffer_that_is_written_before_it_is_read_is_no_state():
+    graph = canonical(Angles().eval(), X)
+    for x in (X, -X.abs()):  # the example's way, and the other one
+        assert torch.equal(graph(x)[0], Angles()(x))
+    with pytest.raises(UnsupportedGraph, match="the model changes a buffer of its own in forward"):
+        canonical(Angles(early=True).eval(), X)
+
+
 def test_an_input_written_in_place_is_refused():
     with pytest.raises(UnsupportedGraph, match="an in-place op changes memory that other values share"):
         canonical(lambda x: x.add_(1) * 2, X.clone())
