@@ -96,7 +96,14 @@ class OptimizedModel(torch.nn.Module):
     @property
     def frozen(self) -> list[str]:
         """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""
-        names = {b.mid.name for b in self._analysis.structure.blocks}
+        return self.fixed_behind({b.mid.name for b in self._analysis.structure.blocks})
+
+    @property
+    def reads(self) -> list[str]:
+        """What tracing fixed of values that are computed from the inputs."""
+        return self.fixed_behind(set(self.input_names))
+
+    def fixed_behind(self, names: set[str]) -> list[str]:
         return [text for check in self._analysis.traced.checks for text in check.behind(names)]
 
     @property

@@ -6,6 +6,10 @@ from torch import nn
 
 import tokcompile
 from tests.conftest import build, error, export, run
+from tests.llm.by_hand import dropped, hidden
+from tests.models import shake
+from tests.models.family import noise, seeded
+from tests.models.hf_base import DECODER, class_of
 from tests.test_language import SPAN
 from tokcompile import InputError, Tokens, TraceError
 from tokcompile.llm import Generator, Prefill, decode_graph
@@ -139,3 +143,47 @@ def test_a_cache_of_another_stage_length_is_refused(generator):
     out["keys_2"] = out["keys_0"]
     with pytest.raises(InputError, match=r"keys_2 of layer 2 holds 40 tokens, and layers 2 to 3 hold 26"):
         start(made.wiring, inputs, out)
+
+
+def small(name, **options):
+    """A shaken model of two layers by the name of its family in transformers."""
+    with seeded():
+        model = class_of(f"{name}ForCausalLM")(class_of(f"{name}Config")(**DECODER | dict(num_hidden_layers=2), **options))
+    return shake(model.eval())
+
+
+def reduced(model, length, budget=1.0):
+    inputs = {"inputs_embeds": noise(1, length, 48)}
+    spans, options = [(5, 20)], dict(method="dart", outputs="reduced", where=[1])
+    return inputs, tokcompile.optimize(Prefill(model), kwargs=inputs, budget=budget, spans=spans, **options)
+
+
+@pytest.mark.parametrize(("length", "budget"), [(28, 1.0), (28, Tokens(6)), (45, Tokens(6))])
+def test_rotary_angles_that_depend_on_the_length(length, budget):
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 6, long_factor=[4.0] * 6, factor=3.2)
+    model = small("Phi3", original_max_position_embeddings=40, rope_parameters=rope | dict(original_max_position_embeddings=40))
+    inputs, prefill = reduced(model, length, budget)
+    made = Generator(prefill, model, max_new_tokens=12)(**inputs, eos=(), keep_logits=True)
+    gone = dropped(run(prefill, **inputs).kept["s0_index"][0], 5, 20) if budget != 1.0 else set()
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    with hidden(gone, range(1, 24, 2)):
+        want = run(model.generate, **inputs, **options)
+    assert torch.equal(made.tokens, want.sequences)
+    assert all(error(got, one) < 1e-5 for got, one in zip(made.logits, want.logits))
+    if length < 40:
+        with pytest.raises(InputError, match="from token 40 on this model turns its keys by other angles"):
+            Generator(prefill, model, max_new_tokens=13)
+
+
+def test_values_that_are_fixed_from_the_examples_tokens_are_refused():
+    """Otherwise every token would go to the experts of the example's."""
+    model = small("Mixtral", num_local_experts=4, experts_implementation="eager")
+    _, prefill = reduced(model, 28)
+    with pytest.raises(InputError, match=r"(?s)tracing has fixed values.*nonzero gave.*batched_mm"):
+        Generator(prefill, model, max_new_tokens=4)
+    model.set_experts_implementation("grouped_mm")
+    _, prefill = reduced(model, 28)
+    assert decode_graph(model, prefill, max_new_tokens=4).reads == []
+    model.set_experts_implementation("eager")
+    with pytest.raises(InputError, match="tracing has fixed values"):
+        decode_graph(model, prefill, max_new_tokens=4)

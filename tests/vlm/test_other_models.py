@@ -130,7 +130,11 @@ def phi():
         depthwise_separable_out_channel=16, nemo_conv_channels=16, audio_token_id=59,
     )  # fmt: skip
     vision = VIT | dict(image_size=64, num_hidden_layers=2, crop_size=64, image_token_id=60)
-    config = class_of("Phi4MultimodalConfig")(**DECODER, vision_config=vision, audio_config=audio)
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 6, long_factor=[4.0] * 6, factor=3.2)
+    config = class_of("Phi4MultimodalConfig")(
+        **DECODER, vision_config=vision, audio_config=audio, original_max_position_embeddings=40,
+        rope_parameters=rope | dict(original_max_position_embeddings=40),
+    )  # fmt: skip
     inputs = prompt(4 * (3 + 1) + 1 + 4 * (4 + 1), None)
     there = torch.ones(1, 2, 8, 8)
     there[:, 1, :, 6:] = 0
@@ -267,9 +271,9 @@ def test_a_folder_of_a_model_without_a_function_for_features(tmp_path):
     parts = parts.after(vision)
     options = dict(method="dart", budget=tokcompile.Tokens(6), where=[2], spans=parts.spans, outputs="reduced")
     prefill = tokcompile.optimize(*parts.language, **options)
-    export(parts, prefill, tmp_path / "folder", max_new_tokens=32)
+    export(parts, prefill, tmp_path / "folder", max_new_tokens=8)
     folder = load(tmp_path / "folder")
-    want = Generator(parts, prefill, max_new_tokens=32)(pixels, ids, eos=()).tokens
+    want = Generator(parts, prefill, max_new_tokens=8)(pixels, ids, eos=()).tokens
     numpy.savez(tmp_path / "all.npz", **{n: v.numpy() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
     assert torch.equal(folder.array(tmp_path / "all.npz"), pixels)
     assert folder(pixels, ids, eos=()).tokens.tolist() == want.tolist()

@@ -183,7 +183,20 @@ def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: i
     example["states"] = example["states"] or None
     if not step.bound:
         example["positions"] = None
-    return untouched(step, {name: value for name, value in example.items() if value is not None})
+    made = untouched(step, {name: value for name, value in example.items() if value is not None})
+    check_fixed(prefill, made)
+    return made
+
+
+def check_fixed(prefill: OptimizedModel, decode: OptimizedModel) -> None:
+    """Raises: InputError where Python has read values that tokens decide, such as which expert each one goes to: other tokens
+    would be computed like those of the example."""
+    if fixed := prefill.frozen or decode.reads:
+        raise InputError(
+            f"tracing has fixed values that the model computes from the example's tokens, and other tokens have others: "
+            f"{fixed[0]}\n  what to do: load a mixture of experts of transformers with experts_implementation='batched_mm' or "
+            "'grouped_mm'; one that has no such choice cannot be decoded"
+        )
 
 
 def rehearse(step: Decode, example: dict[str, Any]) -> None:
@@ -232,6 +245,13 @@ def check_model(model: nn.Module, plan: Layout) -> None:
         raise InputError(
             f"from token {scaled} on this model scales queries by how many entries its cache has held, which a reduced one "
             "does not tell\n  what to do: a shorter prompt, or a smaller max_new_tokens"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    edge = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if edge and plan.length <= edge < plan.length + plan.room:
+        raise InputError(
+            f"from token {edge} on this model turns its keys by other angles, those in a cache too, and a prompt of "
+            f"{plan.length} tokens with max_new_tokens={plan.room} goes on beyond it\n  what to do: a smaller max_new_tokens"
         )
     if chosen and plan.length + plan.room > chosen:
         raise InputError(

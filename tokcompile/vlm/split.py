@@ -191,13 +191,14 @@ def split(
 ) -> Parts:
     """Takes a vision-language model apart.
 
-    model: of transformers, or alike: with get_image_features (get_video_features for videos), get_input_embeddings and a
-    decoder, in eval mode. inputs: an example call, with pixel_values (pixel_values_videos), input_ids and what the model takes
-    beside; it fixes all shapes and the places of the images. image_token: id of the placeholders of what is seen, the
-    configuration's by default. spans: a finer division of the image's tokens, such as one span a tile. padded: whether prompts
-    may be padded; by default if the example is. room: how many tokens of text there may be before, between and after the
-    images, which shorter texts are padded to, each on its left; as in the example by default. all_logits: logits of all tokens
-    and not of the last one alone.
+    model: of transformers, or alike: with get_input_embeddings and a decoder, in eval mode; with get_image_features
+    (get_video_features for videos), or one that puts what it makes of the pixels in the place of the placeholders. inputs: an
+    example call, with pixel_values (pixel_values_videos), input_ids and what the model takes beside; it fixes all shapes and
+    the places of the images. Pixels of another name are the largest input of floating-point numbers. image_token: id of the
+    placeholders of what is seen, the configuration's by default. spans: a finer division of the image's tokens, such as one
+    span a tile. padded: whether prompts may be padded; by default if the example is. room: how many tokens of text there may be
+    before, between and after the images, which shorter texts are padded to, each on its left; as in the example by default.
+    all_logits: logits of all tokens and not of the last one alone.
 
     Raises: InputError, UnsupportedGraph.
 
