@@ -17,7 +17,7 @@ from tokcompile.passes.calls import is_mixer
 from tokcompile.passes.faithful import TOLERANCE, worst
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import Observed, Source, begun, observe, source_of
+from tokcompile.vlm.observe import Observed, Source, begun, layers_of, observe, source_of
 from tokcompile.vlm.parts import Embeddings, Language, Placed, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
 
@@ -219,7 +219,7 @@ def split(
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     positions = axes(positions, config_of(model))
     positions = positions.expand(*positions.shape[:-2], *ids.shape).contiguous()
-    mixer = mixer_of(model.get_submodule(seen.language))
+    mixer = mixer_of(model.get_submodule(seen.language), config_of(model).num_hidden_layers)
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
 
     def vision(model: nn.Module) -> nn.Module:
@@ -258,9 +258,10 @@ def causal_inside(model: nn.Module, decoder: str) -> str:
     return ""
 
 
-def mixer_of(decoder: nn.Module) -> str | None:
-    """The first module that mixes tokens along the sequence."""
-    return next((name for name, module in decoder.named_modules() if is_mixer(module)), None)
+def mixer_of(decoder: nn.Module, layers: int) -> str | None:
+    """The first module in the decoder's layers that mixes tokens along the sequence; beside them there may be a tower."""
+    inside = set(layers_of(decoder, layers).modules())
+    return next((name for name, module in decoder.named_modules() if module in inside and is_mixer(module)), None)
 
 
 def axes(positions: Tensor, config: Any) -> Tensor:
