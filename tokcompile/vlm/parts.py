@@ -28,8 +28,8 @@ class Vision(nn.Module):
 
     def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
         super().__init__()
-        self.model, self.owner, self.whole, self.features = model, seen.owner, seen.whole, seen.source.features
-        self.behind = seen.behind
+        self.model, self.whole, self.features = model, seen.whole, seen.source.features
+        self.owner, self.behind = seen.owner or "", seen.behind
         self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
         if not any(value is HERE for value in [*self.call[0], *self.call[1].values()]):
             raise InputError(

@@ -362,8 +362,9 @@ def check_seen(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
     """Raises: InputError where no features of the pixels stand at the placeholders."""
     pixels = seen.source.pixels
     if seen.owner is None and not changed(model, seen, spans, {pixels: seen.kwargs[pixels].flip(-2)}):  # other rows or patches
+        given = ", ".join(name for name, value in seen.kwargs.items() if isinstance(value, Tensor))
         raise InputError(
-            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({', '.join(seen.kwargs)}), and no "
+            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({given}), and no "
             f"{pixels} are in what its decoder begins with\n"
             f"  what to do: pass {pixels} and what belongs to them, such as image_grid_thw or image_sizes; a "
             "model whose features do not go into its prompt is optimized as a whole"
@@ -397,7 +398,7 @@ def is_mask(value: Tensor) -> bool:
 def changed(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> bool:
     """Whether the decoder begins with something else at the placeholders where these inputs take the place of the example's."""
     with torch.no_grad():
-        embeds = begun(model, seen, seen.kwargs | inputs)
+        embeds = begun(model, seen, {**seen.kwargs, **inputs})
     assert seen.embeds is not None
     return any(not torch.equal(embeds[:, start:stop], seen.embeds[:, start:stop]) for start, stop in spans)
 
