@@ -20,6 +20,7 @@ from tokcompile.passes.memory import CASTS
 from tokcompile.passes.movement import Movement, moves
 
 REPEATS = {"aten.expand", "aten.repeat"}
+TAKES = {"aten.index_select", "aten.index"}  # by a constant, which is no filler
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def mosaics(gm: GraphModule) -> list[Mosaic]:
     for node in gm.graph.nodes:
         if packet(node) in {SDPA, *SOFTMAX} or any(n in attended for n in node.all_input_nodes):
             attended.add(node)
-        given = [n for n in node.all_input_nodes if n.op != "get_attr" or packet(node) != "aten.index_select"]
+        given = [n for n in node.all_input_nodes if n.op != "get_attr" or packet(node) not in TAKES]
         of = frozenset().union(*(origins.get(n, {n}) for n in given))
         weights = {n for n in of if n.op == "get_attr"}
         repeats = packet(node) in REPEATS | CASTS and of == weights

@@ -149,3 +149,15 @@ def test_a_method_that_reads_all_pairs_gets_the_cut_map_only_with_recovery():
     given_back = tokcompile.optimize(model, (x,), recover="anywhere", **every)
     assert run(given_back, x).output.shape == run(model, x).shape
     assert given_back.report.recoveries
+
+
+def test_an_order_of_as_many_tokens_as_channels_is_no_newline_token():
+    order = torch.randperm(16)
+
+    class Ordered(nn.Module):
+        def forward(self, x):
+            return x[order] * 2
+
+    x = torch.randn(16, 16)
+    traced = trace(Ordered().eval(), (x,), None)
+    assert torch.equal(run(canonicalise(traced.gm, traced.inputs), x)[0], run(Ordered(), x))
