@@ -13,11 +13,14 @@ from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
 from tokcompile.passes.graph import bind, copy_graph, filled, get_attr, packet, propagate_shapes
+from tokcompile.passes.interpolation import write_interpolations
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
 from tokcompile.passes.mosaic import write_mosaics
 from tokcompile.passes.permutations import fix_permutations
 from tokcompile.passes.placeholders import fix_placeholders
+from tokcompile.passes.pooling import write_poolings
 from tokcompile.passes.rejoin import rejoin
+from tokcompile.passes.round_trips import write_round_trips
 from tokcompile.passes.vmap import flatten_vmap
 
 ASSERTS = {
@@ -61,15 +64,17 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     if write_out_fills(gm):
         fold_constants(gm)
     drop_no_ops(gm)
+    write_interpolations(gm)
     write_out_equations(gm)
     share_equal_views(gm)
     if write_everywhere(gm):
         fold_constants(gm)
     drop_true_masks(gm)
     rejoin(gm)
-    gm.meta[FIXED] = fix_permutations(gm, inputs) + fix_placeholders(gm, inputs)
+    gm.meta[FIXED] = fix_permutations(gm, inputs) + write_poolings(gm, inputs) + fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()
     propagate_shapes(gm, inputs)
+    write_round_trips(gm)
     if write_mosaics(gm):
         propagate_shapes(gm, inputs)
     gm.recompile()

@@ -21,7 +21,7 @@ MOVES = RESHAPES | {
     "aten.unbind", "aten.cat", "aten.stack", "aten.index_select", "aten.unfold", "aten.im2col", "aten.pixel_shuffle",
     "aten.pixel_unshuffle",
 }  # fmt: skip
-POOLS = {"aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d"}
+POOLS = {"aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d", "aten.mean"}
 
 
 @dataclass
@@ -92,6 +92,8 @@ def movements(gm: GraphModule) -> list[Movement]:
 
 def moves(node: Node) -> bool:
     name = packet(node)
+    if name == "aten.mean":  # along the last axis alone as in a norm, and no pooling
+        return bool(axes := averaged(node)) and axes != [len(shape(node.args[0])) - 1]
     if name in POOLS:
         return windows(node) is not None
     if name == "aten.index_select":
@@ -119,8 +121,17 @@ def windows(node: Node) -> tuple[int, int] | None:
     return kernel[0], kernel[1]
 
 
+def averaged(node: Node) -> list[int]:
+    """The axes that a mean goes over."""
+    return sorted(d % len(shape(node.args[0])) for d in bind(node).get("dim") or ())
+
+
 def pooled(node: Node, marks: Tensor) -> list[Tensor]:
     """What each window of a pooling holds: one tensor for each place in it."""
+    if packet(node) == "aten.mean":
+        axes = averaged(node)
+        first = marks.movedim(axes, list(range(len(axes)))).flatten(0, len(axes) - 1)
+        return [piece.reshape(shape(node)) for piece in first]
     height, width = windows(node) or (1, 1)
     return [marks[..., i::height, j::width] for i in range(height) for j in range(width)]
 
