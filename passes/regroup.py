@@ -17,9 +17,10 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.passes.calls import MARK
 from tokcompile.passes.find import Block, Structure
+from tokcompile.passes.flatten import TOKENWISE
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import aten, get_attr, is_tensor, packet, propagate_shapes, shape
+from tokcompile.passes.graph import RESHAPES, aten, get_attr, is_tensor, packet, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
@@ -124,8 +125,8 @@ def exits_of(movement: Movement, block: Block) -> list[Exit]:
     """The ends of a movement whose rows are groups of tokens; channels have to be on the last axis."""
     source, out = movement.source, []
     sizes = shape(source)
-    ends = [n for n in movement.ends if shape(n)]
-    candidates = [n for n in ends if prod(shape(n)[:-1]) < prod(sizes[:-1]) and shape(n)[-1] % sizes[-1] == 0]
+    rows = {n: rows_of(n) for n in movement.ends if shape(n)}
+    candidates = [n for n, lead in rows.items() if prod(lead) < prod(sizes[:-1]) and shape(n)[-1] % sizes[-1] == 0]
     if not candidates:
         return []
     marks = torch.arange(prod(sizes), dtype=torch.int64 if prod(sizes) >= 1 << 31 else torch.int32)
@@ -133,10 +134,25 @@ def exits_of(movement: Movement, block: Block) -> list[Exit]:
     laid = marks.reshape(batch, length, -1).transpose(0, 1).contiguous() if tokens_first(block) else marks.reshape(sizes)
     prefix = block.stage.prefix if length == block.stage.length else 0
     for node, values in movement.run(laid, candidates).items():
-        form = form_of(torch.stack(values, -1), batch, length, sizes[-1], prefix, block.stage.n)
+        marks = torch.stack(values, -1).reshape(*rows[node], -1, len(values))
+        form = form_of(marks, batch, length, sizes[-1], prefix, block.stage.n)
         if form is not None:
             out.append(Exit(node, source, form))
     return out
+
+
+def rows_of(node: Node) -> tuple[int, ...]:
+    """The axes of a tensor that its groups lie on: all but the last; or but the last two, where these are joined later, behind
+    what is done to each token."""
+    sizes = shape(node)
+    alike = [node]
+    for one in alike:
+        for user in one.users:
+            if packet(user) in RESHAPES and len(sizes) > 2 and shape(user)[-1] == sizes[-2] * sizes[-1]:
+                return sizes[:-2]
+            if packet(user) in TOKENWISE and shape(user) == sizes and user not in alike:
+                alike.append(user)
+    return sizes[:-1]
 
 
 def form_of(marks: Tensor, batch: int, length: int, width: int, prefix: int, n: int) -> Form | None:
@@ -238,20 +254,23 @@ class InGroupOrder(Rewriter):
         """What the movement gives, as a view of groups of neighbours."""
         stage, emit, form = grouping.stage, self.builder.emit, exit.form
         x, whole = self.standing(grouping, exit)
+        if x.meta["val"].dtype != (dtype := exit.node.meta["val"].dtype):  # of a mean in higher precision
+            x = emit(aten.to.dtype, x, dtype)
         if whole and stage.prefix + stage.suffix:
             x = emit(aten.slice.Tensor, x, 1, stage.prefix, stage.length - stage.suffix)
-        lead, width = list(shape(exit.node)[:-1]), shape(x)[-1]
+        lead, width = list(rows_of(exit.node)), shape(x)[-1]
         if form.mean > 1:
             x = emit(aten.reshape.default, x, [*lead, form.groups, form.mean, width])
             x = emit(aten.mean.dim, x, [len(lead) + 1])
-        if form.channels is None:
-            return emit(aten.reshape.default, x, [*lead, form.groups * width])
-        if torch.equal(form.channels, torch.arange(form.groups * width).reshape(form.groups, width).T.reshape(-1)):
-            x = emit(aten.reshape.default, x, [*lead, form.groups, width])
-            x = emit(aten.transpose.int, x, -1, -2)
-            return emit(aten.reshape.default, x, [*lead, form.groups * width])
         x = emit(aten.reshape.default, x, [*lead, form.groups * width])
-        return emit(aten.index_select.default, x, -1, self.builder.constant(form.channels, "channels"))
+        if form.channels is None:
+            pass
+        elif torch.equal(form.channels, torch.arange(form.groups * width).reshape(form.groups, width).T.reshape(-1)):
+            x = emit(aten.reshape.default, x, [*lead, form.groups, width])
+            x = emit(aten.reshape.default, emit(aten.transpose.int, x, -1, -2), [*lead, form.groups * width])
+        else:
+            x = emit(aten.index_select.default, x, -1, self.builder.constant(form.channels, "channels"))
+        return self.gather.reshape(x, list(shape(exit.node)))
 
     def standing(self, grouping: Grouping, exit: Exit) -> tuple[Node, bool]:
         """(B, tokens, D) what the movement starts from, in the order of the groups, and whether all tokens are in it."""

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import avg_pool2d, pixel_unshuffle, scaled_dot_product_attention, unfold
+from torch.nn.functional import (
+    avg_pool2d,
+    interpolate,
+    layer_norm,
+    one_hot,
+    pixel_unshuffle,
+    scaled_dot_product_attention,
+    unfold,
+)  # fmt: skip
 
 import tokcompile
 from tests.conftest import error, run
@@ -115,6 +123,33 @@ def folded(h, w, r, s):
     return lambda x: x.view(len(x), h // r, r, w // s, s, D).permute(0, 1, 3, 2, 4, 5).contiguous().view(len(x), -1, r * s * D)
 
 
+def averaged(h, w, r, s):
+    return lambda x: x.view(len(x), h // r, r, w // s, s, D).mean((2, 4)).flatten(1, 2)
+
+
+def halved(h, w):
+    pool = dict(scale_factor=0.5, mode="bilinear")
+    return lambda x: interpolate(grid(x, h, w).permute(0, 3, 1, 2), **pool).flatten(2).transpose(1, 2)
+
+
+def weighted(h, w, r, s):
+    """Which row each token is added to, as weights."""
+    row, column = torch.arange(h * w) // w, torch.arange(h * w) % w
+    weights = one_hot(row // r * (w // s) + column // s).T / (r * s)
+    return lambda x: weights.expand(len(x), -1, -1) @ x
+
+
+def normed(h, w, r, s):
+    """Groups that are a norm away from being joined."""
+    order = torch.tensor(members(h, w, r, s)).flatten()
+
+    def end(x):
+        x = x[:, order].view(len(x), -1, r * s, D)
+        return layer_norm(x, (D,)).view(len(x), -1, r * s * D)
+
+    return end
+
+
 CASES = {
     "shuffle": (shuffle(6, 4, 2, 2), 6, 4, 0, members(6, 4, 2, 2), 1),
     "shuffle behind a class token": (shuffle(4, 6, 2, 2, 1), 4, 6, 1, members(4, 6, 2, 2), 1),
@@ -127,6 +162,10 @@ CASES = {
     "strided slices": (strided(4, 6), 4, 6, 0, members(4, 6, 2, 2, columns_first=True), 1),
     "pixel unshuffle": (unshuffled(4, 6, 2), 4, 6, 0, members(4, 6, 2, 2), 1),
     "six axes": (folded(6, 10, 3, 2), 6, 10, 0, members(6, 10, 3, 2), 1),
+    "mean": (averaged(6, 10, 3, 2), 6, 10, 0, members(6, 10, 3, 2), 6),
+    "half the size": (halved(6, 4), 6, 4, 0, members(6, 4, 2, 2), 4),
+    "weights": (weighted(6, 4, 3, 2), 6, 4, 0, members(6, 4, 3, 2), 6),
+    "groups behind a norm": (normed(6, 4, 2, 2), 6, 4, 0, members(6, 4, 2, 2), 1),
 }
 
 
