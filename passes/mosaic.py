@@ -40,7 +40,7 @@ def write_mosaics(gm: GraphModule) -> bool:
     for m in found:
         emit, (*lead, width) = emitter(gm, m.node), shape(m.source)
         rows = prod(lead)
-        runs, places = apart(m.order, rows, int(lead[-1]))
+        runs, places = apart(m.order, rows, tile_of(m.source))
         name = f"_mosaic_{m.node.name}"
         gm.register_buffer(name, places.to(m.node.meta["val"].device), persistent=False)
         with gm.graph.inserting_before(m.node):
@@ -56,6 +56,11 @@ def write_mosaics(gm: GraphModule) -> bool:
         m.node.replace_all_uses_with(new)
     gm.graph.eliminate_dead_code()
     return bool(found)
+
+
+def tile_of(source: Node) -> int:
+    """How many tokens each tile has; their axes are all but the first and the last."""
+    return prod(shape(source)[1:-1] or shape(source)[:-1])
 
 
 def apart(order: Tensor, rows: int, tile: int) -> tuple[list[tuple[int, int, int]], Tensor]:
@@ -127,7 +132,7 @@ def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
     tokens = first[~fills]
     if not torch.equal(marks, whole) or not len(tokens) or len(tokens.unique()) < len(tokens):
         return None
-    if len(tokens) * shape(source)[-2] <= rows:
+    if len(tokens) * tile_of(source) <= rows:
         return None  # one token of each sequence, its class token say, is no layout of tiles
     if plain_cat(fills, tokens, shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1):
         return None

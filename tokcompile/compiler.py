@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, PlanError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
+from tokcompile.passes.convolutions import write_convolutions
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.crop import Hidden, among_shown, can_choose, left_of
 from tokcompile.passes.find import Structure, find
@@ -22,6 +23,7 @@ from tokcompile.passes.flatten import flatten_grids, flatten_projector, flatten_
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
+from tokcompile.passes.mosaic import write_mosaics
 from tokcompile.passes.places import Slot, before, choose_slots
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
@@ -118,7 +120,11 @@ def analyse(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | N
 def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) -> Analysis:
     """Finds the structure; token grids on two axes are flattened on the way."""
     structure = timed(seconds, "find", lambda: find(graph))
-    changed = flatten_grids(graph, structure)
+    changed = write_convolutions(graph, structure)
+    if changed:  # newline tokens that stood beside their maps stand beside tokens now
+        propagate_shapes(graph, traced.inputs)
+        write_mosaics(graph)
+    changed |= flatten_grids(graph, structure)
     while changed or flatten_projector(graph, structure) or flatten_tiles(graph, structure):
         propagate_shapes(graph, traced.inputs)
         graph.recompile()
