@@ -30,15 +30,15 @@ def write_poolings(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
         if (weights in dependent and weights not in exact) or shape(node)[:-2] != shape(tokens)[:-2]:
             continue
         mask = padding_of(tokens)
-        given = [(n, program_of(gm, n)) for n in (weights, mask) if n is weights or n in exact]
-        values = [value_of(program, inputs) for _, program in given]
-        order = order_of(*values) if all(v is not None for v in values) else None
+        programs = [program_of(gm, n) for n in (weights, mask) if n is weights or n in exact]
+        values = [v for program in programs if (v := value_of(program, inputs)) is not None]
+        order = order_of(*values) if len(values) == len(programs) else None
         if order is None:
             continue
         write(gm, node, order)
-        counts = f"{order.numel()} tokens are pooled to {len(order)} by where they lie", "padding is where it is"
-        held = zip(given, values, counts)
-        fixed += [Fixed(p, v, text) for (n, p), v, text in held if read_by(p, inputs) and (n is weights or v.any())]
+        texts = f"{order.numel()} tokens are pooled to {len(order)} by where they lie", "padding is where it is"
+        held = zip(programs, values, texts)
+        fixed += [Fixed(program, value, text) for program, value, text in held if value.any() and read_by(program, inputs)]
     return fixed
 
 
