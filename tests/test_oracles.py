@@ -109,6 +109,25 @@ def test_causal_attention_in_another_order_is_caught(monkeypatch):
     assert [r.ok for r in check.results if r.oracle == "permutation"][:2] == [False, False]
 
 
+class Sink(Causal):
+    """Attention in which each query may also look at nothing: its share is read from the logarithm of the sum of scores."""
+
+    def forward(self, x):
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT + torch.ones(x.shape[1], x.shape[1]).triu(1) * -1e9
+            y = scores.softmax(-1) @ v * scores.logsumexp(-1, keepdim=True).sigmoid()
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + mlp(x).relu()
+        return x
+
+
+def test_what_is_dropped_is_hidden_from_a_sink_too():
+    check = tokcompile.check(Sink().eval(), (torch.randn(2, 12, 16),), spans=[(2, 10)])
+    assert check.ok, str(check)
+    assert all(r.error < 1e-5 for r in check.results)
+
+
 def doubled(result, call):
     value, label = result
     return call.op(torch.ops.aten.mul.Scalar, value, 1.5), label

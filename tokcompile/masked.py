@@ -13,7 +13,8 @@ from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, has_tokens, new_shape, old
 
-REDUCTIONS = {"aten.mean", "aten.sum", "aten.amax", "aten.linalg_vector_norm"}
+LARGEST = {"aten.amax", "aten.logsumexp"}  # what is hidden is -inf to them
+REDUCTIONS = {"aten.mean", "aten.sum", "aten.linalg_vector_norm"} | LARGEST
 PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
 
 
@@ -92,7 +93,7 @@ class MaskedRun(Interpreter):
         dims = [d for d in as_list(args["dim"]) if self.tokens(args["self"], d)]
         visible = self.visible(args["self"], dims[0])
         x = value["self"]
-        if name == "aten.amax":
+        if name in LARGEST:
             return self.call(n, args, value, self=x.masked_fill(~visible, float("-inf")))
         if name == "aten.mean":
             share = visible.expand(x.shape).to(x.dtype).mean(dims[0], keepdim=True)
