@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch._export import non_strict_utils
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -129,13 +130,15 @@ def replay(recording: Recording) -> _Replay:
 
 @contextlib.contextmanager
 def as_if_exporting() -> Iterator[None]:
-    """Models ask whether they are being exported and then skip checks or take another branch: here they do too."""
+    """Models ask whether they are being exported and then skip checks or take another branch: here they do too. And `max` and
+    `min` of a tensor give one, as torch.export has it."""
     flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
     before = [getattr(torch.compiler, name) for name in flags]
     try:
         for name in flags:
             setattr(torch.compiler, name, True)
-        yield
+        with getattr(non_strict_utils, "_override_builtin_ops", contextlib.nullcontext)():
+            yield
     finally:
         for name, value in zip(flags, before):
             setattr(torch.compiler, name, value)

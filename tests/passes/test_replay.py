@@ -79,6 +79,10 @@ def slice_by_a_tensor(x, n):
     return x[:, n[0] : n[0] + n[1]]
 
 
+def slice_from_the_larger(x, n):
+    return x[:, max(0, n[0] - 5) : min(n[1], 4)]
+
+
 def index_of_a_tensor(x, n):
     return x[:, n[0]]
 
@@ -124,7 +128,8 @@ def loop(x, n):
 
 ALL = [scalar, as_list, nested_list, branch, python_number, positions, positions_as_tuple, boolean_mask,
        boolean_mask_and_slice, write_at_a_mask, repeats, distinct, runs, equality, loop, slice_by_a_tensor,
-       index_of_a_tensor, range_of_a_tensor, view_by_a_tensor, selected, where_true, membership, tensor_of_tensors]  # fmt: skip
+       slice_from_the_larger, index_of_a_tensor, range_of_a_tensor, view_by_a_tensor, selected, where_true, membership,
+       tensor_of_tensors]  # fmt: skip
 
 
 @pytest.mark.parametrize("fn", ALL, ids=lambda f: f.__name__)
