@@ -98,12 +98,8 @@ class OptimizedModel(torch.nn.Module):
         """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""
         return self.fixed_behind({b.mid.name for b in self._analysis.structure.blocks})
 
-    @property
-    def reads(self) -> list[str]:
-        """What tracing fixed of values that are computed from the inputs."""
-        return self.fixed_behind(set(self.input_names))
-
     def fixed_behind(self, names: set[str]) -> list[str]:
+        """What tracing fixed of values, other than conditions, that are computed from these nodes or inputs."""
         return [text for check in self._analysis.traced.checks for text in check.behind(names)]
 
     @property

@@ -81,24 +81,31 @@ class ByHand:
 
 @contextmanager
 def hidden(gone, layers):
-    """Keys at these positions are seen by nobody in these layers of a model that calls fused attention once a layer."""
-    fused, calls = nn.functional.scaled_dot_product_attention, []
+    """Keys at these positions are seen by nobody in these layers of a model that calls fused attention, or a softmax over
+    scores, once a layer."""
+    functional = nn.functional
+    fused, softmax, calls = functional.scaled_dot_product_attention, functional.softmax, []
+
+    def there(count):
+        calls.append(count)
+        return torch.tensor([len(calls) - 1 not in layers or p not in gone for p in range(count)])
 
     def attend(query, key, value, attn_mask=None, is_causal=False, **kwargs):
-        calls.append(key.shape[2])
         if attn_mask is None:
             attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
             attn_mask = attn_mask.tril() if is_causal else attn_mask
-        if len(calls) - 1 in layers:
-            there = torch.tensor([p not in gone for p in range(key.shape[2])])
-            attn_mask = attn_mask & there if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~there, -1e9)
+        seen = there(key.shape[2])
+        attn_mask = attn_mask & seen if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~seen, -1e9)
         return fused(query, key, value, attn_mask=attn_mask, **kwargs)
 
-    nn.functional.scaled_dot_product_attention = attend
+    def weigh(scores, *args, **kwargs):
+        return softmax(scores.masked_fill(~there(scores.shape[-1]), -1e9) if scores.ndim == 4 else scores, *args, **kwargs)
+
+    functional.scaled_dot_product_attention, functional.softmax = attend, weigh
     try:
         yield calls
     finally:
-        nn.functional.scaled_dot_product_attention = fused
+        functional.scaled_dot_product_attention, functional.softmax = fused, softmax
 
 
 def dropped(kept, start, stop):

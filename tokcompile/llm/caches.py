@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcompile.errors import InputError
 from tokcompile.llm.reach import Reach, reach_of
 
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
 Masks = Callable[[int, "Reach | None", Tensor], Tensor]  # (layer, its reach, keys) -> what its query may see of these
 SPECIAL = ("softcap", "s_aux", "position_bias")  # arguments that change the scores: left to the model's own attention
+
+
+class AttendsItself(Exception):
+    """What a token may see cannot be said from outside: the model has to make masks and biases itself."""
 
 
 def cache_name(model: nn.Module) -> str:
@@ -59,11 +62,11 @@ class Collecting:
         self.values.append(value)
         return key, value
 
-    def owner(self, layer: int, key: Tensor) -> int | None:
-        """The place of the keys that a layer attends to: its own ones, or those of an earlier layer that it shares."""
-        if layer in self.layers:
-            return self.layers.index(layer)
-        return next((at for at, one in enumerate(self.keys) if one is key), None)
+    def owner(self, layer: int, key: Tensor, again: bool) -> int | None:
+        """The place of the keys that a layer attends to: these, wherever they came from, or what it made of its own ones.
+        again: whether it has attended before, so that its own ones may be those of then."""
+        same = next((at for at, one in enumerate(self.keys) if one is key), None)
+        return self.layers.index(layer) if same is None and not again and layer in self.layers else same
 
     def outputs(self, prefix: str = "") -> dict[str, Any]:
         """All that it holds, by the names of a prefill's outputs."""
@@ -196,11 +199,7 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
             # as the model computes it: only its own function knows what those arguments mean
             bias = kwargs.get("position_bias")
             if bias is not None and bias.shape[-1] != key.shape[2]:
-                raise InputError(
-                    f"layer {layer} is given a position bias of {bias.shape[-1]} columns for {key.shape[2]} keys: this model "
-                    "counts distances on its own cache, and cannot go on after a reduction\n  what to do: nothing yet; the "
-                    "prefill alone can be optimized and exported"
-                )
+                raise AttendsItself(f"layer {layer} counts distances on its own cache")
             own = eager_attention(module, original)
             scores = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
             return own(module, query, key, value, scores, **{**kwargs, "dropout": 0.0})[0], None

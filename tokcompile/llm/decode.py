@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tokcompile.api import OptimizedModel
 from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError
-from tokcompile.llm.caches import Collecting, Slots, attention_over, cache_name, config_of, passing_mask
+from tokcompile.llm.caches import AttendsItself, Collecting, Slots, attention_over, cache_name, config_of, passing_mask
 from tokcompile.llm.layout import Layout, layout
 from tokcompile.llm.reach import Reach
+from tokcompile.llm.short_text import decodes
+from tokcompile.llm.unreduced import WAY_OUT, WholeDecode, shortened
 from tokcompile.passes.cost import terms
 from tokcompile.passes.find import Structure
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.plan import Plan
-from tokcompile.passes.trace import trace
+from tokcompile.passes.trace import Traced, trace
 
 WITHOUT_CACHE = {"mlp", "moe"}  # kinds of layers that look at one token at a time
 
@@ -70,7 +74,7 @@ class Decode(nn.Module):
         super().__init__()
         self.model, self.layout = model, layout
         self.padded = "attention_mask" in layout.inputs
-        self.reaches: dict[int, Reach | None] = {}
+        self.reaches: set[Reach | None] = set()
         self.train(model.training)
 
     def forward(
@@ -85,16 +89,20 @@ class Decode(nn.Module):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Any]:
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise AttendsItself("it takes no position_ids")
         stages = self.layout.stages
         slots = [step + stage.length for stage in stages]
         cache = Slots(keys, values, [slots[self.layout.stage_of(at)] for at in range(len(keys))], states or {})
         seen: dict[tuple[int, Reach | None], Tensor] = {}
+        read: set[int] = set()  # whose keys were attended to
 
         def mask(layer: int, reach: Reach | None, keys: Tensor) -> Tensor:
-            at = cache.owner(layer, keys)
+            at = cache.owner(layer, keys, again=layers.count(layer) > 1)
             if at is None:
-                raise cannot_decode(f"layer {layer} attends to keys that no layer put into the cache as they are")
-            self.reaches[layer] = reach
+                raise AttendsItself(f"layer {layer} attends to keys that no layer put into the cache as they are")
+            self.reaches.add(reach)
+            read.add(at)
             stage, reach = self.layout.stage_of(at), reach if self.hides(reach) else None
             if (stage, reach) not in seen:
                 seen[stage, reach] = self.visible(stage, reach, step, kept, attention_mask, positions, position_ids)
@@ -105,11 +113,8 @@ class Decode(nn.Module):
                 input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
                 **{cache_name(self.model): cache},
             )  # fmt: skip
-        if len(set(layers)) != len(layers) or not {*cache.layers} <= {*layers} or len(cache.layers) != len(keys):
-            raise cannot_decode(
-                f"attention came by for the layers {layers}, and the prefill has {len(keys)} caches: this model does not call "
-                "transformers' attention functions once a layer"
-            )
+        if read != {*range(len(keys))} or len(cache.layers) != len(keys):
+            raise AttendsItself("not all of its attention goes through transformers' functions")
         return {"logits": out.logits, **cache.outputs("new_")}
 
     def hides(self, reach: Reach | None) -> bool:
@@ -149,7 +154,7 @@ class Decode(nn.Module):
     @property
     def bound(self) -> bool:
         """Whether a window or chunk hides anything, known once it has run."""
-        return any(map(self.hides, self.reaches.values()))
+        return any(map(self.hides, self.reaches))
 
     def needed(self) -> list[str]:
         """Which of the prefill's index outputs the masks are made from."""
@@ -158,53 +163,98 @@ class Decode(nn.Module):
         return list(self.layout.kept)
 
 
-def cannot_decode(what: str) -> TraceError:
-    return TraceError(f"{what}\n  what to do: nothing yet; such a model cannot be decoded after a reduced prefill")
-
-
 def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: int) -> OptimizedModel:
     """The decode step that goes with an optimized prefill, as a program that calls, exports and builds like one.
 
     model: the model of the prefill. It is traced with static buffers of prefill length + max_new_tokens in each stage.
 
-    Raises: InputError, TraceError.
+    Raises: InputError, TraceError, UnsupportedGraph.
     """
     plan = layout(prefill, max_new_tokens)
     check_model(model, plan)
-    step = Decode(model, plan).eval()
-    example = example_inputs(step)
-    rehearse(step, example)
+    example = example_inputs(model, plan)
+    step = masked_step(model, plan, example)
+    if step is None:
+        return whole_decode_graph(model, prefill, plan, example)
     if step.bound and plan.renumbered:
-        raise InputError(
-            f"{prefill.plan.method} numbers tokens anew, and sliding windows, which count in positions, end within "
-            "the prompt\n  what to do: optimize with renumber=False, which keeps positions as they are"
-        )
-    example["kept"] = {name: example["kept"][name] for name in step.needed()} or None
-    example["states"] = example["states"] or None
+        raise counts_positions(prefill, "sliding windows, which count in positions, end within the prompt")
+    example["kept"] = {name: example["kept"][name] for name in step.needed()}
     if not step.bound:
         example["positions"] = None
-    made = untouched(step, {name: value for name, value in example.items() if value is not None})
-    check_fixed(prefill, made)
-    return made
+    return checked(prefill, untouched(every_step(step, example)))
 
 
-def check_fixed(prefill: OptimizedModel, decode: OptimizedModel) -> None:
+def checked(prefill: OptimizedModel, decode: OptimizedModel) -> OptimizedModel:
     """Raises: InputError where Python has read values that tokens decide, such as which expert each one goes to: other tokens
     would be computed like those of the example."""
-    if fixed := prefill.frozen or decode.reads:
+    if fixed := prefill.frozen or decode.fixed_behind(set(decode.input_names) - {"position_ids", "step"}):
         raise InputError(
             f"tracing has fixed values that the model computes from the example's tokens, and other tokens have others: "
             f"{fixed[0]}\n  what to do: load a mixture of experts of transformers with experts_implementation='batched_mm' or "
             "'grouped_mm'; one that has no such choice cannot be decoded"
         )
+    return decode
 
 
-def rehearse(step: Decode, example: dict[str, Any]) -> None:
-    """One step at the last position there is, which also shows which layers look through a window. Raises: InputError."""
+def masked_step(model: nn.Module, plan: Layout, example: dict[str, Any]) -> Decode | None:
+    """The step in which the model is told what a token may see; None for a model that has to find that out by itself."""
+    step = Decode(model, plan).eval()
+    try:
+        rehearse(step, example)
+        return None if decodes(Decode, model, plan) is False else step
+    except AttendsItself:
+        return None
+
+
+def whole_decode_graph(model: nn.Module, prefill: OptimizedModel, plan: Layout, example: dict[str, Any]) -> OptimizedModel:
+    """The decode step of such a model."""
+    if plan.renumbered:
+        raise counts_positions(prefill, "this model makes masks and biases itself, from places in the whole prompt")
+    example["positions"] = None
+    return checked(prefill, untouched(shortened(every_step(whole_step(model, plan, example), example), plan)))
+
+
+def whole_step(model: nn.Module, plan: Layout, example: dict[str, Any]) -> WholeDecode:
+    """The step in which the model is told the token's position or, where it counts from another number than 0, is not.
+
+    Raises: InputError, TraceError.
+    """
+    can_be_told = "position_ids" in inspect.signature(model.forward).parameters
+    right: bool | None = None
+    for told in (True,) * can_be_told + (False,) * ("position_ids" not in plan.inputs):
+        make = partial(WholeDecode, told=told)
+        step = make(model, plan).eval()
+        rehearse(step, example)
+        right = decodes(make, model, plan)
+        if right:
+            return step
+    if right is None:
+        raise InputError(
+            f"{type(model).__name__} makes masks and biases itself, and whether it does so right in static buffers is seen "
+            "only when it runs on a few ids: it has no weights, or does not take ids alone\n  what to do: load its weights"
+        )
+    raise TraceError(
+        f"{type(model).__name__} gives a token other logits after what is in a static buffer than without a cache: it makes "
+        f"masks, biases or positions from something that a reduced cache does not have\n  what to do: {WAY_OUT}"
+    )
+
+
+def counts_positions(prefill: OptimizedModel, why: str) -> InputError:
+    return InputError(
+        f"{prefill.plan.method} numbers tokens anew, and {why}\n"
+        "  what to do: optimize with renumber=False, which keeps positions as they are"
+    )
+
+
+def rehearse(step: Decode | WholeDecode, example: dict[str, Any]) -> None:
+    """One step at the last position there is, which also shows which layers look through a window.
+
+    Raises: InputError, AttendsItself.
+    """
     try:
         with torch.no_grad():
-            logits = step(**example)["logits"]
-    except TokcompileError:
+            logits = step(**{name: value for name, value in example.items() if value is not None})["logits"]
+    except (TokcompileError, AttendsItself):
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
@@ -224,11 +274,10 @@ def check_model(model: nn.Module, plan: Layout) -> None:
     """Raises: InputError."""
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    needed = {cache_name(model), "position_ids", "input_ids"}
-    missing = needed - set(inspect.signature(model.forward).parameters)
+    missing = {cache_name(model), "input_ids"} - set(inspect.signature(model.forward).parameters)
     if missing:
         raise InputError(
-            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: positions and caches cannot be "
+            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: tokens and caches cannot be "
             "passed to it\n  what to do: pass a causal language model of transformers"
         )
     config = config_of(model)
@@ -266,9 +315,8 @@ def check_model(model: nn.Module, plan: Layout) -> None:
         )
 
 
-def example_inputs(step: Decode) -> dict[str, Any]:
-    plan = step.layout
-    weight = next(step.model.parameters())
+def example_inputs(model: nn.Module, plan: Layout) -> dict[str, Any]:
+    weight = next(model.parameters())
     room = plan.room
 
     def buffer(shape: Sequence[int], layer: int) -> Tensor:
@@ -287,16 +335,40 @@ def example_inputs(step: Decode) -> dict[str, Any]:
     }
     if plan.placed:
         made["positions"] = torch.arange(plan.length, device=weight.device).repeat(plan.batch, 1)
-    if step.padded:
+    if "attention_mask" in plan.inputs:
         shape, dtype = plan.inputs["attention_mask"]
         made["attention_mask"] = torch.ones(shape, dtype=dtype, device=weight.device)
     return made
 
 
-def untouched(module: nn.Module, kwargs: dict[str, Any]) -> OptimizedModel:
-    """A program without reductions, which is called and exported as an optimized one is; blocks are not looked for."""
-    traced = trace(module, (), kwargs)
+def every_step(step: Decode | WholeDecode, example: Mapping[str, Any]) -> Traced:
+    """The traced step. Raises: TraceError where what tracing fixed from the example does not hold at another step."""
+    given = {name: value for name, value in example.items() if value is not None and value != {}}
+    traced = static(step, given)
+    last = step.layout.room - 1
+    for now in range(last) if traced.checks else ():
+        moved = {"position_ids": given["position_ids"] - last + now, "step": torch.full_like(given["step"], now)}
+        inputs = pytree.tree_leaves({**given, **moved})
+        for check in traced.checks:
+            try:
+                check(inputs)
+            except InputError as error:
+                raise TraceError(
+                    f"token {now} is not decoded as token {last} is: {str(error).splitlines()[0]}\n  what to do: a prompt and "
+                    "a max_new_tokens for which it is; else this model cannot be decoded after a reduced prefill"
+                ) from error
+    return traced
+
+
+def static(module: nn.Module, kwargs: Mapping[str, Any]) -> Traced:
+    """A traced module whose constants are folded."""
+    traced = trace(module, (), dict(kwargs))
     fold_constants(traced.gm)  # tables made from sizes that are fixed, by ops that ONNX does not have
     propagate_shapes(traced.gm, traced.inputs)
+    return traced
+
+
+def untouched(traced: Traced) -> OptimizedModel:
+    """A program without reductions, which is called and exported as an optimized one is; blocks are not looked for."""
     plan = Plan("none", outputs="keep")
     return OptimizedModel(Compiled(plan, None, terms(traced.gm.graph, {}), Analysis(traced, traced.gm, Structure())), {})

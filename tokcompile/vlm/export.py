@@ -11,7 +11,7 @@ from typing import Any
 from tokcompile.api import OptimizedModel
 from tokcompile.errors import InputError
 from tokcompile.files import atomic_folder
-from tokcompile.llm.decode import untouched
+from tokcompile.llm.decode import static, untouched
 from tokcompile.llm.export import (
     FolderReport,
     check_runs,
@@ -60,7 +60,7 @@ def export(
     check_runs(made.text, options, verify_tokens)
     how = preprocesses(preprocess, parts)
     check_text(parts, tokenizer, template)
-    vision = parts.optimized or untouched(parts.vision.module, {"pixel_values": pixels})
+    vision = parts.optimized or untouched(static(parts.vision.module, {"pixel_values": pixels}))
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
         graphs = {"vision": vision, "prefill": prefill, "decode": made.text.decode}

@@ -1,0 +1,73 @@
+"""A short text, decoded in static buffers and computed at once: whether a model decodes as a decode step has it.
+
+A model may count positions from another number than 0, add a bias of its own to the scores, or take the end of a buffer for
+its own place in the text. None of it is seen before numbers are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.llm.caches import Collecting, cache_name, config_of
+from tokcompile.llm.layout import Layout, Stage
+from tokcompile.passes.faithful import relative_error
+from tokcompile.passes.trace import unchanged
+
+BEFORE = 3  # tokens that are in the cache
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}  # what logits may be off by, of the largest; of half precision 0.1
+
+
+def decodes(step: Callable[[nn.Module, Layout], nn.Module], model: nn.Module, plan: Layout) -> bool | None:
+    """Whether such a step gives a token the logits that it has without a cache. None where that cannot be told: the model has
+    no weights (meta), or does not run on a few ids."""
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return None
+    total, layers = plan.length + plan.room, len(plan.keys)
+    short = replace(plan, length=BEFORE, stages=(Stage(0, layers - 1, BEFORE, total),), kept={})
+    ids = torch.tensor(plain_ids(model), device=weight.device).expand(plan.batch, -1)
+    places = torch.arange(BEFORE + 1, device=weight.device).expand(*plan.axes, plan.batch, -1)
+    given = {"position_ids": places} if "position_ids" in plan.inputs else {}
+    cache = Collecting()
+    with torch.no_grad(), unchanged(model):
+        try:
+            want = model(input_ids=ids, use_cache=False, **given).logits[:, -1]
+            first = {name: value[..., :-1] for name, value in given.items()}
+            model(input_ids=ids[:, :-1], use_cache=True, **first, **{cache_name(model): cache})
+        except Exception:
+            return None
+        got = step(model, short).eval()(**one_more(short, cache, ids[:, -1:], places))["logits"][:, -1]
+    return relative_error(got.float(), want.float()) <= ROUNDING.get(plan.dtype, 0.1)
+
+
+def plain_ids(model: nn.Module) -> list[int]:
+    """Ids of a text, none of which means padding, an image or the like."""
+    configs = [vars(config) for config in (getattr(model, "config", None), config_of(model)) if config is not None]
+    special = {value for config in configs for name, value in config.items() if name.endswith(("token_id", "token_index"))}
+    return [i for i in range(len(special) + BEFORE + 1) if i not in special][: BEFORE + 1]
+
+
+def one_more(short: Layout, cache: Collecting, token: Tensor, places: Tensor) -> dict[str, Any]:
+    """The inputs of a step after a short text."""
+
+    def buffers(held: list[Tensor]) -> list[Tensor]:
+        return [nn.functional.pad(one, (0, 0, 0, short.room)) for one in held]
+
+    made: dict[str, Any] = {
+        "token": token,
+        "position_ids": places[..., -1:],
+        "step": token.new_zeros(1),
+        "keys": buffers(cache.keys),
+        "values": buffers(cache.values),
+        "states": cache.states or None,
+    }
+    if short.placed:
+        made["positions"] = places[..., :-1]
+    if "attention_mask" in short.inputs:
+        made["attention_mask"] = token.new_ones(short.batch, BEFORE, dtype=short.inputs["attention_mask"][1])
+    return made
