@@ -181,7 +181,7 @@ def decode_graph(model: nn.Module, prefill: OptimizedModel, *, max_new_tokens: i
     example["kept"] = {name: example["kept"][name] for name in step.needed()}
     if not step.bound:
         example["positions"] = None
-    return checked(prefill, untouched(every_step(step, example)))
+    return checked(prefill, untouched(folded(every_step(step, example))))
 
 
 def checked(prefill: OptimizedModel, decode: OptimizedModel) -> OptimizedModel:
@@ -344,7 +344,7 @@ def example_inputs(model: nn.Module, plan: Layout) -> dict[str, Any]:
 def every_step(step: Decode | WholeDecode, example: Mapping[str, Any]) -> Traced:
     """The traced step. Raises: TraceError where what tracing fixed from the example does not hold at another step."""
     given = {name: value for name, value in example.items() if value is not None and value != {}}
-    traced = static(step, given)
+    traced = trace(step, (), given)
     last = step.layout.room - 1
     for now in range(last) if traced.checks else ():
         moved = {"position_ids": given["position_ids"] - last + now, "step": torch.full_like(given["step"], now)}
@@ -360,10 +360,9 @@ def every_step(step: Decode | WholeDecode, example: Mapping[str, Any]) -> Traced
     return traced
 
 
-def static(module: nn.Module, kwargs: Mapping[str, Any]) -> Traced:
-    """A traced module whose constants are folded."""
-    traced = trace(module, (), dict(kwargs))
-    fold_constants(traced.gm)  # tables made from sizes that are fixed, by ops that ONNX does not have
+def folded(traced: Traced) -> Traced:
+    """Constants are computed: tables made from sizes that are fixed, by ops that ONNX does not have."""
+    fold_constants(traced.gm)
     propagate_shapes(traced.gm, traced.inputs)
     return traced
 

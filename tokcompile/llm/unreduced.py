@@ -58,6 +58,9 @@ class Whole(Slots):
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.now
 
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.length
+
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         return self.length, 0
 
@@ -91,8 +94,9 @@ class WholeDecode(nn.Module):
         now = step + plan.length
         cache = Whole(plan, now[0], keys, values, slots, states or {})
         before = token.new_ones(plan.batch, plan.length) if attention_mask is None else attention_mask.to(token.dtype)
+        after = torch.arange(plan.room, device=token.device) <= step
         given = {
-            "attention_mask": torch.cat([before, token.new_ones(plan.batch, plan.room)], 1),
+            "attention_mask": torch.cat([before, after.to(token.dtype).expand(plan.batch, -1)], 1),
             "cache_position": now,
             cache_name(self.model): cache,
         }

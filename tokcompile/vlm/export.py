@@ -11,7 +11,7 @@ from typing import Any
 from tokcompile.api import OptimizedModel
 from tokcompile.errors import InputError
 from tokcompile.files import atomic_folder
-from tokcompile.llm.decode import static, untouched
+from tokcompile.llm.decode import folded, untouched
 from tokcompile.llm.export import (
     FolderReport,
     check_runs,
@@ -25,6 +25,7 @@ from tokcompile.llm.export import (
 )
 from tokcompile.llm.folder import SPEC
 from tokcompile.llm.tokenizer import TOKENIZER
+from tokcompile.passes.trace import trace
 from tokcompile.vlm.folder import KEY, load, spec
 from tokcompile.vlm.generate import Generator
 from tokcompile.vlm.image import Preprocess
@@ -60,7 +61,7 @@ def export(
     check_runs(made.text, options, verify_tokens)
     how = preprocesses(preprocess, parts)
     check_text(parts, tokenizer, template)
-    vision = parts.optimized or untouched(static(parts.vision.module, {"pixel_values": pixels}))
+    vision = parts.optimized or untouched(folded(trace(parts.vision.module, kwargs={"pixel_values": pixels})))
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
         graphs = {"vision": vision, "prefill": prefill, "decode": made.text.decode}
