@@ -4,7 +4,7 @@ reduced axis are gathered on demand."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -180,11 +180,11 @@ class Rewriter:
         return self.env[node]
 
     @cached_property
-    def weighted(self) -> set[Node]:
+    def weighted(self) -> Set[Node]:
         return weighted_sums(self.old.graph)
 
     @cached_property
-    def shares(self) -> set[Node]:
+    def shares(self) -> Set[Node]:
         lengths = {shape(b.mid)[b.token_axis] for b in self.structure.blocks}
         return shares(self.old.graph, reachable_from(set(self.splices)), lengths)
 
