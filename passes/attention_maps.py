@@ -118,10 +118,12 @@ def masked(rw: Rewriter, attention: Attention, scores: Node, which: Which, turne
 
 
 def cls_attention(rw: Rewriter, s: Splice) -> Node:
-    """(B, H, L): how the class token attends; under a causal mask the last token; without either, attention received."""
-    if any(a.causal for a in attentions_of(s)):
+    """(B, H, L): how the class token attends, which is the first or the only one behind the patches; under a causal mask the
+    last token; without either, attention received."""
+    stage = s.block.stage
+    if any(a.causal for a in attentions_of(s)) or (stage.prefix < 1 and stage.suffix == 1):
         return last_attention(rw, s)
-    if s.block.stage.prefix < 1:
+    if stage.prefix < 1:
         return received_attention(rw, s)
     return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, 0), 2, 0) for a in attentions_of(s)])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
-from tokcompile.passes.graph import aten, bind, packet, shape
+from tokcompile.passes.graph import RESHAPES, aten, bind, packet, shape
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.tokens import Batch, Label, Seq, has_batch, has_tokens, is_labelled, plain, tokens_of
 
@@ -212,13 +213,23 @@ def before_rotary(node: Node) -> Node:
             source = next(a for a in n.args[:2] if isinstance(a, Node) and not is_table(a))
             while packet(source) in ("aten.slice", "aten.to", "aten._to_copy"):
                 source = source.args[0]
-            if _numel(source) == size:
+            source = channels_of(source)
+            if source is not None and _numel(source) == size:
                 found = source
         for inner in n.all_input_nodes:
             if inner not in seen and inner.op == "call_function" and _numel(inner) <= size and not is_table(inner):
                 seen.add(inner)
                 todo.append(inner)
     return found
+
+
+def channels_of(node: Node) -> Node | None:
+    """Of complex numbers the channels that were laid out as pairs; None where these were laid out otherwise on the way."""
+    if packet(node) != "aten.view_as_complex":
+        return node
+    pairs = node.args[0]
+    given = pairs.args[0] if packet(pairs) in RESHAPES else pairs
+    return given if shape(given)[:-1] == shape(pairs)[:-2] else None
 
 
 def rotates(node: Node) -> bool:
@@ -247,5 +258,6 @@ def outer_product(node: Node) -> bool:
 
 
 def _numel(node: Node) -> int:
+    """How many numbers a tensor holds; a complex one is two."""
     value = node.meta.get("val")
-    return int(value.numel()) if hasattr(value, "numel") else 0
+    return int(value.numel()) * (1 + value.is_complex()) if isinstance(value, Tensor) else 0

@@ -69,6 +69,7 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
     side by side have no grid in common."""
     prefix = suffix = 0
     least = (0, 0)  # what was joined before and behind stays there, whatever was cut off the middle before that
+    turned = False  # whether what is read now stands in the opposite order
     while node in dependent and node.op == "call_function":
         name, a = packet(node), bind(node)
         rank = len(shape(node)) if isinstance(node.meta["val"], torch.Tensor) else 0
@@ -77,15 +78,18 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             user = [t for t in tensors if t in dependent] or list(tensors)
             node = max(user, key=lambda t: shape(t)[axis])
             images = beside(tensors.index(node), [shape(t)[axis] > 1 and from_patches(t) for t in tensors])
-            prefix += sum(shape(t)[axis] for t in tensors[: images[0]])
-            suffix += sum(shape(t)[axis] for t in tensors[images[-1] + 1 :])
+            before, behind = (sum(shape(t)[axis] for t in some) for some in (tensors[: images[0]], tensors[images[-1] + 1 :]))
+            prefix, suffix = (prefix + behind, suffix + before) if turned else (prefix + before, suffix + behind)
             least = max(least[0], prefix), max(least[1], suffix)
             if len(images) > 1:
                 break
         elif name == "aten.slice" and (a["dim"] or 0) % rank == axis:
             size = shape(a["self"])[axis]
             start, end = slice_bounds(a["start"], a["end"], size)
-            prefix, suffix, node = prefix - start, suffix - (size - end), a["self"]
+            before, behind = (size - end, start) if turned else (start, size - end)
+            prefix, suffix, node = prefix - before, suffix - behind, a["self"]
+        elif name == "aten.flip":
+            turned, node = turned != (axis in [d % rank for d in a["dims"]]), a["self"]
         elif name == "aten.unsqueeze" and a["dim"] % rank != axis:
             axis, node = axis - (a["dim"] % rank < axis), node.args[0]
         elif name == "aten.select" or (name == "aten.squeeze" and isinstance(a.get("dim"), int)):
@@ -95,14 +99,18 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
             axis, node = moved(node, axis), node.all_input_nodes[0]
         elif name in RESHAPES:
             source = node.all_input_nodes[0]
-            before = view_sources(shape(source), shape(node), axis)
-            if before is None:
-                break
-            if len(before) > 1:
+            axes = view_sources(shape(source), shape(node), axis)
+            if axes is None:
+                apart = in_rows(source, node, dependent)
+                if apart is None:
+                    break
+                node = apart
+                continue
+            if len(axes) > 1:
                 # what an index laid out is no raster: groups of neighbours in the order of windows
-                grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in before)
+                grid = None if packet(source) in INDEX else tuple(shape(source)[i] for i in axes)
                 return max(prefix, least[0]), max(suffix, least[1]), grid, source
-            axis, node = before[0], source
+            axis, node = axes[0], source
         else:
             length = shape(node)[axis] if rank else None
             follow = [
@@ -117,6 +125,20 @@ def origin(node: Node, axis: int, dependent: set[Node]) -> tuple[int, int, tuple
                 break
             node = follow[0]
     return max(prefix, least[0]), max(suffix, least[1]), None, node
+
+
+def in_rows(rows: Node, view: Node, dependent: set[Node]) -> Node | None:
+    """The tensor (B, N, C) whose tokens were handled as (B * N, C) rows, which a view then laid out as before."""
+    lead = shape(view)[:-1]
+    while rows in dependent and shape(rows)[:-1] == (prod(lead),):
+        found = next((n for n in rows.all_input_nodes if n in dependent and shape(n)[:-1] == lead), None)
+        if packet(rows) in RESHAPES and found is not None:
+            return found
+        given = [n for n in rows.all_input_nodes if n in dependent and shape(n)[:-1] == shape(rows)[:-1]]
+        if not given:
+            return None
+        rows = given[0]
+    return None
 
 
 def beside(at: int, images: list[bool]) -> list[int]:

@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import wraps
@@ -309,6 +309,15 @@ def load_program(path: str, extra_files: dict[str, Any] | None = None) -> Export
         raise ExportError(f"{path} cannot be read as a torch.export archive: {error}") from error
 
 
+def difference(args: Sequence[Any], kwargs: dict[str, Any], given: pytree.TreeSpec, spec: pytree.TreeSpec) -> str:
+    """What a call has, and what it should have: numbers of arguments and their names, or else their structure."""
+    count, names = spec.child(0).num_children, list(spec.child(1).context or ())
+    if (len(args), sorted(kwargs)) == (count, sorted(names)):
+        return f"  given    {given}\n  expected {spec}"
+    rows = (("given   ", len(args), kwargs), ("expected", count, names))
+    return "\n".join(f"  {word} {number} by position, and by name {', '.join(some) or 'none'}" for word, number, some in rows)
+
+
 def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
     """A function (*args, **kwargs) -> flat inputs that refuses any other structure, shape, dtype or fixed value."""
     expected = [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for v in traced.inputs]
@@ -319,7 +328,7 @@ def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
         args, kwargs = rearrange(args, kwargs, positional, keywords, names)
         flat, given = pytree.tree_flatten((args, kwargs))
         if given != spec:
-            raise InputError(f"called with other arguments than it was compiled for:\n  given    {given}\n  expected {spec}")
+            raise InputError(f"called with other arguments than it was compiled for:\n{difference(args, kwargs, given, spec)}")
         for i, (value, want) in enumerate(zip(flat, expected)):
             if isinstance(value, torch.Tensor):
                 if not isinstance(want, tuple) or tuple(value.shape) != want[0] or value.dtype != want[1]:
@@ -328,6 +337,8 @@ def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
                         f"{want[0] if isinstance(want, tuple) else want} {want[1] if isinstance(want, tuple) else ''}: "
                         "shapes and budgets are static, optimize once per input shape"
                     )
+            elif isinstance(want, tuple):
+                raise InputError(f"input {i} is of type {type(value).__name__}, but the model was compiled for a tensor")
             elif value != want:
                 raise InputError(f"input {i} is {value!r}, but the model was compiled for {want!r}")
         if not torch.compiler.is_compiling():

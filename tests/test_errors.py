@@ -90,6 +90,7 @@ def test_a_recipe_that_returns_another_count_is_refused():
     (lambda: Remove(-1), r"Remove\(r\) takes a non-negative integer, not -1"),
     (lambda: Remove(2, inflect=2), r"Remove\(inflect=2\) is outside \[-1, 1\]"),
     (lambda: Schedule({}), r"Schedule\(\{block: k\}\) is empty"),
+    (lambda: Schedule([4]), r"Schedule takes \{block: k\}, not \[4\]"),
     (lambda: Schedule({0: 0}), r"Schedule maps block numbers to positive token counts, not 0: 0"),
     (lambda: Schedule({0: 13}), r"block 0: 12 tokens come in, 13 cannot be left"),
     (lambda: Schedule({0: 6, 1: 8}), r"block 1: 6 tokens come in, 8 cannot be left"),
@@ -228,20 +229,29 @@ def test_what_cannot_be_traced_says_so():
     ((torch.randn(1, LENGTH, WIDTH).double(),), r"torch.float64, but the model was compiled for .* torch.float32"),
     ((), r"called with other arguments than it was compiled for"),
     ((torch.randn(1, LENGTH, WIDTH),) * 2, r"called with other arguments than it was compiled for"),
-    (([torch.randn(1, LENGTH, WIDTH)],), r"called with other arguments than it was compiled for"),
-], ids=["batch", "length", "dtype", "none", "two", "list"])  # fmt: skip
+    (([torch.randn(1, LENGTH, WIDTH)],), r"called with other arguments than it was compiled for:\n  given    TreeSpec"),
+    ((torch.randn(1, LENGTH, WIDTH).numpy(),), r"input 0 is of type ndarray, but the model was compiled for a tensor"),
+], ids=["batch", "length", "dtype", "none", "two", "list", "array"])  # fmt: skip
 def test_a_later_call_must_be_like_the_first(args, message, optimized):
     with pytest.raises(InputError, match=message):
         optimized(*args)
 
 
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to(torch.float64), lambda m: m.to("cpu", torch.bfloat16)])
+def test_another_dtype(change, optimized):
+    with pytest.raises(InputError, match="dtype of an optimized model is fixed: convert the original"):
+        change(optimized)
+    assert optimized.to("cpu") is optimized
+    assert {p.dtype for p in optimized.parameters()} == {torch.float32}
+
+
 def test_a_later_call_with_an_unknown_keyword(optimized):
-    with pytest.raises(InputError, match=r"called with other arguments[\s\S]*given[\s\S]*'y'[\s\S]*expected"):
+    with pytest.raises(InputError, match=r"called with other arguments[\s\S]*given +1 by position, and by name y\n +expected"):
         optimized(optimized.example_inputs[0], y=1)
 
 
 def test_a_number_instead_of_a_tensor(optimized):
-    with pytest.raises(InputError, match=r"input 0 is 3, but the model was compiled for"):
+    with pytest.raises(InputError, match=r"input 0 is of type int, but the model was compiled for a tensor"):
         optimized(3)
 
 

@@ -93,6 +93,13 @@ class OptimizedModel(torch.nn.Module):
             raise InputError("an optimized model is compiled for inference; train the original and optimize it again")
         return super().train(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
+        """For `.to(device)` and the like. Raises: InputError for another dtype, in which nothing could be called."""
+        for weight in (*self.parameters(), *self.buffers()):
+            if fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype != weight.dtype:
+                raise InputError("the dtype of an optimized model is fixed: convert the original, and optimize it again")
+        return super()._apply(fn, recurse)
+
     @property
     def frozen(self) -> list[str]:
         """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""

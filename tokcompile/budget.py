@@ -77,6 +77,8 @@ class Schedule:
     counts: Mapping[int, int]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.counts, Mapping):
+            raise BudgetError(f"Schedule takes {{block: k}}, not {self.counts!r}")
         if not self.counts:
             raise BudgetError("Schedule({block: k}) is empty")
         for block, k in self.counts.items():

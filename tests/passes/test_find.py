@@ -326,6 +326,8 @@ LAYOUTS = {
     "text-that-saw-the-image": (lambda x: torch.cat([rows(x), torch.ones(2, 6, 15) @ rows(x)], 1), 0, 6, (3, 5)),
     "mean-in-front": (lambda x: torch.cat([x.mean((2, 3))[:, None], rows(x)], 1), 1, 0, (3, 5)),
     "a-part": (lambda x: rows(x)[:, :12], 0, 0, None),
+    "turned": (lambda x: torch.cat([torch.ones(2, 2, D), rows(x), torch.ones(2, 1, D)], 1).flip(1), 1, 2, (3, 5)),
+    "rows-of-all": (lambda x: (torch.cat([torch.ones(2, 1, D), rows(x)], 1).view(-1, D) * 2).view(2, 16, D), 1, 0, (3, 5)),
     "one-of-a-batch": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[0][None], 1, 0, (3, 5)),
     "squeezed": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, None].squeeze(1), 1, 0, (3, 5)),
     "class-token-in-the-middle": (lambda x: torch.cat([rows(x)[:, :8], torch.ones(2, 1, D), rows(x)[:, 8:]], 1), 0, 8, None),
