@@ -30,6 +30,8 @@ from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
 from tokcompile.passes.weighted import shares, weighted_sums
 
+WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
+
 
 @dataclass
 class Rewritten:
@@ -146,6 +148,10 @@ class Rewriter:
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
             return
+        except UnsupportedGraph as error:
+            if error.node is not None:
+                raise
+            raise UnsupportedGraph(error.reason, node, error.hint or WAY_OUT) from error
         except TokcompileError:
             raise
         except Exception as error:
