@@ -85,6 +85,8 @@ HARD = [
     "timm/samvit",
     "timm/xcit",
     "hf/eomt",
+    "hf/hunyuan_vl",
+    "hf/kimi_k25",
     "hf/llama_padded",
     "hf/llava_next",
     "hf/lfm2_vl",
@@ -100,8 +102,10 @@ HARD = [
     "hf/vit_mae",
 ]
 AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in HARD]
-APART = {"hf/lfm2_vl"}  # of several images each is rearranged by itself
+APART = {"hf/hunyuan_vl", "hf/kimi_k25", "hf/lfm2_vl"}  # of several images each is rearranged by itself
 NOTES = {
+    "hf/hunyuan_vl": "in batches, where each image is rearranged by itself",
+    "hf/kimi_k25": "in batches, where each image is rearranged by itself",
     "hf/lfm2_vl": "in batches, where each image is rearranged by itself",
     "hf/mllama": "behind the tower, where padding is cut off tile by tile",
 }
