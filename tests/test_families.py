@@ -118,6 +118,7 @@ WHY = {
     "it gives positions of tokens": "tokens are grouped by argmax",
     "it handles each token by itself": "images are handled one by one",
     "it takes some of the samples": "images are handled one by one",
+    "it cuts through the reduced tokens": "images are handled one by one",
     "it reads tokens by their place on the grid": "windows or a grid inside the blocks",
 }
 
