@@ -105,6 +105,13 @@ class OptimizedModel(torch.nn.Module):
         """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""
         return self.fixed_behind({b.mid.name for b in self._analysis.structure.blocks})
 
+    def check_fixed(self, inputs: Sequence[Any]) -> None:
+        """Raises: InputError where flat inputs differ from the example's in what was fixed."""
+        for check in self._analysis.traced.checks:
+            check(inputs)
+        for one in self._checks:
+            one.check(inputs)
+
     def fixed_behind(self, names: set[str]) -> list[str]:
         """What tracing fixed of values, other than conditions, that are computed from these nodes or inputs."""
         return [text for check in self._analysis.traced.checks for text in check.behind(names)]

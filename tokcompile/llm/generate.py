@@ -167,6 +167,7 @@ def program(opt: OptimizedModel) -> Run:
 
     def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = [feeds[n] if isinstance(v, Tensor) else v for n, v in zip(opt.input_names, opt.example_inputs)]
+        opt.check_fixed(flat)
         return {n: v for n, v in zip(names, opt.graph_module(*flat)) if isinstance(v, Tensor)}
 
     return run
