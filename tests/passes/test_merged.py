@@ -1,0 +1,163 @@
+"""Rules on merged tokens: attention, means, sums and products, in which each weighs what it holds; and what is given back."""
+
+import pytest
+import torch
+
+from tests.passes.graphs import canonical, merging, reduced, rewriter, run, subset
+from tests.passes.test_rules import attend, attend_by_hand, extra, folded
+
+SIZES = torch.tensor([[1.0, 3.0, 2.0, 1.0], [2.0, 2.0, 2.0, 1.0]], dtype=torch.float64)
+MERGE = dict(
+    index=torch.tensor([[0, 2, 3, 6], [1, 2, 4, 5]]),
+    sources=torch.tensor([[1, 4, 5], [0, 3, 6]]),
+    slots=torch.tensor([[1, 1, 2], [0, 1, 2]]),
+)
+
+
+def merged_rows(x):
+    """The size-weighted means of MERGE, written out."""
+    out = []
+    for b in range(2):
+        members = [[i] for i in MERGE["index"][b].tolist()]
+        for source, slot in zip(MERGE["sources"][b].tolist(), MERGE["slots"][b].tolist()):
+            members[slot].append(source)
+        out.append(torch.stack([x[b, m].mean(0) for m in members]))
+    return torch.stack(out)
+
+
+def merge(fn, x, proportional=True, **options):
+    gm = canonical(fn, x)
+    return run(rewriter(gm, merging(**MERGE, proportional=proportional), 7, 4, **options).run().gm, x)[0]
+
+
+def test_merging_is_the_mean_of_the_members():
+    x = extra("B L 16", 2, 7, 1)
+    torch.testing.assert_close(merge(lambda x: x * 2, x), merged_rows(x) * 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("form", ["sdpa", "by-hand", "heads-in-the-batch"])
+def test_keys_weigh_as_many_tokens_as_they_hold(form, proportional):
+    fn = {"sdpa": attend, "by-hand": lambda x: attend_by_hand(x, 0.0), "heads-in-the-batch": folded}[form]
+    scale = {"sdpa": 8**-0.5 * 0.5, "by-hand": 0.3, "heads-in-the-batch": 1.0}[form]
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    q = rows.unflatten(2, (2, 8)).transpose(1, 2)
+    scores = q @ q.mT * scale + (SIZES.log()[:, None, None] if proportional else 0)
+    value = q + 1 if form == "sdpa" else q
+    want = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merge(fn, x, proportional), want, rtol=0, atol=1e-6)
+
+
+def test_masked_attention_with_sizes_keeps_its_mask():
+    x = extra("B L 16", 2, 7, 1)
+    rows, index = merged_rows(x), MERGE["index"]
+    q = rows.unflatten(2, (2, 8)).transpose(1, 2)
+    hidden = torch.stack([(i[:, None] < i[None]) for i in index])[:, None]
+    scores = (q @ q.mT * 8**-0.5 * 0.5 + SIZES.log()[:, None, None]).masked_fill(hidden, float("-inf"))
+    want = (scores.softmax(-1) @ (q + 1)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merge(lambda x: attend(x, is_causal=True), x), want, rtol=0, atol=1e-6)
+    boolean = lambda x: attend(x, torch.ones(7, 7, dtype=torch.bool).tril())  # noqa: E731
+    torch.testing.assert_close(merge(boolean, x), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_means_and_sums_weigh_by_size(weighted, keepdim):
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    weights = SIZES[:, :, None] if weighted else torch.ones(2, 4, 1, dtype=torch.float64)
+    mean = (rows * weights).sum(1, keepdim) / weights.sum(1, keepdim)
+    got = merge(lambda x: x.mean(1, keepdim), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(got, mean, rtol=0, atol=1e-6)
+    total = merge(lambda x: x.sum(1, keepdim), x, size_weighted_mean=weighted)  # of all tokens, whatever a mean is of
+    torch.testing.assert_close(total, (rows * SIZES[:, :, None]).sum(1, keepdim), rtol=0, atol=1e-6)
+    both = merge(lambda x: x.mean((1, 2)), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(both, ((rows * weights).sum(1) / weights.sum(1)).mean(-1), rtol=0, atol=1e-6)
+    first = merge(lambda x: x.mT.mean(2), x, size_weighted_mean=weighted)
+    torch.testing.assert_close(first, (rows * weights).sum(1) / weights.sum(1), rtol=0, atol=1e-6)
+
+
+POOLINGS = {
+    "along-the-tokens": lambda x: (x[..., :1].softmax(1) * x).sum(1),
+    "unsqueezed": lambda x: (x[..., 0].softmax(-1)[..., None] * x).sum(1),
+    "turned": lambda x: (x[..., :1].mT.softmax(-1) * x.mT * 2).sum(-1) / 2,
+    "viewed": lambda x: (x[..., 0].softmax(-1).view(2, 7, 1).expand_as(x) * x).sum(1),
+}
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_sums_that_a_softmax_weighs_count_sizes_once(name, proportional):
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    weights = (rows[..., 0] + (SIZES.log() if proportional else 0)).softmax(-1)
+    torch.testing.assert_close(merge(POOLINGS[name], x, proportional), (weights[..., None] * rows).sum(1), rtol=0, atol=1e-6)
+
+
+def test_sums_across_a_softmax_weigh_by_size():
+    x = extra("B L 16", 2, 7, 1)
+    want = (SIZES[..., None] * merged_rows(x).softmax(-1)).sum(1)
+    torch.testing.assert_close(merge(lambda x: x.softmax(-1).sum(1), x), want, rtol=0, atol=1e-6)
+
+
+ALL = {
+    "product": lambda x: x.mT @ x,
+    "einsum": lambda x: torch.einsum("bnc,bnd->bcd", x, x),
+    "norm": lambda x: x.norm(dim=1),
+    "norm of another order": lambda x: torch.linalg.vector_norm(x, 3, 1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "masked mean": lambda x: (x * MASK).sum(1) / MASK.sum(1),
+    "linear attention": lambda x: (x.exp() @ (x.exp().mT @ x)) / (x.exp() @ x.exp().sum(1)[:, :, None]),
+    "softmax by hand": lambda x: (x / x.sum(1, True)).mT @ x,
+    "a gate": lambda x: torch.einsum("bn,bnd->bd", x[..., 0].sigmoid(), x) / x[..., 0].sigmoid().sum(1, True),
+}
+MASK = torch.ones(2, 7, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sums_over_merged_tokens_are_sums_over_all(name):
+    """Each counts as often as it holds tokens: as if all of these were there, equal to it."""
+    x = extra("B L 16", 2, 7, 1).abs()
+    rows, counts = merged_rows(x), SIZES.long()
+    got = merge(ALL[name], x)
+    for b in range(2):
+        every = rows[b].repeat_interleave(counts[b], 0)[None]
+        want = ALL[name](every.expand(2, -1, -1))[:1]
+        if want.shape[1] == 7:  # a result for each token
+            want = want[:, counts[b].cumsum(0) - counts[b]]
+        torch.testing.assert_close(got[b : b + 1], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["product", "einsum", "norm", "logsumexp", "masked mean"])
+def test_sums_that_miss_tokens_have_them_back(name):
+    """Outside of the blocks, where nothing else is short of the same tokens: a kept one stands for those that are gone."""
+    x = extra("B L 16", 2, 7, 1)
+    index = subset(2, 6, 3, True)
+    out = reduced(ALL[name], (x,), index, 6, prefix=1)
+    assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"]
+    whole = run(reduced(lambda x: x.flip(1), (x,), index, 6, prefix=1).gm, x)[0].flip(1)
+    torch.testing.assert_close(run(out.gm, x)[0], ALL[name](whole), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate"])
+def test_shares_of_what_is_left(name):
+    x = extra("B L 16", 2, 7, 1)
+    index = subset(2, 6, 3, True)
+    out = reduced(ALL[name], (x,), index, 6, prefix=1)
+    got = run(out.gm, x)[0]
+    assert not [r for r in out.recoveries if "adds up" in r.reason]
+    if name != "linear attention":  # whose result, a token each, is given back at the end
+        kept = torch.stack([x[b, torch.cat([torch.zeros(1, dtype=torch.int64), index[b] + 1])] for b in range(2)])
+        torch.testing.assert_close(got, ALL[name](kept), rtol=0, atol=1e-9)
+
+
+def test_merged_tokens_are_given_back_to_their_members():
+    x = extra("B L 16", 2, 7, 1)
+    rows = merged_rows(x)
+    got = merge(lambda x: x.flip(1), x).flip(1)
+    for b in range(2):
+        for slot, i in enumerate(MERGE["index"][b].tolist()):
+            torch.testing.assert_close(got[b, i], rows[b, slot], rtol=0, atol=1e-6)
+        for source, slot in zip(MERGE["sources"][b].tolist(), MERGE["slots"][b].tolist()):
+            torch.testing.assert_close(got[b, source], rows[b, slot], rtol=0, atol=1e-6)
