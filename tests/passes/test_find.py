@@ -11,7 +11,7 @@ from tests.passes.graphs import Function, canonical
 from tokcompile.compiler import analyse
 from tokcompile.passes.find import find
 from tokcompile.passes.graph import packet, shape
-from tokcompile.passes.stages import slice_bounds, view_sources
+from tokcompile.passes.origin import slice_bounds, view_sources
 
 # name: (blocks, length, prefix, suffix, grid) of each stage, in order
 STAGES = {
