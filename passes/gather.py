@@ -136,6 +136,7 @@ class Gatherer:
         """What one sample of the batch chose, or some at equal distances, as a space of its own."""
         if (space, rows) not in self._sample:
             take = lambda value: self.b.emit(aten.slice.Tensor, value, 0, rows.start, rows.stop, rows.step)  # noqa: E731
+            cut = slice(rows.start, rows.stop, rows.step)
             self._sample[space, rows] = Space(
                 f"{space.name}_{rows.start}",
                 space.root_n,
@@ -147,8 +148,8 @@ class Gatherer:
                 ordered=space.ordered,
                 renumber=space.renumber,
                 sources=(space,),
-                derive=lambda chosen: chosen(space)[rows.start : rows.stop : rows.step],
-                hidden=None if space.hidden is None else space.hidden[rows.start : rows.stop : rows.step],
+                derive=lambda chosen: chosen(space)[cut],
+                hidden=None if space.hidden is None else space.hidden[cut],
                 positions=None if (many := self.several(space)) is None else take(many),
                 bands=bands_of(space),
                 groups=self.sample(space.groups, rows) if space.groups else None,

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.passes.find import SDPA, SOFTMAX
 from tokcompile.passes.graph import aten, emitter, is_tensor, packet, shape
-from tokcompile.passes.memory import CASTS
+from tokcompile.passes.memory import CASTS, reachable_from
 from tokcompile.passes.movement import Movement, moves
 
 REPEATS = {"aten.expand", "aten.repeat"}
@@ -84,10 +84,9 @@ def mosaics(gm: GraphModule) -> list[Mosaic]:
     """The last nodes of movements of one tensor and one weight that hold rows of the tensor, which has gone through attention:
     before it no token is reduced, and a class token is none of a map."""
     origins: dict[Node, frozenset[Node]] = {}
-    attended: set[Node] = set()
+    attentions = {n for n in gm.graph.nodes if packet(n) in {SDPA, *SOFTMAX}}
+    attended = attentions | reachable_from(attentions)
     for node in gm.graph.nodes:
-        if packet(node) in {SDPA, *SOFTMAX} or any(n in attended for n in node.all_input_nodes):
-            attended.add(node)
         given = [n for n in node.all_input_nodes if n.op != "get_attr" or packet(node) not in TAKES]
         of = frozenset().union(*(origins.get(n, {n}) for n in given))
         weights = {n for n in of if n.op == "get_attr"}

@@ -169,6 +169,11 @@ def has_batch(axis: Axis) -> bool:
     return any(isinstance(a, Batch) for a in axis)
 
 
+def spaces_on(axis: Axis) -> list[Space]:
+    """What reductions left of the tokens of an axis."""
+    return [space for atom in axis if isinstance(atom, Seq) for space in atom.spaces]
+
+
 def tokens_of(axis: Axis) -> Seq | None:
     """The Seq of an axis that is nothing but tokens."""
     return axis[0] if len(axis) == 1 and isinstance(axis[0], Seq) else None

@@ -21,7 +21,7 @@ from tokcompile.passes.rules.core import (
     tokens_of,
 )  # fmt: skip
 from tokcompile.passes.rules.sizes import sizes_along
-from tokcompile.passes.tokens import Seq, new
+from tokcompile.passes.tokens import new, spaces_on
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -92,7 +92,7 @@ def sorted_tokens(scores: Label) -> bool:
 
 def log_sizes(call: Call, scores: Label, dim: int = -1) -> Node | None:
     """log(size) of each key along axis `dim` of scores, which it can be added to; None where all sizes are 1."""
-    if not any(s.size is not None and s.proportional for a in scores[dim] if isinstance(a, Seq) for s in a.spaces):
+    if not any(s.size is not None and s.proportional for s in spaces_on(scores[dim])):
         return None
     return sizes_along(call, scores, dim, log=True)
 

@@ -23,6 +23,7 @@ from tokcompile.passes.tokens import (
     normal,
     old,
     plain,
+    spaces_on,
     tokens_of,
 )  # fmt: skip
 
@@ -177,8 +178,7 @@ class Call:
 
 def rank_of(axis: Axis) -> tuple[int, bool, int]:
     """How much an axis says: tokens over plain, a later reduction over an earlier one, a batch over a size."""
-    spaces = [s for a in axis if isinstance(a, Seq) for s in a.spaces]
-    return max((len(s.lineage()) for s in spaces), default=0), has_batch(axis), len(axis)
+    return max((len(s.lineage()) for s in spaces_on(axis)), default=0), has_batch(axis), len(axis)
 
 
 __all__ = [

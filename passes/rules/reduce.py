@@ -8,7 +8,7 @@ from typing import Any
 
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, one_sample, rule, tokens_of
-from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_along
+from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_like
 from tokcompile.passes.tokens import new
 
 
@@ -42,8 +42,7 @@ def mean_or_sum(call: Call) -> Any:
         return call.emit(out)
     if len(merged) > 1:
         raise NeedsFull("it sums over two token axes at once")
-    size = sizes_along(call, label, merged[0])
-    size = call.op(aten.to.dtype, size, call["self"].meta["val"].dtype)
+    size = sizes_like(call, call["self"], label, merged[0])
     weighted = call.op(aten.mul.Tensor, call["self"], size)
     total = call.op(aten.sum.dim_IntList, weighted, dims, bool(call.args.get("keepdim")))
     if mean:
@@ -74,7 +73,7 @@ def sum_within(call: Call) -> Any:
         raise NeedsFull(SHORT)
     value = call["self"]
     for dim in (d for d in dims if sized(label[d])):
-        size = call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
+        size = sizes_like(call, value, label, dim)
         if packet(call.node) == "aten.logsumexp":
             value = call.op(aten.add.Tensor, value, call.op(aten.log.default, size))
         elif 0 < call.args.get("ord", 2) < inf:

@@ -7,7 +7,7 @@ from torch.fx import Node
 from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_batch, has_tokens, old
-from tokcompile.passes.tokens import Batch, Seq
+from tokcompile.passes.tokens import Batch, Seq, spaces_on
 
 SHORT = "it adds up all tokens, and some are gone"
 
@@ -23,19 +23,23 @@ def weigh(call: Call, value: Node, label: Label, dim: int) -> Node:
         raise NeedsFull(SHORT)
     if not sized(label[dim]):
         return value
-    size = call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
-    return call.op(aten.mul.Tensor, value, size)
+    return call.op(aten.mul.Tensor, value, sizes_like(call, value, label, dim))
 
 
 def sized(axis: Axis) -> bool:
     """Whether tokens on an axis were merged, and know how many they hold."""
-    return any(space.size is not None for atom in axis if isinstance(atom, Seq) for space in atom.spaces)
+    return any(space.size is not None for space in spaces_on(axis))
 
 
 def is_short(call: Call, axis: Axis) -> bool:
     """Whether a sum over an axis, outside of the blocks, would miss tokens that are gone, and is no share of one that does."""
-    dropped = any(space.size is None for atom in axis if isinstance(atom, Seq) for space in atom.spaces)
+    dropped = any(space.size is None for space in spaces_on(axis))
     return dropped and call.node not in call.rewriter.structure.inside and call.node not in call.rewriter.shares
+
+
+def sizes_like(call: Call, value: Node, label: Label, dim: int) -> Node:
+    """`sizes_along` in the dtype of what they are multiplied with."""
+    return call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
 
 
 def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
