@@ -22,6 +22,7 @@ from tokcompile.passes.pooling import write_poolings
 from tokcompile.passes.rejoin import rejoin
 from tokcompile.passes.round_trips import write_round_trips
 from tokcompile.passes.vmap import flatten_vmap
+from tokcompile.passes.written import write_joins
 
 ASSERTS = {
     "aten._assert_async", "aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range",
@@ -64,6 +65,8 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     if write_out_fills(gm):
         fold_constants(gm)
     drop_no_ops(gm)
+    if write_joins(gm):
+        propagate_shapes(gm, inputs)
     write_interpolations(gm)
     write_out_equations(gm)
     share_equal_views(gm)

@@ -169,6 +169,9 @@ CASES = {
     "unbind": (lambda x: x.unbind(-1)[3], "", f"B, {S}"),
     "select": (lambda x: x.select(-1, 3), "", f"B, {S}"),
     "slice-scatter": (lambda x, t: torch.slice_scatter(x, x[..., :4] * t, 2, 2, 6), "L 4", f"B, {S}, 16"),
+    "every-other-channel-written": (lambda x, t: torch.slice_scatter(x, x[..., :8] * t, 2, 0, 16, 2), "L 8", f"B, {S}, 16"),
+    "patches-written": (lambda x: torch.slice_scatter(x, x[:, 1:] * 2, 1, 1), "", f"B, {S}, 16"),
+    "class-token-written": (lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 0), "", f"B, {S}, 16"),
     # indexing
     "embedding": (lambda x, t: F.embedding(x.argmax(-1), t), "16 5", f"B, {S}, 5"),
     "index-select": (lambda x: x.index_select(-1, torch.tensor([3, 1, 3])), "", f"B, {S}, 3"),
