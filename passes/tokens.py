@@ -33,6 +33,7 @@ class Space:
             `index`; bands: how many frequencies each axis of such a table has, () for one axis.
     groups: what was reduced, where these are its tokens one by one: groups of neighbours kept or dropped together.
     renumber: whether all tokens of the stream are numbered anew after this reduction, in the order they then have.
+    drops: whether its method lets tokens go, so that sizes of earlier merging do not add up to all any more.
     """
 
     name: str
@@ -52,6 +53,13 @@ class Space:
     bands: tuple[int, ...] = ()
     groups: Space | None = None
     renumber: bool = False
+    drops: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether tokens are gone, and no other holds them."""
+        above = [s for s in (self.parent, self.groups, *self.sources) if isinstance(s, Space)]
+        return self.drops or (self.size is None and self.k < self.n) or any(s.short for s in above)
 
     @property
     def root_n(self) -> int:

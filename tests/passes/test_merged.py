@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import tokcompile
 from tests.passes.graphs import canonical, merging, reduced, rewriter, run, subset
 from tests.passes.test_rules import attend, attend_by_hand, extra, folded
 
@@ -138,6 +140,27 @@ def test_sums_that_miss_tokens_have_them_back(name):
     assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"]
     whole = run(reduced(lambda x: x.flip(1), (x,), index, 6, prefix=1).gm, x)[0].flip(1)
     torch.testing.assert_close(run(out.gm, x)[0], ALL[name](whole), rtol=0, atol=1e-9)
+
+
+class Counting(nn.Module):
+    """A tower behind which a sum counts its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.tower = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        x = self.tower(x)
+        return torch.cat([x, (x[..., :1] > -1e9).to(x.dtype)], -1).sum(1)
+
+
+@pytest.mark.parametrize("methods", [("tome", "tome"), ("tome", "random"), ("random", "tome"), ("tome", "evit")])
+def test_sums_behind_two_methods_are_sums_over_all(methods):
+    first = tokcompile.optimize(Counting().eval(), (torch.randn(2, 24, 16),), method=methods[0], where=[0])
+    both = tokcompile.optimize(first, method=methods[1], where=[2])
+    assert both(torch.randn(2, 24, 16))[:, -1].tolist() == [24, 24]
+    assert bool(both.report.recoveries) == (methods != ("tome", "tome"))
 
 
 @pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate"])
