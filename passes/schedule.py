@@ -151,10 +151,11 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
         if getattr(plan, name) not in allowed:
             raise PlanError(f"the plan's {name}={getattr(plan, name)!r} is none of {', '.join(map(repr, allowed))}")
-    if [r.block for r in plan.reductions] != sorted(r.block for r in plan.reductions):
+    planned = [replace(r, block=one_block(structure.blocks, r.block).index) for r in plan.reductions]  # -1 is the last
+    if [r.block for r in planned] != sorted(r.block for r in planned):
         raise PlanError("the plan's reductions are not in the order of their blocks")
-    for r in plan.reductions:
-        block = one_block(structure.blocks, r.block)
+    for r in planned:
+        block = structure.blocks[r.block]
         if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or (block.stage.length - r.prefix - r.suffix) % r.unit:
             raise PlanError(
                 f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its "
@@ -162,7 +163,7 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
             )
         key = (block.stage.length, r.prefix)
         shorter = (block.stage.length - r.prefix - r.suffix) // r.unit
-        if out and one_block(structure.blocks, out[-1].block).stage is not block.stage and r.n < shorter:
+        if out and structure.blocks[out[-1].block].stage is not block.stage and r.n < shorter:
             shorter = r.n  # tokens are gone before this stage begins; the rewrite checks that it is so
         n = current.get(key, shorter)
         if not 1 <= r.k <= n:

@@ -77,6 +77,11 @@ def test_a_plan_with_blocks_out_of_order():
         optimize(tiny(), plan=plan)
 
 
+def test_a_plan_that_counts_blocks_from_the_end():
+    made = optimize(tiny(), plan=Plan("random", (Reduction(0, 12, 8), Reduction(-1, 8, 4)))).plan
+    assert [(r.block, r.n, r.k) for r in made.reductions] == [(0, 12, 8), (2, 8, 4)]
+
+
 def test_a_plan_of_an_unknown_method():
     with pytest.raises(MethodError, match="unknown method 'tomee'"):
         optimize(tiny(), plan=Plan("tomee", ()))
