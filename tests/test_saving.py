@@ -1,6 +1,7 @@
 """An optimized model saved, loaded, exported, copied and used like any other module."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,14 @@ def test_a_copy_is_independent(family, program):
         for p in other.parameters():
             p.zero_()
     assert_equal(run(optimized, *args), want)
+
+
+def test_a_pickle_is_the_same_model(family, program):
+    args = family("timm/vit").args
+    optimized = tokcompile.optimize(program("timm/vit"), budget=0.6)
+    other = pickle.loads(pickle.dumps(optimized))
+    assert other.plan == optimized.plan
+    assert_equal(run(other, *args), run(optimized, *args))
 
 
 @pytest.mark.parametrize("budget", [0.6, 1.0])

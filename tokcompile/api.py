@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +151,18 @@ class OptimizedModel(torch.nn.Module):
 
         return bundle(self, path, target=target, **options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and torch.save: the content of the file that `save` writes. Raises: ExportError, as `save`."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "model.pt2")
+            self.save(file)
+            return from_bytes, (file.read_bytes(),)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the original program and the plan in one `.pt2`, from which `tokcompile.load` makes this model again.
 
@@ -289,6 +303,14 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
         return optimize(program, plan=plan, method=plan.method, size_weighted_mean=data["size_weighted_mean"])
     except MethodError as error:
         raise MethodError(f"{os.fspath(path)} uses the method {plan.method!r}: {error}; register it before loading") from error
+
+
+def from_bytes(content: bytes) -> OptimizedModel:
+    """Loads what `save` wrote to a file of this content. Raises: see `load`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.pt2")
+        file.write_bytes(content)
+        return load(file)
 
 
 def read_spec(path: str, text: str) -> tuple[Mapping[str, Any], Plan]:
