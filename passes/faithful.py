@@ -1,4 +1,4 @@
-"""Faithful: a traced graph gives what the model gives on the example.
+"""Faithful: a traced graph gives what the model gives on the example, and its canonical form what the traced graph gives.
 
 Code may ask whether it is being exported and then compute something else; no comparison with the traced graph would see that.
 """
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tokcompile.errors import TokcompileError, TraceError
+from tokcompile.errors import TokcompileError, TraceError, UnsupportedGraph
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 KERNELS = 2e-2  # between a model's own kernels and those of its traced form, after many layers
@@ -23,33 +23,62 @@ KERNELS = 2e-2  # between a model's own kernels and those of its traced form, af
 
 def check_faithful(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gm: GraphModule, inputs: Sequence[Any]
-) -> None:
+) -> list[Any] | None:
     """Compares with a call of the model, where it has weights and gives the same twice. inputs: those of the graph, which may
-    stand in another order than args and kwargs. Raises: TraceError."""
-    given = [*model.parameters(), *model.buffers(), *inputs]
-    if any(isinstance(v, FakeTensor) or (isinstance(v, Tensor) and v.is_meta) for v in given):
-        return
+    stand in another order than args and kwargs. Returns: what the graph gave. Raises: TraceError."""
+    if not has_values(model, inputs):
+        return None
 
     def own() -> list[Any]:
         given, named = copy.deepcopy((args, kwargs))  # a cache among them grows
         with torch.no_grad():
             return pytree.tree_leaves(model(*given, **named))
 
-    wanted = own()
-    with torch.no_grad():
-        got = list(gm(*copy.deepcopy(list(inputs))))
-    allowed = max(KERNELS, *(TOLERANCE.get(o.dtype, 0.0) for o in wanted if isinstance(o, Tensor)))
+    wanted, got = own(), outputs(gm, inputs)
+    allowed = between_kernels(wanted)
     try:
         if len(got) != len(wanted) or (off := worst(got, wanted)) <= allowed or worst(own(), wanted) > allowed:
-            return
+            return got
     except TokcompileError:  # other shapes: a cache that is given back whole, say
-        return
+        return got
     raise TraceError(
         f"traced, the model gives something else than when it is called: off by {off:.1e} of the largest entry of an output\n"
         "  its code takes another way while it is exported (torch.compiler.is_exporting() or is_compiling())\n"
         "  what to do: make it compute the same there; or, if the traced form is right, torch.export it yourself and pass "
         "the program"
     )
+
+
+def check_canonical(canonical: GraphModule, gm: GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None = None) -> None:
+    """Compares with the traced graph that it was made from, where that has weights and gives the same twice.
+
+    given: what that one gave, if it was run already. Raises: UnsupportedGraph.
+    """
+    if not has_values(gm, inputs):
+        return
+    wanted = outputs(gm, inputs) if given is None else given
+    allowed = between_kernels(wanted)
+    if (off := worst(outputs(canonical, inputs), wanted)) > allowed and worst(outputs(gm, inputs), wanted) <= allowed:
+        raise UnsupportedGraph(
+            f"in the form that is reduced, the model gives something else: off by {off:.1e} of the largest entry of "
+            "an output; this is a bug in tokcompile\n  what to do: report it, with the model's code"
+        )
+
+
+def between_kernels(wanted: Sequence[Any]) -> float:
+    """The difference that other kernels may make to these outputs."""
+    return max([KERNELS, *(TOLERANCE.get(o.dtype, 0.0) for o in wanted if isinstance(o, Tensor))])
+
+
+def has_values(model: torch.nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether it can be run: neither weights nor inputs are only shapes."""
+    given = [*model.parameters(), *model.buffers(), *inputs]
+    return not any(isinstance(v, FakeTensor) or (isinstance(v, Tensor) and v.is_meta) for v in given)
+
+
+def outputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    with torch.no_grad():
+        return list(gm(*copy.deepcopy(list(inputs))))
 
 
 def worst(got: Sequence[Any], want: Sequence[Any]) -> float:

@@ -43,7 +43,7 @@ class Traced:
     gm: flat tensors (and constants) in, a flat list out; `meta['val']` holds fake values.
     program: the untouched exported program, whose weights `gm` shares.
     guards: what was fixed from the example inputs while tracing (values read back into Python). checks: the same as
-    conditions on later inputs. mixers: the calls that are marked in `gm`.
+    conditions on later inputs. mixers: the calls that are marked in `gm`. outputs: what `gm` gave on the example, if it ran.
     """
 
     gm: GraphModule
@@ -56,6 +56,7 @@ class Traced:
     guards: list[str] = field(default_factory=list)
     checks: list[Guards] = field(default_factory=list)
     mixers: list[MixerCall] = field(default_factory=list)
+    outputs: list[Any] | None = None
 
 
 def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
@@ -83,7 +84,7 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
     traced = from_program(program, args or (), kwargs or {}, names, guards)
     if not isinstance(model, ExportedProgram):
         with unchanged(model):
-            check_faithful(model, args or (), kwargs or {}, traced.gm, traced.inputs)
+            traced.outputs = check_faithful(model, args or (), kwargs or {}, traced.gm, traced.inputs)
     return traced
 
 

@@ -79,8 +79,9 @@ def compared(check_faithful: Callable) -> Callable:
     def once(model, *given):
         marked = mark(model)
         if marked is None or marked not in known:
-            check_faithful(model, *given)
             known.add(marked)
+            return check_faithful(model, *given)
+        return None
 
     return once
 

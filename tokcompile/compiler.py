@@ -17,6 +17,7 @@ from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.convolutions import write_convolutions
 from tokcompile.passes.cost import Term, terms, total
 from tokcompile.passes.crop import Hidden, among_shown, can_choose, left_of
+from tokcompile.passes.faithful import check_canonical
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.flatten import flatten_grids, flatten_projector, flatten_tiles
@@ -60,6 +61,7 @@ class Analysis:
             return self
         if self.regrouped is None:
             graph = regroup(self.graph, self.structure, self.groupings, self.traced.inputs)
+            check_canonical(graph, self.traced.gm, self.traced.inputs)
             self.regrouped = Analysis(self.traced, graph, find(graph), self.seconds)
             self.regrouped.groupings = []
         return self.regrouped
@@ -110,11 +112,14 @@ class Compiled:
 
 
 def analyse(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> Analysis:
-    """Passes 1 to 3: trace, canonicalise, find."""
+    """Passes 1 to 3: trace, canonicalise, find; then a run on the example shows that nothing was changed."""
     seconds: dict[str, float] = {}
     traced = timed(seconds, "trace", lambda: trace(model, args, kwargs))
     graph = timed(seconds, "canonicalise", lambda: canonicalise(traced.gm, traced.inputs))
-    return understand(traced, graph, seconds)
+    analysis = understand(traced, graph, seconds)
+    timed(seconds, "compare", lambda: check_canonical(graph, traced.gm, traced.inputs, traced.outputs))
+    traced.outputs = None
+    return analysis
 
 
 def understand(traced: Traced, graph: GraphModule, seconds: dict[str, float]) -> Analysis:

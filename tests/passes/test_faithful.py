@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import tokcompile
-from tokcompile import TraceError, UnsupportedGraph
+from tokcompile import TraceError, UnsupportedGraph, compiler
+from tokcompile.passes.canonicalise import canonicalise
+from tokcompile.passes.graph import propagate_shapes
 
 LENGTH, WIDTH = 12, 16
 
@@ -52,6 +54,25 @@ def test_another_way_while_exported_is_refused(dtype):
         with pytest.raises(TraceError, match=r"off by \S+ of the largest entry(.|\n)*while it is exported(.|\n)*what to do"):
             call(Otherwise().eval().to(dtype), (x,))
     tokcompile.optimize(Tower().eval().to(dtype), (x,))
+
+
+def test_a_form_that_gives_something_else_is_refused(monkeypatch):
+    def wrongly(gm, inputs):
+        """The passes of today, and one that loses the order of the tokens."""
+        gm = canonicalise(gm, inputs)
+        x = next(iter(gm.graph.nodes))
+        with gm.graph.inserting_after(x):
+            turned = gm.graph.call_function(torch.ops.aten.flip.default, (x, [1]))
+        x.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+        gm.recompile()
+        propagate_shapes(gm, inputs)
+        return gm
+
+    monkeypatch.setattr(compiler, "canonicalise", wrongly)
+    x = torch.randn(1, LENGTH, WIDTH)
+    for model, given in ((Tower().eval(), (x,)), (torch.export.export(Tower().eval(), (x,)), None)):
+        with pytest.raises(UnsupportedGraph, match=r"off by \S+ of the largest entry(.|\n)*what to do: report it"):
+            tokcompile.optimize(model, given, method="random")
 
 
 def test_what_cannot_be_compared():
