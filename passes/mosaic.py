@@ -103,36 +103,49 @@ def mosaics(gm: GraphModule) -> list[Mosaic]:
     return [m for m in found if m is not None]
 
 
-def plain_cat(fills: Tensor, tokens: Tensor, samples: int) -> bool:
-    """Whether each sample's tokens are one run in their order."""
-    if fills.numel() % samples or not bool((tokens.diff() > 0).all()):
-        return False
-    inside = ~fills.reshape(samples, -1)
-    return bool((inside.sum(1) * samples == tokens.numel()).all()) and bool((inside.long().diff(dim=1).abs().sum(1) <= 2).all())
-
-
 def read(movement: Movement, node: Node, filler: Node) -> Mosaic | None:
-    """None where a node is no mosaic of whole rows in some order; nor where only class tokens stand before."""
+    """None where a node holds anything but whole rows, or rows that are no layout of tiles."""
+    order = order_of_rows(movement, node, filler)
+    if order is None or not shows_tiles(order, movement.source, node):
+        return None
+    return Mosaic(node, movement.source, filler, order)
+
+
+def order_of_rows(movement: Movement, node: Node, filler: Node) -> Tensor | None:
+    """Which rows a node holds, as in `Mosaic`; None where it holds anything but whole ones."""
     source = movement.source
     if min(len(shape(source)), len(shape(node))) < 2:
         return None
-    width = shape(source)[-1]
+    *lead, width = shape(source)
     if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
         return None
-    rows = prod(shape(source)[:-1])
-    numbers = torch.arange(rows * width).reshape(shape(source))
+    numbers = torch.arange(prod(lead) * width).reshape(shape(source))
     made = movement.run(numbers, [node], {filler: -1 - torch.arange(width).reshape(shape(filler))})
     if len(made.get(node, ())) != 1:
         return None
-    marks = made[node][0].reshape(-1, width)
-    first, columns = marks[:, 0], torch.arange(width)
-    fills = first < 0
-    whole = torch.where(fills[:, None], -1 - columns, first[:, None] + columns)
-    tokens = first[~fills]
-    if not torch.equal(marks, whole) or not len(tokens) or len(tokens.unique()) < len(tokens):
-        return None
-    if len(tokens) * tile_of(source) <= rows:
-        return None  # one token of each sequence, its class token say, is no layout of tiles
-    if plain_cat(fills, tokens, shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1):
-        return None
-    return Mosaic(node, source, filler, torch.where(fills, rows + fills.cumsum(0) - 1, first // width))
+    marks, columns = made[node][0].reshape(-1, width), torch.arange(width)
+    fills = marks[:, 0] < 0
+    row = marks[:, 0] // width
+    whole = torch.where(fills[:, None], -1 - columns, row[:, None] * width + columns)
+    return torch.where(fills, prod(lead) + fills.cumsum(0) - 1, row) if torch.equal(marks, whole) else None
+
+
+def shows_tiles(order: Tensor, source: Node, node: Node) -> bool:
+    """Whether rows in this order are the tokens of tiles: each of them once; more than one of each sequence, which may be its
+    class token; and not a plain concatenation."""
+    rows = prod(shape(source)[:-1])
+    tokens = order[order < rows]
+    if len(tokens.unique()) < len(tokens) or len(tokens) * tile_of(source) <= rows:
+        return False
+    samples = shape(source)[0] if shape(node)[:-2] == shape(source)[:-2] else 1
+    return not plain_cat(order, rows, samples)
+
+
+def plain_cat(order: Tensor, rows: int, samples: int) -> bool:
+    """Whether each sample's tokens stand in their order, with copies of the filler at their ends or in one place between."""
+    inside = order < rows
+    tokens = order[inside]
+    if len(order) % samples or not bool((tokens.diff() > 0).all()):
+        return False
+    inside = inside.reshape(samples, -1)
+    return bool((inside.sum(1) * samples == len(tokens)).all() and (inside.long().diff(dim=1).abs().sum(1) <= 2).all())

@@ -86,6 +86,21 @@ def test_a_map_that_is_cut_is_an_order_of_some():
     assert error(run(graph, x)[0], run(model, x)) == 0
 
 
+def test_rows_of_two_halves_are_no_mosaic():
+    """The second half of each token and the first half of the next one: whole numbers in order, but no token's row."""
+
+    class Shifted(Tiles):
+        def forward(self, x):
+            rows = self.tower(x).flatten()[8:-8].view(3, -1, 16)
+            return self.head(torch.cat([rows, self.newline.expand(3, 1, 16)], 1))
+
+    model, x = Shifted(1, 1).eval(), torch.randn(1, 16, 16)
+    traced = trace(model, (x,), None)
+    graph = canonicalise(traced.gm, traced.inputs)
+    assert "aten.index_select" not in {packet(n) for n in graph.graph.nodes}
+    assert error(run(graph, x)[0], run(model, x)) == 0
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("after", [False, True])
 def test_class_tokens_of_several_samples_are_no_mosaic(batch, after):
