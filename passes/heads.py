@@ -133,36 +133,42 @@ def standard(
     hold a part of the tokens. in_line: whether it may be of an attention over all samples at once, which are the windows of
     an image."""
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
-    length, full = token_length(rw, s), shape(s.at)[s.block.token_axis]
-    sizes = shape(value)
-    rank = len(sizes)
-    usual = rank - 1 if not attention.fused and name == "k" and keys_last(attention) else rank - 2
-    wanted = length if is_labelled(label) else full
-    if segments:
-        wanted = sizes[usual]
-    axes = [d for d in range(rank) if sizes[d] == wanted and (not is_labelled(label) or has_tokens(label[d]))]
-    operand = attention.fused and node in (attention.q, attention.k, attention.v)  # whose layout is known
-    token = usual if operand or usual in axes else next(iter(reversed(axes)), usual)
-    in_line &= is_labelled(label) and sizes[token] == windows_in(label, token, s.batch) * wanted > wanted
-    if sizes[token] != wanted and not in_line:
+    sizes, left, full = shape(value), token_length(rw, s), shape(s.at)[s.block.token_axis]
+    count = left if is_labelled(label) else full
+    token = token_axis(node, name, attention, sizes, label, None if segments else count)
+    count = sizes[token] if segments else count
+    in_line &= is_labelled(label) and sizes[token] == windows_in(label, token, s.batch) * count > count
+    if sizes[token] != count and not in_line:
         raise UnsupportedGraph(
-            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {wanted} tokens of the "
+            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {count} tokens of the "
             "residual stream (windows, or attention over channels)",
             node,
             "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
         )
-    channel = next(d for d in (rank - 1, rank - 2, rank - 3) if d != token)
-    lead = [d for d in range(rank) if d not in (token, channel)]
+    axes = range(len(sizes))
+    channel = next(d for d in reversed(axes) if d != token)
+    lead = [d for d in axes if d not in (token, channel)]
     if in_line:
         lead.sort(key=lambda d: not has_batch(label[d]))
-    if [*lead, token, channel] != list(range(rank)):
+    if [*lead, token, channel] != list(axes):
         value = rw.builder.emit(aten.permute.default, value, [*lead, token, channel])
-    tail = [wanted, sizes[channel]]
+    tail = [count, sizes[channel]]
     if in_line:
-        return windows_first(rw, value, s.batch // (sizes[token] // wanted), tail)
+        return windows_first(rw, value, s.batch // (sizes[token] // count), tail)
     turned = s.batch > 1 and heads_first(rw.old, s, node, label, lead)
     value = samples_first(rw, value, s.batch, tail, turned)
-    return restricted(rw, s, value, 2) if wanted == full != length else value
+    return restricted(rw, s, value, 2) if count == full != left else value
+
+
+def token_axis(node: Node, name: str, attention: Attention, sizes: tuple[int, ...], label: Label, count: int | None) -> int:
+    """The axis of a head tensor that holds its tokens: where the attention has it, unless another one is as long as there are
+    tokens and that one is not. count: how many there are; by default as many as the attention's axis is long."""
+    usual = len(sizes) - (1 if not attention.fused and name == "k" and keys_last(attention) else 2)
+    if attention.fused and node in (attention.q, attention.k, attention.v):
+        return usual
+    count = sizes[usual] if count is None else count
+    fitting = [d for d, size in enumerate(sizes) if size == count and (not is_labelled(label) or has_tokens(label[d]))]
+    return usual if usual in fitting or not fitting else fitting[-1]
 
 
 def windows_in(label: Label, token: int, batch: int) -> int:
