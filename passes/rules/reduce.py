@@ -6,9 +6,11 @@ import operator
 from math import inf, prod
 from typing import Any
 
-from tokcompile.passes.graph import aten, packet, shape
+import torch
+
+from tokcompile.passes.graph import aten, packet
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, one_sample, rule, tokens_of
-from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_like
+from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_along, sizes_like, weigh
 from tokcompile.passes.tokens import new
 
 
@@ -24,35 +26,32 @@ def reduced(label: Label, dims: list[int], keep: bool) -> Label:
     return tuple(() if d in dims else axis for d, axis in enumerate(label) if keep or d not in dims)
 
 
-@rule("aten.mean", "aten.sum", "aten.nansum")
-def mean_or_sum(call: Call) -> Any:
+@rule("aten.sum", "aten.nansum")
+def total(call: Call) -> Any:
+    label = call.label("self")
+    dims = dims_of(call, label)
+    value = call["self"]
+    for dim in dims:
+        value = weigh(call, value, label, dim)
+    return call.emit(reduced(label, dims, bool(call.args.get("keepdim"))), self=value)
+
+
+@rule("aten.mean")
+def mean(call: Call) -> Any:
     label = call.label("self")
     dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
-    tokens = [d for d in dims if has_tokens(label[d])]
-    mean = call.node.target in (aten.mean.dim, aten.mean.default)
-    if tokens and call.node in call.rewriter.weighted:
+    if call.node in call.rewriter.weighted:  # divided by how many there were
+        left = prod(new(label[d]) / old(label[d]) for d in dims if has_tokens(label[d]))
         value, _ = call.emit(out)
-        left = prod(new(label[d]) / old(label[d]) for d in tokens)
-        return call.typed(call.op(aten.mul.Scalar, value, left) if mean else value, out)
-    if not mean and any(is_short(call, label[d]) for d in tokens):
-        raise NeedsFull(SHORT)
-    merged = [d for d in tokens if sized(label[d])]
-    if not merged or (mean and not call.rewriter.size_weighted_mean):
-        return call.emit(out)
-    if len(merged) > 1:
-        raise NeedsFull("it sums over two token axes at once")
-    size = sizes_like(call, call["self"], label, merged[0])
-    weighted = call.op(aten.mul.Tensor, call["self"], size)
-    total = call.op(aten.sum.dim_IntList, weighted, dims, bool(call.args.get("keepdim")))
-    if mean:
-        count = call.op(aten.sum.dim_IntList, size, merged, True)
-        rest = prod(shape(call["self"])[d] for d in dims if d not in merged)
-        if rest != 1:
-            count = call.op(aten.mul.Scalar, count, rest)
-        sizes = [s for d, s in enumerate(shape(count)) if call.args.get("keepdim") or d not in dims]
-        total = call.op(aten.div.Tensor, total, call.op(aten.reshape.default, count, sizes))
-    return call.typed(total, out)
+        return call.typed(value if left == 1 else call.op(aten.mul.Scalar, value, left), out)
+    value = call["self"]
+    dtype = value.meta["val"].dtype
+    for dim in (d for d in dims if sized(label[d]) and call.rewriter.size_weighted_mean):
+        size = call.op(aten.to.dtype, sizes_along(call, label, dim), torch.promote_types(dtype, torch.float32))
+        share = call.op(aten.div.Tensor, size, call.op(aten.mean.dim, size, [dim], True))
+        value = call.op(aten.mul.Tensor, value, call.op(aten.to.dtype, share, dtype))
+    return call.emit(out, self=value)
 
 
 @rule("aten.amax", "aten.amin", "aten.norm", "aten.all", "aten.any", "aten.prod", "aten.frobenius_norm")

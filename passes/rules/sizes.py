@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from tokcompile.passes.batch import samples_in_line
@@ -38,8 +39,9 @@ def is_short(call: Call, axis: Axis) -> bool:
 
 
 def sizes_like(call: Call, value: Node, label: Label, dim: int) -> Node:
-    """`sizes_along` in the dtype of what they are multiplied with."""
-    return call.op(aten.to.dtype, sizes_along(call, label, dim), value.meta["val"].dtype)
+    """`sizes_along` in the dtype of what they are multiplied with; whole numbers for truths, which are counted."""
+    dtype = value.meta["val"].dtype
+    return call.op(aten.to.dtype, sizes_along(call, label, dim), torch.int64 if dtype is torch.bool else dtype)
 
 
 def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
