@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 
-from tokcompile.errors import TokcompileError, UnsupportedGraph
+from tokcompile.errors import TokcompileError, UnsupportedGraph, first_line
 
 aten = torch.ops.aten
 RESHAPES = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"}  # same values, same order
@@ -89,9 +89,8 @@ class _Fake(torch.fx.Interpreter):
         except TokcompileError:
             raise
         except Exception as error:
-            lines = str(error).splitlines() or [""]
             raise UnsupportedGraph(
-                f"the shape of this op's result is not known before it runs ({type(error).__name__}: {lines[0][:160]})",
+                f"the shape of this op's result is not known before it runs ({first_line(error)[:200]})",
                 n,
                 "make it static for these inputs, or optimize the part of the model after it",
             ) from error
@@ -236,11 +235,6 @@ def user_dependent(graph: Graph) -> set[Node]:
         if node.op == "placeholder" or any(n in out for n in node.all_input_nodes):
             out.add(node)
     return out
-
-
-def replace_arg(node: Node, change: Callable[[Any], Any]) -> None:
-    node.args = map_aggregate(node.args, change)
-    node.kwargs = map_aggregate(node.kwargs, change)
 
 
 def to_int(value: Any) -> int | None:

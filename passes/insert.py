@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph
+from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph, first_line
 from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.gather import once
 from tokcompile.passes.graph import shape
@@ -100,10 +100,9 @@ def call(
     except TokcompileError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise MethodError(
             f"the plan of method {s.recipe.name!r} fails when {s.site.n} tokens are to become {s.k} "
-            f"(block {s.block.index}): {type(error).__name__}: {first}; plans must not look at "
+            f"(block {s.block.index}): {first_line(error)}; plans must not look at "
             "values of tensors, and every shape must follow from the site"
         ) from error
 

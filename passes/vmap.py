@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from tokcompile.errors import UnsupportedGraph
+from tokcompile.errors import UnsupportedGraph, first_line
 from tokcompile.passes.graph import get_attr
 
 ENTER, LEAVE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
@@ -106,9 +106,8 @@ def plain(gm: GraphModule, region: list[Node], inputs: list[Node], tensors: list
             fakes = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in shapes]
             return make_fx(run, tracing_mode="real")(*fakes)
     except Exception as error:
-        lines = str(error).splitlines() or [""]
         raise UnsupportedGraph(
-            f"a function under torch.vmap cannot be written as plain ops ({type(error).__name__}: {lines[0][:160]})",
+            f"a function under torch.vmap cannot be written as plain ops ({first_line(error)[:200]})",
             region[0],
             "write it with broadcasting instead of torch.vmap",
         ) from error

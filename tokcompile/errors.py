@@ -45,6 +45,11 @@ class UnsupportedGraph(TokcompileError):
         super().__init__("\n".join(filter(None, (reason, describe(node), hint and f"  what to do: {hint}"))))
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error of another library, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def module_path(node: Any) -> str:
     """The dotted path of the innermost module that a graph node came from, or '' where none is recorded."""
     stack = (getattr(node, "meta", None) or {}).get("nn_module_stack") or {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcompile.errors import InputError
+from tokcompile.errors import InputError, first_line
 from tokcompile.llm.tokenizer import TOKENIZER, encoded, read_tokenizer
 from tokcompile.models import require
 from tokcompile.vlm import Parts, Preprocess
@@ -214,7 +214,3 @@ def as_inputs(made: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """An example call: tensors, floats of the model's type."""
     tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
     return {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors.items()} | {"use_cache": False}
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.api import OptimizedModel
 from tokcompile.compiler import Analysis, Compiled
-from tokcompile.errors import InputError, TokcompileError, TraceError
+from tokcompile.errors import InputError, TokcompileError, TraceError, first_line
 from tokcompile.llm.caches import AttendsItself, Collecting, Slots, attention_over, cache_name, config_of, passing_mask
 from tokcompile.llm.layout import Layout, layout
 from tokcompile.llm.reach import Reach
@@ -257,10 +257,9 @@ def rehearse(step: Decode | WholeDecode, example: dict[str, Any]) -> None:
     except (TokcompileError, AttendsItself):
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"the model does not decode a token at position {int(example['position_ids'].max())}: {type(error).__name__}: "
-            f"{first}\n  what to do: pass a smaller max_new_tokens if its table of positions ends before; else this model "
+            f"the model does not decode a token at position {int(example['position_ids'].max())}: {first_line(error)}"
+            "\n  what to do: pass a smaller max_new_tokens if its table of positions ends before; else this model "
             "cannot be decoded after a reduced prefill"
         ) from error
     if logits.dim() != 3:

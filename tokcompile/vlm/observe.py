@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tokcompile.errors import InputError, TokcompileError
+from tokcompile.errors import InputError, TokcompileError, first_line
 from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
 from tokcompile.llm.reach import Reach, reach_of
 
@@ -114,9 +114,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
         except TokcompileError:
             raise
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the model does not run on the example inputs: {type(error).__name__}: {first}\n"
+                f"the model does not run on the example inputs: {first_line(error)}\n"
                 "  what to do: pass inputs that model(**inputs) accepts, with one image placeholder for each image feature"
             ) from error
     seen.logits = logits[:, -1] if isinstance(logits, Tensor) and logits.dim() == 3 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import OptimizedModel, ReducedOutput
-from tokcompile.errors import InputError, TokcompileError
+from tokcompile.errors import InputError, TokcompileError, first_line
 from tokcompile.llm.caches import config_of
 from tokcompile.passes.calls import is_mixer
 from tokcompile.passes.faithful import TOLERANCE, worst
@@ -169,10 +169,9 @@ class Parts:
         except TokcompileError:
             raise
         except Exception as error:  # its forward wants ids, or what is seen, too; or gives no logits
-            first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the model does not run on embeddings alone, as a language model with a cache: {type(error).__name__}: "
-                f"{first}\n  what to do: optimize the parts of it one by one, or the whole model"
+                f"the model does not run on embeddings alone, as a language model with a cache: {first_line(error)}\n"
+                "  what to do: optimize the parts of it one by one, or the whole model"
             ) from error
         if self.optimized is None:
             check_logits(self.seen, made["logits"][:, -1], self.prompt)
