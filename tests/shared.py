@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tokcompile.llm import Prefill
-from tokcompile.llm.decode import Decode
+from tokcompile.llm.modules import Decode
 from tokcompile.passes.calls import CALLS
 
 Module = TypeVar("Module", bound=torch.nn.Module)

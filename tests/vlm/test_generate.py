@@ -14,8 +14,8 @@ from tests.vlm.by_hand import by_hand
 from tests.vlm.models import FAMILIES, ids_with, parts_of, reduced_parts, vlm
 from tokcompile import InputError, Tokens
 from tokcompile.llm import Sampling
-from tokcompile.llm.decode import Decode
 from tokcompile.llm.layout import layout
+from tokcompile.llm.modules import Decode
 from tokcompile.llm.reach import Reach
 from tokcompile.vlm import Generator, split
 from tokcompile.vlm.kept import seen_by

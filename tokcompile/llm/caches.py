@@ -34,6 +34,11 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in takes and "past_key_values" not in takes else "past_key_values"
 
 
+def last_logits(model: nn.Module) -> dict[str, Any]:
+    """What makes a model give the logits of the last token alone, where it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 class Collecting:
     """The cache of a prefill: it keeps every key and value, those outside of a sliding window too.
 

@@ -66,7 +66,7 @@ class Whole(Slots):
 
 
 class WholeDecode(nn.Module):
-    """What `decode.Decode` is, before the rewrite: the model makes masks and biases itself, over the whole text.
+    """What `modules.Decode` is, before the rewrite: the model makes masks and biases itself, over the whole text.
 
     told: whether it is given the token's position; else it counts by what the cache has held, and perhaps not from 0.
     """

@@ -6,7 +6,6 @@ begins with, the module that owns the token embeddings, and the masks that arriv
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.errors import InputError, TokcompileError, first_line
-from tokcompile.llm.caches import Attention, config_of, eager_attention, replaced_attention
+from tokcompile.llm.caches import Attention, config_of, eager_attention, last_logits, replaced_attention
 from tokcompile.llm.reach import Reach, reach_of
 
 
@@ -154,11 +153,6 @@ def begun(model: nn.Module, seen: Observed, inputs: Mapping[str, Any]) -> Tensor
             stack.enter_context(mock.patch.dict(module.__dict__, {"forward": partial(instead, gave)}))
         model(**inputs)
     return met[0]
-
-
-def last_logits(model: nn.Module) -> dict[str, Any]:
-    """What makes a model give the logits of the last token alone, where it can."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def decoder_of(model: nn.Module) -> str:

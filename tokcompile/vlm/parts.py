@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import InputError
-from tokcompile.llm.caches import Collecting, cache_name, config_of, passing_mask, replaced_attention
+from tokcompile.llm.caches import Collecting, cache_name, config_of, last_logits, passing_mask, replaced_attention
 from tokcompile.vlm.masks import PromptMasks, Visibility, masked
-from tokcompile.vlm.observe import Observed, begun, features_of, last_logits, layers_of
+from tokcompile.vlm.observe import Observed, begun, features_of, layers_of
 
 
 class Vision(nn.Module):
