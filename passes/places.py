@@ -133,37 +133,50 @@ def no_blocks(structure: Structure) -> UnsupportedGraph:
 
 
 def visual_blocks(structure: Structure, spans: Any, language: bool = False) -> list[Block]:
-    """The blocks whose tokens are visual: those after a patch embedding; all of them where the user names spans.
+    """The blocks to choose among: of those whose tokens are visual, the stack in which most is computed.
 
     language: whether those of a language model come first, where the graph says which of its positions are visual.
     """
     blocks = structure.blocks
+    return most_computed(seen_in(blocks, language) if spans is None else reaching(blocks, spans))
+
+
+def seen_in(blocks: list[Block], language: bool) -> list[Block]:
+    """Those that the graph says hold visual tokens: of a tower after a patch embedding, or at placeholders of a prompt.
+
+    Raises: UnsupportedGraph.
+    """
     prompted = [b for b in blocks if b.stage.spans]
-    if spans is None and prompted and (language or not any(b.stage.visual and not b.why_not for b in blocks)):
-        blocks = prompted
-    elif spans is None:
-        visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
-        causal = [b for b in visual if any(a.causal for a in b.attentions)]
-        if not visual or causal:
-            raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
-        blocks = read_by(visual, [b for b in blocks if b.stage.text])
-    else:  # spans name positions of a text stream, where the graph has one
-        blocks = [b for b in blocks if b.stage.text] or blocks
-        end = max((stop for _, stop in spans), default=0)  # layers that keep no keys may go over the last token alone
-        blocks = [b for b in blocks if b.stage.length >= end] or blocks
+    if prompted and (language or not any(b.stage.visual and not b.why_not for b in blocks)):
+        return prompted
+    text = [b for b in blocks if b.stage.text]
+    visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
+    causal = [b for b in visual if any(a.causal for a in b.attentions)]
+    if not visual or causal:
+        raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
+    before = ancestors_of({text[0].entry}) if text else set()
+    return [b for b in visual if b.mid in before] or visual  # others only lead to an output
+
+
+def reaching(blocks: list[Block], spans: Any) -> list[Block]:
+    """Those that hold the positions that the user names, of a text stream where the graph has one: layers that keep no keys
+    may go over the last token alone."""
+    named = [b for b in blocks if b.stage.text] or blocks
+    end = max((stop for _, stop in spans), default=0)
+    return [b for b in named if b.stage.length >= end] or named
+
+
+def most_computed(blocks: list[Block]) -> list[Block]:
+    """Those of the stack that costs most; of two that cost the same, the one with the smaller batch, since inner blocks (one
+    frame, one column) fold tokens into it."""
     work: dict[tuple[int, int, str], int] = {}
     for b in blocks:
         if not b.why_not:
             work[kind(b)] = work.get(kind(b), 0) + work_of(b)
-    # where most is computed; then the smaller batch, since inner blocks (one frame, one column) fold tokens into it
-    most = max(work, key=lambda one: (work[one], -one[1]), default=None)
-    return [b for b in blocks if kind(b) == most] if most is not None else list(blocks)
-
-
-def read_by(visual: list[Block], text: list[Block]) -> list[Block]:
-    """Those of a tower's blocks that a language model depends on, where there is one: others only lead to an output."""
-    before = ancestors_of({text[0].entry}) if text else set()
-    return [b for b in visual if b.mid in before] or visual
+    if not work:
+        return blocks
+    most = max(work, key=lambda one: (work[one], -one[1]))
+    return [b for b in blocks if kind(b) == most]
 
 
 def kind(block: Block) -> tuple[int, int, str]:
