@@ -53,27 +53,27 @@ def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
     value = call.gather.sizes(next(a for a in axis if isinstance(a, Seq)))
     if log:
         value = call.op(aten.log.default, value)
-    sizes = []
-    for d, one in enumerate(like):
-        if d == dim:
-            sizes.append(shape(value)[1])
-        else:
-            sizes.append(shape(value)[0] if has_batch(one) else 1)
     repeat = [a for a in axis if not isinstance(a, Seq)]
     if repeat:  # groups of u rows share their token's size
         value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
-        sizes[dim] = shape(value)[1]
-    samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), dim)
-    if len(like[samples]) > 1 and samples != dim:  # a batch of heads
-        batch = shape(value)[0]
-        heads = old(like[samples]) // batch
-        if isinstance(like[samples][0], Batch):
-            value = call.op(aten.repeat_interleave.self_int, value, heads, 0)
-        elif isinstance(like[samples][-1], Batch):
-            value = call.op(aten.repeat.default, value, [heads, 1])
-        else:
-            raise NeedsFull("its samples stand between other axes")
-        sizes[samples] = batch * heads
-    if samples > dim:
-        value = call.op(aten.transpose.int, value, 0, 1)
+    sizes = [1] * len(like)
+    sizes[dim] = shape(value)[1]
+    samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), None)
+    if samples is not None:
+        value = for_each_head(call, value, like[samples])
+        sizes[samples] = shape(value)[0]
+        if samples > dim:
+            value = call.op(aten.transpose.int, value, 0, 1)
     return call.op(aten.reshape.default, value, sizes)
+
+
+def for_each_head(call: Call, value: Node, samples: Axis) -> Node:
+    """Sizes (B, n) over an axis of all samples, or of the heads of all of them, (B * H, n)."""
+    if len(samples) == 1:
+        return value
+    heads = old(samples) // shape(value)[0]
+    if isinstance(samples[0], Batch):
+        return call.op(aten.repeat_interleave.self_int, value, heads, 0)
+    if isinstance(samples[-1], Batch):
+        return call.op(aten.repeat.default, value, [heads, 1])
+    raise NeedsFull("its samples stand between other axes")
