@@ -38,9 +38,9 @@ def test_of_several_prompts_each_keeps_its_own(name, program):
     out, kept = run(fast, **build(name, 3).kwargs)
     index = next(v for key, v in kept.items() if v.shape[0] == 3)
     assert len({tuple(row.tolist()) for row in index}) == 3
+    one = tokcompile.optimize(program(name), method="divprune", budget=0.5, where=[1], outputs="reduced")
     for row in (0, 2):
         kwargs = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in build(name, 3).kwargs.items()}
-        one = tokcompile.optimize(build(name).model, kwargs=kwargs, method="divprune", budget=0.5, where=[1], outputs="reduced")
         assert error(run(one, **kwargs).output["logits"][0], out["logits"][row]) < 1e-4
 
 
@@ -63,7 +63,7 @@ def test_prompts_whose_images_are_one_sequence(name, program):
     assert [(r.n, r.k) for r in fast.plan.reductions] == [(r.n, r.k) for r in same] * 3
     out = run(fast, **kwargs).output["logits"]
     one = row_of(kwargs, 2)
-    alone = tokcompile.optimize(build(name).model, kwargs=one, **options | dict(budget=Tokens(9)))
+    alone = tokcompile.optimize(program(name), **options | dict(budget=Tokens(9)))
     assert error(run(alone, **one).output["logits"][0, -3:], out[2, -3:]) < 1e-4
 
 
