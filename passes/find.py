@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -119,7 +120,7 @@ def find(gm: GraphModule) -> Structure:
             block = make_block(attention, *found, structure, dependent, found[0] not in laid_out, found[0] in features)
             by_mid[block.mid] = block
             structure.blocks.append(block)
-    set_ends(structure)
+    set_ends(structure, dependent)
     return structure
 
 
@@ -217,6 +218,7 @@ def operands(node: Node) -> list[Node]:
 
 
 def ancestors(node: Node, dependent: set[Node], stop: int, order: dict[Node, int]) -> set[Node]:
+    """What a node is computed from, itself included, as far as it depends on the inputs and stands at `stop` or behind it."""
     seen: set[Node] = set()
     todo = [node]
     while todo:
@@ -232,10 +234,8 @@ def residual(attention: Attention, order: dict[Node, int], dependent: set[Node])
     """(entry, mid): the residual stream going in, and the add, or step towards it, that joins the attention's result to it."""
     before = ancestors(attention.q, dependent, 0, order)
     after: set[Node] = {attention.node}
-    nodes = iter(sorted_users(attention.node, order))
-    for node in nodes:
-        inputs = [n for n in node.all_input_nodes if n in after]
-        if not inputs:
+    for node in behind(attention.node):
+        if not any(n in after for n in node.all_input_nodes):
             continue
         after.add(node)
         if packet(node) == "aten.lerp" or (packet(node) in ADD and len(node.all_input_nodes) == 2):
@@ -258,13 +258,13 @@ def unscaled(node: Node, dependent: set[Node]) -> Node:
     return node
 
 
-def sorted_users(node: Node, order: dict[Node, int]) -> Iterator[Node]:
-    """The nodes after `node` in graph order."""
-    n = node.next
-    while n.op != "root":
-        if n.op == "call_function" and n in order:
-            yield n
-        n = n.next
+def behind(node: Node) -> Iterator[Node]:
+    """The ops after `node` in the order of the graph."""
+    node = node.next
+    while node.op != "root":
+        if node.op == "call_function":
+            yield node
+        node = node.next
 
 
 def streams(graph: Graph, found: Sequence[Attention]) -> set[Node]:
@@ -296,7 +296,7 @@ def make_block(
         stage = next((one for one in structure.stages if one == stage), stage)
     if stage not in structure.stages:
         structure.stages.append(stage)
-    path = common_path(entry, attention.node, mid)
+    path = common_path(attention.node, mid)
     crosses = entry not in ancestors(attention.k, dependent, structure.order[entry], structure.order)
     return Block(
         len(structure.blocks),
@@ -333,7 +333,7 @@ def follows(block: Block, entry: Node, dependent: set[Node], order: dict[Node, i
     return block.mid in between and not any(SPANS in n.meta for n in between)  # placed in a prompt, as long by chance
 
 
-def set_ends(structure: Structure) -> None:
+def set_ends(structure: Structure, dependent: set[Node]) -> None:
     """Block end: the next add that has `mid` as an operand, before the next attention."""
     for block in structure.blocks:
         later = [a.node for b in structure.blocks[block.index + 1 :] for a in b.attentions]
@@ -342,29 +342,12 @@ def set_ends(structure: Structure) -> None:
         ends = [u for u in users if packet(u) in ADD and structure.order[u] < limit]
         block.end = min(ends, key=structure.order.__getitem__, default=None)
         if block.end is not None:
-            block.parallel = not depends(block.end, block.mid, structure.order)
-
-
-def depends(end: Node, mid: Node, order: dict[Node, int]) -> bool:
-    """Whether the other operand of `end` was computed from `mid` (a block in sequence, not in parallel)."""
-    todo = [n for n in end.all_input_nodes if n is not mid]
-    seen: set[Node] = set()
-    while todo:
-        n = todo.pop()
-        if n is mid:
-            return True
-        if n not in seen and order[n] > order[mid]:
-            seen.add(n)
-            todo.extend(n.all_input_nodes)
-    return False
+            branch = [n for n in block.end.all_input_nodes if n is not block.mid]
+            start = structure.order[block.mid]
+            block.parallel = not any(block.mid in ancestors(n, dependent, start, structure.order) for n in branch)
 
 
 def common_path(*nodes: Node) -> str:
-    """The module that the attention and the residual add of a block have in common."""
-    paths = [module_path(n).split(".") for n in nodes[1:]]
-    out = []
-    for names in zip(*paths):
-        if len(set(names)) > 1:
-            break
-        out.append(names[0])
-    return ".".join(out)
+    """The innermost module that all nodes are in."""
+    names = zip(*(module_path(n).split(".") for n in nodes))
+    return ".".join(some[0] for some in takewhile(lambda some: len({*some}) == 1, names))
