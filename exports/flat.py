@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from tokcompile.exports.complex_views import real_views
 from tokcompile.exports.index_adds import plain_adds
 from tokcompile.exports.names import output_names, unique
+from tokcompile.passes.causal import write_causal_masks
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins.contract import DOMAIN, DOMAIN_VERSION, OUTPUTS, ReductionNode, reduction_node
 
@@ -107,6 +108,7 @@ def flatten(opt: OptimizedModel) -> Flat:
     out.args = (tuple(out.args[0][i] for i in kept),)
     add_bodies(gm, reductions)
     plain_adds(gm)
+    write_causal_masks(gm)
     real_views(gm)
     gm.recompile()
     return Flat(gm, inputs, names, [named[i] for i in kept], kept, reductions)

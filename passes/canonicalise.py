@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
+from tokcompile.passes.causal import write_causal_masks
 from tokcompile.passes.choices import write_everywhere
 from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
@@ -73,6 +74,10 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     if write_everywhere(gm):
         fold_constants(gm)
     drop_true_masks(gm)
+    if write_causal_masks(gm):
+        propagate_shapes(gm, inputs)
+        fold_constants(gm)
+        propagate_shapes(gm, inputs)
     rejoin(gm)
     gm.meta[FIXED] = fix_permutations(gm, inputs) + write_poolings(gm, inputs) + fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()

@@ -12,7 +12,8 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.errors import module_path
-from tokcompile.passes.graph import bind, get_attr, packet, shape, user_dependent
+from tokcompile.passes.causal import hides_the_future
+from tokcompile.passes.graph import bind, packet, shape, user_dependent
 from tokcompile.passes.memory import ancestors_of, reachable_from
 from tokcompile.passes.placeholders import SAMPLES, SPANS
 from tokcompile.passes.stages import Stage, make_stage
@@ -109,7 +110,7 @@ def find(gm: GraphModule) -> Structure:
     laid_out = streams(graph, found_attentions)
     features = ancestors_of({n for n in graph.nodes if SAMPLES in n.meta})  # of images, placed among embeddings
     for attention in found_attentions:
-        attention.causal = attention.causal or hides_the_future(gm, attention, dependent)
+        attention.causal = attention.causal or is_causal(gm, attention, dependent)
         found = residual(attention, order, dependent)
         name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
         if isinstance(found, str):
@@ -140,26 +141,16 @@ def attentions(graph: Graph, dependent: set[Node]) -> Iterator[Attention]:
                 yield unfused(node, scores, value, dependent)
 
 
-def hides_the_future(gm: GraphModule, attention: Attention, dependent: set[Node]) -> bool:
-    """Whether a constant mask lets no query see a later key, as in a language model."""
-    mask, hides = attention.mask, False
-    if not attention.fused and attention.node.args:
-        scores = attention.node.args[0]
-        mask = next((n for n in scores.all_input_nodes if n.op == "get_attr" and len(shape(n)) > 1), None)
-        if packet(scores) == "aten.where":  # where(mask, filling, scores), or the other way round
-            hides = scores.args[2] in dependent
-        else:
-            hides = packet(scores) == "aten.masked_fill"
-    if mask is None or mask.op != "get_attr":
-        return False
-    sizes = shape(mask)
-    if len(sizes) < 2 or sizes[-1] != sizes[-2] or sizes[-1] < 2:
-        return False
-    value = get_attr(gm, mask.target)
-    if value.is_meta:
-        return False
-    visible = value > -1e4 if value.is_floating_point() else value != 0
-    return not bool((visible ^ hides).reshape(-1, *sizes[-2:])[0].triu(1).any())
+def is_causal(gm: GraphModule, attention: Attention, dependent: set[Node]) -> bool:
+    """Whether the mask of an attention lets no query see a later key, as in a language model."""
+    if attention.fused or not attention.node.args:
+        return hides_the_future(gm, attention.mask)
+    scores = attention.node.args[0]
+    if packet(scores) == "aten.where":  # where(mask, filling, scores), or the other way round
+        return hides_the_future(gm, scores.args[0], marks_hidden=scores.args[2] in dependent)
+    if packet(scores) == "aten.masked_fill":
+        return hides_the_future(gm, scores.args[1], marks_hidden=True)
+    return any(hides_the_future(gm, n) for n in scores.all_input_nodes)
 
 
 def walk(node: Any, dependent: set[Node], *, back: bool, source: Node | None = None, depth: int = 16) -> Any:

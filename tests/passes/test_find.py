@@ -103,7 +103,8 @@ def test_stages_are_visual_or_text_or_neither(name, kinds):
 
 
 @pytest.mark.parametrize(("name", "causal"), [("hf/llama", True), ("hf/llama_eager", True), ("hf/gpt2", True), ("hf/phi", True),
-                                              ("timm/vit", False), ("timm/beit", False)])  # fmt: skip
+                                              ("hf/llama_padded", True), ("timm/vit", False),
+                                              ("timm/beit", False)])  # fmt: skip
 def test_causal_attention_is_seen(name, causal):
     assert {a.causal for b in structure(name).blocks for a in b.attentions} == {causal}
 
@@ -224,6 +225,29 @@ def causal_by_choice(m, x):
     return x + m.mlp(x)
 
 
+def causal_and_padded(m, x):
+    seen = torch.ones(12, 12, dtype=torch.bool).tril() & (x[:, None, None, :, 0] < 9)
+    x = x + m.attend(m.norm1(x), attn_mask=seen.expand(2, -1, 12, 12))
+    return x + m.mlp(x)
+
+
+def causal_with_a_bias(m, x):
+    hidden = torch.zeros(12, 12).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf)
+    x = x + m.attend(m.norm1(x), attn_mask=hidden + x[:, None, None, :, 0])
+    return x + m.mlp(x)
+
+
+def causal_with_a_mask_over_it(m, x):
+    x = x + m.attend(m.norm1(x), is_causal=True, attn_mask=x[:, None, None, :, 0])
+    return x + m.mlp(x)
+
+
+def causal_unless_padded(m, x):
+    hidden = ~torch.ones(12, 12, dtype=torch.bool).tril() | (x[:, None, None, :, 0] > 9)
+    x = x + m.attend(m.norm1(x), attn_mask=torch.where(hidden, -1e9, 0.0))
+    return x + m.mlp(x)
+
+
 def parallel(m, x):
     y = m.norm1(x)
     return x + m.attend(y) + m.mlp(y)
@@ -274,6 +298,10 @@ def cross(m, x):
     (causal, "aten.add", "aten.add"),
     (causal_by_hand, "aten.add", "aten.add"),
     (causal_by_choice, "aten.add", "aten.add"),
+    (causal_and_padded, "aten.add", "aten.add"),
+    (causal_with_a_bias, "aten.add", "aten.add"),
+    (causal_with_a_mask_over_it, "aten.add", "aten.add"),
+    (causal_unless_padded, "aten.add", "aten.add"),
 ], ids=lambda v: getattr(v, "__name__", v) or "none")  # fmt: skip
 def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
     gm = canonical(Parts(wiring), X)
