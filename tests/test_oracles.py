@@ -109,6 +109,33 @@ def test_causal_attention_in_another_order_is_caught(monkeypatch):
     assert [r.ok for r in check.results if r.oracle == "permutation"][:2] == [False, False]
 
 
+class Padded(Causal):
+    """Causal attention with a mask over it, as kernels of the CPU take it, made from whole numbers among the inputs."""
+
+    def forward(self, x, seen):
+        hidden = (1 - seen[:, None, None].float()) * torch.finfo(x.dtype).min
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, hidden, is_causal=True)
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + mlp(x).relu()
+        return x
+
+
+def test_causal_attention_with_a_mask_over_it_is_both():
+    seen = torch.ones(2, 12, dtype=torch.long)
+    seen[1, :2] = 0
+    check = tokcompile.check(Padded().eval(), (torch.randn(2, 12, 16), seen), spans=[(2, 10)])
+    assert check.ok, str(check)
+    assert all(r.error < 1e-5 for r in check.results)
+
+
+def test_a_mask_from_whole_numbers_is_no_noise(monkeypatch):
+    monkeypatch.setattr("tokcompile.passes.canonicalise.write_causal_masks", lambda gm: False)
+    args = (torch.randn(2, 12, 16), torch.ones(2, 12, dtype=torch.long))
+    assert not tokcompile.check(Padded().eval(), args, spans=[(2, 10)]).ok
+
+
 class Sink(Causal):
     """Attention in which each query may also look at nothing: its share is read from the logarithm of the sum of scores."""
 

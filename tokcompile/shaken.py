@@ -96,18 +96,24 @@ def noise_floor(gm: GraphModule, inputs: Sequence[Any], outputs: Sequence[Any], 
 
 
 class Jitter(Interpreter):
-    """Runs a graph with every floating point value off by about one rounding error."""
+    """Runs a graph with every floating point value off by about one rounding error, but for what is computed from whole numbers
+    alone: masks, which are exact, and in which such an error would be multiplied by the largest number that there is."""
 
     def __init__(self, gm: GraphModule, generator: torch.Generator):
         super().__init__(gm)
         self.generator = generator
         self.outputs: list[Any] = []
+        self.inexact: set[Node] = set()
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op == "output":
             self.outputs = list(value)
-        elif n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+        elif n.op != "call_function":
+            self.inexact |= {n} if floats([value]) else set()
+        elif any(i in self.inexact for i in n.all_input_nodes):
+            self.inexact.add(n)
+        if n.op == "call_function" and n in self.inexact and floats([value]):
             noise = torch.randn(value.shape, generator=self.generator).to(value)
             value = value * (1 + torch.finfo(value.dtype).eps * noise)
         return value
