@@ -166,8 +166,19 @@ def drop_identities(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         name = packet(node)
         copies = name == "aten.lift_fresh_copy"
-        if not copies and (name in IDENTITIES or (name in DROPOUTS and not bind(node).get("train", False))):
+        dropout = name in DROPOUTS and not bind(node).get("train", False)
+        if not copies and (name in IDENTITIES or dropout or hands_on(node)):
             forward(gm, node, node.args[0])
+
+
+def hands_on(node: Node) -> bool:
+    """Whether a cast gives the very tensor that it was given, so that who writes into one writes into the other. Of an input
+    that nothing else reads it stays: nobody sees who writes into that."""
+    if packet(node) not in ("aten.to", "aten.type_as") or not same_type(node):
+        return False
+    source, asked = node.args[0], bind(node)
+    alone = source.op == "placeholder" and len(source.users) == 1
+    return not alone and not asked.get("copy") and asked.get("memory_format") is None
 
 
 def refuse_state(gm: GraphModule) -> None:

@@ -131,6 +131,15 @@ def a_copy_is_written(x):
     return y, z
 
 
+def written_through_a_cast_to_the_same_type(x):
+    """As in Zamba's state: one head after the other, as float32, which it is."""
+    y = x * 2
+    row = y[:, 1]
+    new = row.float() * 3
+    row.float().copy_(new.to(row.dtype))
+    return y, new
+
+
 def another_dtype_is_written(x):
     y = torch.zeros(x.shape, dtype=torch.int32)
     y.copy_(x * 3)
@@ -143,6 +152,7 @@ def another_dtype_is_written(x):
     a_copy_is_written, another_dtype_is_written, a_view_that_alone_is_read_is_written,
     read_a_row_after_its_parts_are_written, written_through_a_chain_of_views, joined_masks,
     written_from_the_inputs_then_computed, one_of_several_results_is_written,
+    written_through_a_cast_to_the_same_type,
 ], ids=lambda f: f.__name__)  # fmt: skip
 def test_in_place_ops_become_functional(fn):
     same(fn, X)
