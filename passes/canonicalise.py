@@ -45,6 +45,7 @@ ALIASES = {
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",
     "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
+OF_TWO = {"aten.max.other": torch.ops.aten.maximum.default, "aten.min.other": torch.ops.aten.minimum.default}
 OPERATORS = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
 FILLS = {"aten.zeros_like": 0, "aten.ones_like": 1}
 FIXED = "fixed_values"  # the key in the graph module's meta
@@ -95,7 +96,9 @@ def one_name_each(gm: GraphModule) -> None:
         name = packet(node).removeprefix("aten.")
         plain, in_place = ALIASES.get(name.removesuffix("_")), "_" * name.endswith("_")
         known = OPERATORS.get(name) or (plain and plain + in_place)
-        if node.op == "call_function" and known:
+        if str(node.target) in OF_TWO:
+            node.target = OF_TWO[str(node.target)]
+        elif node.op == "call_function" and known:
             node.target = getattr(getattr(torch.ops.aten, known), node.target._overloadname, node.target)
 
 

@@ -99,7 +99,7 @@ def hidden(gone, layers):
         return fused(query, key, value, attn_mask=attn_mask, **kwargs)
 
     def weigh(scores, *args, **kwargs):
-        return softmax(scores.masked_fill(~there(scores.shape[-1]), -1e9) if scores.ndim == 4 else scores, *args, **kwargs)
+        return softmax(scores.masked_fill(~there(scores.shape[-1]), -1e9) if scores.ndim > 2 else scores, *args, **kwargs)
 
     functional.scaled_dot_product_attention, functional.softmax = attend, weigh
     try:

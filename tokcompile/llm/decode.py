@@ -70,6 +70,10 @@ def masked_step(model: nn.Module, plan: Layout, example: dict[str, Any]) -> Deco
         return None if decodes(Decode, model, plan) is False else step
     except AttendsItself:
         return None
+    except InputError as error:
+        if error.__cause__ is None or plan.renumbered:
+            raise
+        return None  # it may have refused the mask that passes through others, such as one that is no mask for all entries
 
 
 def whole_decode_graph(model: nn.Module, prefill: OptimizedModel, plan: Layout, example: dict[str, Any]) -> OptimizedModel:
