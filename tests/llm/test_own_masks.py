@@ -24,6 +24,7 @@ MODELS = {
     "Bloom": dict(hidden_size=48, n_layer=4, n_head=4, vocab_size=64),
     "Mpt": dict(d_model=48, n_layers=4, n_heads=4, vocab_size=64, max_seq_len=80),
     "Falcon": BODY | TEXT,  # one key head, rotary positions
+    "TrOCR": dict(d_model=48, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=96, vocab_size=64),  # arange(length)
     "XGLM": dict(d_model=48, num_layers=4, attention_heads=4, ffn_dim=96, vocab_size=64),  # checks the size of its mask
     "Doge": DECODER,  # a learned bias, made from the values
     "Data2VecText": BODY | TEXT | dict(is_decoder=True, max_position_embeddings=128, pad_token_id=1),  # counts positions from 2

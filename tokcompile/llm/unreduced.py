@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 
 from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.llm.caches import Slots, cache_name
@@ -65,6 +66,17 @@ class Whole(Slots):
         return self.length, 0
 
 
+class Counting(TorchFunctionMode):
+    """Numbers from one tensor to another are written as so many of them, from wherever it begins: tracing reads how many there
+    are, and would otherwise fix both ends at what they are in the example's step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.arange and len(args) == 2 and all(isinstance(end, Tensor) for end in args):
+            first, last = args
+            return torch.arange(int(last - first), **(kwargs or {})) + first
+        return func(*args, **(kwargs or {}))
+
+
 class WholeDecode(nn.Module):
     """What `modules.Decode` is, before the rewrite: the model makes masks and biases itself, over the whole text.
 
@@ -102,7 +114,8 @@ class WholeDecode(nn.Module):
         }
         if self.told:
             given["position_ids"] = position_ids
-        out = self.model(input_ids=token, use_cache=True, **{name: v for name, v in given.items() if name in self.takes})
+        with Counting():
+            out = self.model(input_ids=token, use_cache=True, **{name: v for name, v in given.items() if name in self.takes})
         if len(cache.layers) != len(keys):
             raise InputError(
                 f"{len(cache.layers)} layers put keys into the cache, and the prefill has {len(keys)} caches\n"
