@@ -1,5 +1,7 @@
 """The decode graph: its inputs and shapes, the prefills it takes, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from tests.models.hf_base import DECODER, class_of
 from tests.test_language import SPAN
 from tokcompile import InputError, Tokens
 from tokcompile.llm import Generator, Prefill, decode_graph
+from tokcompile.llm.caches import AttendsItself, attention
 from tokcompile.llm.generate import program, start
 
 REDUCED = dict(method="dart", budget=Tokens(11), spans=[SPAN], outputs="reduced")
@@ -136,6 +139,12 @@ def test_a_cache_of_another_stage_length_is_refused(generator):
     out["keys_2"] = out["keys_0"]
     with pytest.raises(InputError, match=r"keys_2 of layer 2 holds 40 tokens, and layers 2 to 3 hold 26"):
         start(made.wiring, inputs, out)
+
+
+def test_attention_that_several_layers_share_does_not_say_which_one_it_is():
+    """Zamba's, whose masks are then left to the model."""
+    with pytest.raises(AttendsItself, match="does not say in which of them it is called"):
+        attention(None, None, [])(SimpleNamespace(layer_idx=None), None, None, None, None)
 
 
 def small(name, **options):

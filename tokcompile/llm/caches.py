@@ -197,6 +197,8 @@ def attention(original: Attention | None, masks: Masks, seen: list[int]) -> Atte
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        if module.layer_idx is None:
+            raise AttendsItself("attention that several layers share does not say in which of them it is called")
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         seen.append(layer)
         mask = masks(layer, reach_of(module, kwargs.get("sliding_window")), key)
