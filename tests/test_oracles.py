@@ -8,6 +8,7 @@ from torch import nn
 
 import tokcompile
 from tests.models import FAMILIES
+from tests.tiny import tiny
 from tokcompile import oracles, shaken
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.rules import RULES
@@ -158,6 +159,18 @@ def test_what_is_dropped_is_hidden_from_a_sink_too():
 def doubled(result, call):
     value, label = result
     return call.op(torch.ops.aten.mul.Scalar, value, 1.5), label
+
+
+@pytest.mark.parametrize("between", [
+    lambda x: x + x.amin(1, keepdim=True),
+    lambda x: x * (x > -2).all(1, keepdim=True),
+    lambda x: x * (x > 2).any(1, keepdim=True),
+    lambda x: x + (x.log_softmax(1) * 0.1).amax(1, keepdim=True),
+    lambda x: x + torch.einsum("bnc,bnd->bcd", x, x).mean(1, keepdim=True),
+], ids=["amin", "all", "any", "log_softmax", "einsum"])  # fmt: skip
+def test_what_is_dropped_is_hidden_from_all_that_goes_over_tokens(between):
+    check = tokcompile.check(*tiny(between), blocks=[0])
+    assert check.ok, str(check)
 
 
 @pytest.mark.parametrize(("op", "name"), [("aten.softmax", "torch/einsum_vit"), ("aten.layer_norm", "timm/vit"),

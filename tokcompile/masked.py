@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -13,8 +14,13 @@ from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, has_tokens, new_shape, old
 
-LARGEST = {"aten.amax", "aten.logsumexp"}  # what is hidden is -inf to them
-REDUCTIONS = {"aten.mean", "aten.sum", "aten.linalg_vector_norm"} | LARGEST
+# what is hidden is to them
+FILLED = {
+    "aten.amax": -inf, "aten.max": -inf, "aten.logsumexp": -inf, "aten.amin": inf, "aten.min": inf, "aten.all": True,
+    "aten.any": False, "aten.prod": 1,
+}  # fmt: skip
+REDUCTIONS = {"aten.mean", "aten.sum", "aten.linalg_vector_norm", *FILLED}
+EXPONENTIALS = {*SOFTMAX, "aten.log_softmax", "aten._log_softmax"}
 PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
 
 
@@ -56,7 +62,7 @@ class MaskedRun(Interpreter):
         value = {k: self.env[v] for k, v in args.items() if isinstance(v, Node)}
         if name == SDPA and self.tokens(args["key"], -2):
             return self.attention(n, args, value)
-        if name in SOFTMAX | {"aten.topk"} and self.tokens(args["self"], args["dim"]):
+        if name in EXPONENTIALS | {"aten.topk"} and self.tokens(args["self"], args["dim"]):
             hidden = ~self.visible(args["self"], args["dim"])
             return self.call(n, args, value, self=value["self"].masked_fill(hidden, float("-inf")))
         if (
@@ -70,7 +76,20 @@ class MaskedRun(Interpreter):
             left = "batch1" if name == "aten.baddbmm" else left
             if self.tokens(args[left], -1):
                 return self.call(n, args, value, **{left: value[left] * self.visible(args[left], -1)})
+        if name == "aten.einsum":
+            return self.einsum(n, args)
         return None
+
+    def einsum(self, n: Node, args: dict[str, Any]) -> Any:
+        """With what is hidden as zeros in one operand of each sum over tokens."""
+        inputs, _, output = args["equation"].partition("->")
+        values, seen = [self.env[v] for v in args["tensors"]], set(output)
+        for i, (term, operand) in enumerate(zip(inputs.split(","), args["tensors"])):
+            for d, letter in enumerate(term):
+                if letter not in seen and self.tokens(operand, d):
+                    values[i] = values[i] * self.visible(operand, d)
+                    seen.add(letter)
+        return self.call(n, args, {}, tensors=values)
 
     def attention(self, n: Node, args: dict[str, Any], value: dict[str, Any]) -> Any:
         scores = (*shape(args["query"])[:-1], shape(args["key"])[-2])
@@ -93,8 +112,8 @@ class MaskedRun(Interpreter):
         dims = [d for d in as_list(args["dim"]) if self.tokens(args["self"], d)]
         visible = self.visible(args["self"], dims[0])
         x = value["self"]
-        if name in LARGEST:
-            return self.call(n, args, value, self=x.masked_fill(~visible, float("-inf")))
+        if name in FILLED:
+            return self.call(n, args, value, self=x.masked_fill(~visible, FILLED[name]))
         if name == "aten.mean":
             share = visible.expand(x.shape).to(x.dtype).mean(dims[0], keepdim=True)
             return self.call(n, args, value, self=x * visible / share)
