@@ -30,6 +30,7 @@ BETWEEN = {
     "aten.linear", "aten.conv2d", "aten.type_as", "aten.dropout", "aten.clamp", "aten.float", "aten._unsafe_view",
     "aten.flatten", "aten.unsqueeze", "aten.squeeze", "aten.maximum", "aten.nan_to_num", "aten.tanh", "aten.expand_as",
     "aten.slice_scatter", "aten.cat", "aten.slice", "aten.mT", "aten.swapaxes", "aten.swapdims", "aten.movedim",
+    "aten.select",
 }  # fmt: skip
 
 

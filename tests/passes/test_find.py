@@ -209,6 +209,12 @@ def normed_heads(m, x):
     return x + m.mlp(m.norm2(x))
 
 
+def maps_apart(m, x):
+    """As published code of differential attention takes the two maps of a head apart."""
+    x = x + m.by_hand(m.norm1(x), weigh=lambda a: a.view(2, 1, 2, 12, 12)[:, :, 0] - 0.5 * a.view(2, 1, 2, 12, 12)[:, :, 1])
+    return x + m.mlp(m.norm2(x))
+
+
 def steps(m, x):
     x = F.normalize(torch.lerp(x, m.attend(x), m.scale * 0.3), dim=-1)
     return F.normalize(torch.lerp(x, m.mlp(x), m.scale * 0.3), dim=-1)
@@ -294,6 +300,7 @@ def cross(m, x):
     (without_the_diagonal, "aten.add", "aten.add"),
     (talking_heads, "aten.add", "aten.add"),
     (normed_heads, "aten.add", "aten.add"),
+    (maps_apart, "aten.add", "aten.add"),
     (steps, "aten.lerp", None),
     (causal, "aten.add", "aten.add"),
     (causal_by_hand, "aten.add", "aten.add"),
