@@ -107,6 +107,12 @@ class Gatherer:
             self._assign[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
         return self._assign[seq]
 
+    def members(self, seq: Seq) -> Node:
+        """(B, old) for each original token how many the one that stands for it stands for."""
+        slots = self.assign(seq)
+        same = self.b.emit(aten.eq.Tensor, *(self.b.emit(aten.unsqueeze.default, slots, d) for d in (1, 2)))
+        return self.b.emit(aten.sum.dim_IntList, same, [2])
+
     def slots(self, space: Space) -> Node:
         """(B, root n) the slot in `space` of every root token."""
         own = space.assign()

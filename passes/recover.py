@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph, module_path
-from tokcompile.passes.graph import packet
-from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled
+from tokcompile.passes.batch import samples_in_line
+from tokcompile.passes.graph import aten, packet
+from tokcompile.passes.rules.core import Call
+from tokcompile.passes.rules.sizes import laid_out
+from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled, tokens_of
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -65,7 +68,22 @@ def full_value(rw: Rewriter, node: Node) -> Any:
 def full_of(rw: Rewriter, value: Any, label: Any, node: Node) -> Any:
     if isinstance(value, list):
         return [full_of(rw, v, one, node) for v, one in zip(value, label)]
-    return rw.gather.recover(value, label, node) if is_labelled(label) else value
+    return given_back(rw, value, label, node) if is_labelled(label) else value
+
+
+def given_back(rw: Rewriter, value: Node, label: Label, node: Node) -> Node:
+    """Every original token gets the row of the one that stands for it, and of what a softmax over tokens has made sum to one
+    its share: the same for all of a group."""
+    full = rw.gather.recover(value, label, node)
+    axes = {axis for softmax, axis in rw.softmaxes.axes.get(node, {}).items() if rw.over_tokens(softmax)}
+    if not axes:
+        return full
+    like, call = tuple(samples_in_line(rw.gather, one) for one in label), Call(rw, node)
+    for axis, tokens in ((d, tokens_of(like[d])) for d in sorted(axes)):
+        if tokens is not None:
+            group = call.op(aten.to.dtype, rw.gather.members(tokens), full.meta["val"].dtype)
+            full = call.op(aten.div.Tensor, full, laid_out(call, group, like, axis))
+    return full
 
 
 def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[str]]:
@@ -81,7 +99,7 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
                     old,
                     "pass outputs='reduced', or recover='end'",
                 )
-            value, label = rw.gather.recover(value, label, node), None
+            value, label = given_back(rw, value, label, old), None
         for axis in label or ():
             seqs += [a for a in axis if isinstance(a, Seq) and a not in seqs]
         values.append(value)

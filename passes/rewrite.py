@@ -27,8 +27,8 @@ from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
-from tokcompile.passes.weighted import shares, weighted_sums
+from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, has_tokens, is_labelled
+from tokcompile.passes.weighted import Weights, shares, weights
 
 WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
 
@@ -186,8 +186,20 @@ class Rewriter:
         return self.env[node]
 
     @cached_property
-    def weighted(self) -> Set[Node]:
-        return weighted_sums(self.old.graph)
+    def softmaxes(self) -> Weights:
+        return weights(self.old.graph)
+
+    def weighted(self, node: Node) -> bool:
+        """Whether a softmax over the tokens that are left made the weights of a sum one."""
+        sums = self.softmaxes.sums.get(node, ())
+        return any(self.over_tokens(softmax) and self.holds_tokens(operand, axis) for softmax, operand, axis in sums)
+
+    def over_tokens(self, softmax: Node) -> bool:
+        return self.holds_tokens(softmax, self.softmaxes.axes[softmax][softmax])
+
+    def holds_tokens(self, node: Node, axis: int) -> bool:
+        label = self.labels.get(node)
+        return label is not None and has_tokens(label[axis])
 
     @cached_property
     def shares(self) -> Set[Node]:

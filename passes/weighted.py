@@ -5,69 +5,150 @@ Any other sum means all tokens: one that was merged counts as often as it holds 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+
 from torch.fx import Graph, Node
 
-from tokcompile.passes.find import BETWEEN, MATMUL, SOFTMAX, mixes_heads
-from tokcompile.passes.graph import bind, is_tensor, packet, shape, user_dependent
+from tokcompile.passes.find import BETWEEN, MATMUL, SOFTMAX, mixes_heads, operands
+from tokcompile.passes.graph import RESHAPES, bind, is_tensor, packet, shape, user_dependent
+from tokcompile.passes.origin import LAYOUT, moved
 
 SUMS = {"aten.sum", "aten.mean", "aten.nansum"}
 # what else may stand between the softmax and the sum: choices of heads, and norms over them
-AFTER = {"aten.select", "aten.unbind", "aten.layer_norm", "aten.index_select", "aten.relu"} | BETWEEN - {"aten.add"}
+AFTER = {"aten.unbind", "aten.stack", "aten.layer_norm", "aten.index_select", "aten.relu"} | BETWEEN - {"aten.add"}
+# of these, what weights that are shared out among more tokens come through as such
+LINEAR = RESHAPES | LAYOUT | SUMS | {
+    "aten.mul", "aten.div", "aten.neg", "aten.add", "aten.sub", "aten.to", "aten._to_copy", "aten.type_as", "aten.expand",
+    "aten.expand_as", "aten.unsqueeze", "aten.squeeze", "aten.select", "aten.slice", "aten.index_select", "aten.unbind",
+    "aten.stack", "aten.dropout", "getitem",
+}  # fmt: skip
+ORDER = RESHAPES | {"aten.unsqueeze", "aten.squeeze", "aten.contiguous", "aten.clone"}  # values in the order that they had
 
-NORMS = SUMS | {"aten.linalg_vector_norm"}
+NORMS = {"aten.sum", "aten.nansum", "aten.linalg_vector_norm"}
 PROPORTIONAL = {
     "aten.mul", "aten.div", "aten.reciprocal", "aten.pow", "aten.neg", "aten.to", "aten._to_copy", "aten.view", "aten.reshape",
     "aten.permute", "aten.transpose", "aten.expand", "aten.unsqueeze", "aten.squeeze", "aten.contiguous", "aten.clone",
-    "aten.flatten", "aten.mT", "aten.expand_as",
+    "aten.flatten", "aten.mT", "aten.expand_as", "aten.sum",
 }  # fmt: skip
 
 
-def weighted_sums(graph: Graph) -> set[Node]:
+@dataclass
+class Weights:
+    """Where the weights of softmaxes go. sums: those over the axis of a softmax: it, the operand that holds its weights, and
+    their axis there. axes: for what is linear in weights, the axis along which each softmax made them one."""
+
+    sums: dict[Node, set[tuple[Node, Node, int]]] = field(default_factory=dict)
+    axes: dict[Node, dict[Node, int]] = field(default_factory=dict)
+
+
+def weights(graph: Graph) -> Weights:
     """All of them, of a canonical graph."""
-    dependent, found = user_dependent(graph), set()
-    for softmax in graph.nodes:
-        if packet(softmax) not in SOFTMAX:
+    dependent, found = user_dependent(graph), Weights()
+    on: dict[Node, dict[Node, int | None]] = {}  # None where a view has joined the axis with others
+    for node in graph.nodes:
+        name, sources = packet(node), [n for n in node.all_input_nodes if n in on]
+        if name in SOFTMAX:
+            dim = bind(node)["dim"] % len(shape(node))
+            on[node], found.axes[node] = {node: dim}, {node: dim}
             continue
-        length = shape(softmax)[bind(softmax)["dim"]]
-        seen, todo = {softmax}, [softmax]
-        while todo:
-            node = todo.pop()
-            name = packet(node)
-            if (name in SUMS and sums_along(node, softmax)) or (name in MATMUL and not mixes_heads(node, dependent)):
-                found.add(node)
-            if goes_on(node, softmax, length, dependent):
-                todo += [user for user in node.users if user not in seen]
-                seen.update(node.users)
+        for source in sources:
+            for softmax, axis in on[source].items():
+                length = shape(softmax)[found.axes[softmax][softmax]]
+                along = (d for d in summed(node, source) if axis == d or (axis is None and shape(source)[d] == length))
+                found.sums.setdefault(node, set()).update((softmax, source, d) for d in along)
+                if goes_on(node, softmax, length, dependent):
+                    on.setdefault(node, {})[softmax] = None if axis is None else behind(node, source, axis)
+        linear = [n for n in sources if n in found.axes]
+        if node in on and linear and (name in LINEAR or name in MATMUL) and keeps_shares(node, linear):
+            axes = {s: a for s, a in on[node].items() if a is not None and any(s in found.axes[n] for n in linear)}
+            found.axes |= {node: axes} if axes else {}
     return found
 
 
-def sums_along(node: Node, softmax: Node) -> bool:
-    """Whether a sum runs along the axis of a softmax."""
-    sizes, rank = shape(softmax), len(shape(node.args[0]))
-    dim, axis = bind(node).get("dim"), bind(softmax)["dim"] % len(sizes)
-    dims = range(rank) if dim in (None, []) else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
-    return axis in dims if shape(node.args[0]) == sizes else any(shape(node.args[0])[d] == sizes[axis] for d in dims)
+def summed(node: Node, source: Node) -> Iterable[int]:
+    """The axes of an operand that an op sums over."""
+    name, a = packet(node), bind(node) if node.op == "call_function" else {}
+    if name in SUMS | NORMS:
+        dim, rank = a.get("dim"), len(shape(source))
+        return range(rank) if dim in (None, []) else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    if name == "aten.einsum":
+        return [d for term in terms_of(node, source) for d, c in enumerate(term) if c not in a["equation"].partition("->")[2]]
+    if name in MATMUL and source in operands(node):
+        left, right = operands(node)
+        last = len(shape(source)) - 1
+        return [last] * (source is left) + [max(last - 1, 0)] * (source is right)
+    return []
+
+
+def terms_of(einsum: Node, source: Node) -> list[str]:
+    inputs = einsum.args[0].partition("->")[0].split(",")
+    return [term for term, n in zip(inputs, einsum.args[1]) if n is source]
 
 
 def goes_on(node: Node, softmax: Node, length: int, dependent: set[Node]) -> bool:
     """Whether weights are still weights behind an op."""
     name = packet(node)
-    if node is softmax or node.op != "call_function" or not is_tensor(node):
-        return node is softmax or not is_tensor(node)  # pieces are taken of lists
     if name in MATMUL:
         return mixes_heads(node, dependent)
     if name in SUMS:  # over heads
         return length in shape(node)
-    return name in AFTER or (name == "aten.add" and shape(node) == shape(softmax))  # of two maps
+    return name in AFTER or name == "getitem" or (name == "aten.add" and shape(node) == shape(softmax))  # of two maps
+
+
+def behind(node: Node, source: Node, axis: int) -> int | None:
+    """Where an axis of an operand is in the result of an op; None where it is no longer one by itself."""
+    name, a = packet(node), bind(node)
+    if name == "getitem":  # of a list of pieces
+        return axis
+    before, after = shape(source), shape(node) if is_tensor(node) else ()
+    if name in ORDER:
+        lead = prod(before[:axis])
+        return next((d for d, n in enumerate(after) if prod(after[:d]) == lead and n == before[axis] != 1), None)
+    if name in LAYOUT:
+        return next(d for d in range(len(after)) if moved(node, d) == axis)
+    if name == "aten.einsum":
+        places = [a["equation"].partition("->")[2].find(term[axis]) for term in terms_of(node, source)]
+        return next((d for d in places if d >= 0), None)
+    if name in ("aten.select", "aten.unbind") or name in SUMS:
+        gone = {a["dim"] % len(before)} if name not in SUMS else set() if a.get("keepdim") else set(summed(node, source))
+        return None if axis in gone else axis - sum(d < axis for d in gone)
+    if name == "aten.stack":
+        return axis + (a["dim"] % len(after) <= axis)
+    if name in ("aten.linear", "aten.layer_norm") and axis == len(before) - 1:
+        return None
+    return axis + len(after) - len(before) if after else axis  # aligned from the right, as in a broadcast
+
+
+def keeps_shares(node: Node, linear: list[Node]) -> bool:
+    """Whether an op on weights is linear in them, all together."""
+    name, tensors = packet(node), [n for n in node.all_input_nodes if is_tensor(n)]
+    if name in ("aten.add", "aten.sub", "aten.stack"):
+        numbers = name != "aten.stack" and not all(isinstance(v, Node) for v in node.args[:2])
+        return len(linear) == len(tensors) and not numbers
+    if name in ("aten.mul", "aten.div"):
+        return len(linear) == 1 and node.args[0] is not node.args[1] and (name == "aten.mul" or node.args[0] is linear[0])
+    return len(linear) == 1
 
 
 def shares(graph: Graph, tokens: set[Node], lengths: set[int]) -> set[Node]:
     """Sums over tokens that are divided by another sum over the same ones, before or after it, as in linear attention: what is
     gone is missing in both. tokens: what depends on those that are left; lengths: of axes of tokens."""
-    norms = (n for n in graph.nodes if n in tokens and packet(n) in NORMS and lengths & {*shape(n.args[0])})
-    divided = {node for norm in norms for node, upside_down in scaled(norm) if upside_down}
-    sums = (node for node in graph.nodes if node in tokens and packet(node) in NORMS | MATMUL)
-    return {node for node in sums if node in divided or any(one in divided for one, _ in scaled(node))}
+    sums = [n for n in graph.nodes if n in tokens and packet(n) in NORMS | MATMUL and lengths & lengths_summed(n)]
+    reached = {one: scaled(one) for one in sums}
+    over = {one: {n for n, upside_down in states if not upside_down} for one, states in reached.items()}
+    under = {one: {n for n, upside_down in states if upside_down} for one, states in reached.items()}
+    found: set[Node] = set()
+    for norm in (one for one in sums if packet(one) in NORMS and under[one]):
+        divided = {one for one in sums if one is not norm and (one in under[norm] or over[one] & under[norm])}
+        found |= {norm, *divided} if divided else set()
+    return found
+
+
+def lengths_summed(node: Node) -> set[int]:
+    """The lengths of the axes that an op sums over."""
+    return {shape(n)[d] for n in node.all_input_nodes if is_tensor(n) for d in summed(node, n)}
 
 
 def scaled(node: Node) -> set[tuple[Node, bool]]:

@@ -28,11 +28,16 @@ def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
     if has_batch(lb[-1]):  # a product of samples with samples
         one_sample(la, [-2])
     batch = call.join([la[:-2], lb[:-2]]) if len(la) > 2 or len(lb) > 2 else ()
-    if has_tokens(la[-1]) != has_tokens(lb[-2]):
+    if has_tokens(la[-1]) != has_tokens(lb[-2]) and not of_what_is_left(call):
         raise NeedsFull(BY_POSITION)
     inner = call.join_axis([la[-1], lb[-2]])
     # of full rank: an operand without a batch gains one when it is gathered
     return (*batch, la[-2], inner), (*batch, inner, lb[-1]), (*batch, la[-2], lb[-1])
+
+
+def of_what_is_left(call: Call) -> bool:
+    """Whether a sum over tokens weighs those that are left among each other: a table is read at their positions then."""
+    return call.rewriter.weighted(call.node) or call.node in call.rewriter.shares
 
 
 def vector(call: Call, a: str, b: str) -> Any:
@@ -65,7 +70,8 @@ def einsum(call: Call) -> Any:
             axes[letter] = call.join_axis([axes[letter], axis]) if letter in axes else axis
     for letter, axis in axes.items():
         holders = [has_tokens(label[term.index(letter)]) for term, label in zip(terms, labels) if letter in term]
-        if has_tokens(axis) and letter not in output and (len(holders) == 1 or not all(holders)):
+        alone = len(holders) == 1 or not (all(holders) or of_what_is_left(call))
+        if has_tokens(axis) and letter not in output and alone:
             raise NeedsFull(BY_POSITION)
     samples = [c for c, axis in axes.items() if has_batch(axis)]
     if len(samples) > 1:

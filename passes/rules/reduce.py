@@ -41,7 +41,7 @@ def mean(call: Call) -> Any:
     label = call.label("self")
     dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
-    if call.node in call.rewriter.weighted:  # divided by how many there were
+    if call.rewriter.weighted(call.node):  # divided by how many there were
         left = prod(new(label[d]) / old(label[d]) for d in dims if has_tokens(label[d]))
         value, _ = call.emit(out)
         return call.typed(value if left == 1 else call.op(aten.mul.Scalar, value, left), out)

@@ -18,7 +18,7 @@ def weigh(call: Call, value: Node, label: Label, dim: int) -> Node:
 
     Raises: NeedsFull where tokens are gone that the sum has to have.
     """
-    if not has_tokens(label[dim]) or call.node in call.rewriter.weighted:
+    if not has_tokens(label[dim]) or call.rewriter.weighted(call.node):
         return value
     if is_short(call, label[dim]):
         raise NeedsFull(SHORT)
@@ -48,11 +48,14 @@ def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
     """How many tokens those along axis `dim` hold, or the log of it, laid out so that it broadcasts against the label."""
     # over all samples at once, as over the windows of an image that are a batch elsewhere
     like = tuple(samples_in_line(call.gather, axis) for axis in label)
+    value = call.gather.sizes(next(a for a in like[dim] if isinstance(a, Seq)))
+    return laid_out(call, call.op(aten.log.default, value) if log else value, like, dim)
+
+
+def laid_out(call: Call, value: Node, like: Label, dim: int) -> Node:
+    """(B, tokens) so that it broadcasts against a label with these tokens on axis `dim`."""
     dim = dim % len(like)
     axis = like[dim]
-    value = call.gather.sizes(next(a for a in axis if isinstance(a, Seq)))
-    if log:
-        value = call.op(aten.log.default, value)
     repeat = [a for a in axis if not isinstance(a, Seq)]
     if repeat:  # groups of u rows share their token's size
         value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)

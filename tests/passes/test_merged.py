@@ -116,6 +116,9 @@ ALL = {
     "masked mean": lambda x: (x * MASK).sum(1) / MASK.sum(1),
     "linear attention": lambda x: (x.exp() @ (x.exp().mT @ x)) / (x.exp() @ x.exp().sum(1)[:, :, None]),
     "softmax by hand": lambda x: (x / x.sum(1, True)).mT @ x,
+    "clusters": lambda x: x.softmax(-1).mT @ x,
+    "clusters by einsum": lambda x: torch.einsum("bnk,bnd->bkd", x.softmax(-1), x),
+    "slots": lambda x: (x.softmax(-1) / x.softmax(-1).sum(1, True)).mT @ x,
     "a gate": lambda x: torch.einsum("bn,bnd->bd", x[..., 0].sigmoid(), x) / x[..., 0].sigmoid().sum(1, True),
 }
 MASK = torch.ones(2, 7, 1, dtype=torch.float64)
@@ -135,7 +138,7 @@ def test_sums_over_merged_tokens_are_sums_over_all(name):
         torch.testing.assert_close(got[b : b + 1], want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["product", "einsum", "norm", "logsumexp", "masked mean"])
+@pytest.mark.parametrize("name", ["product", "einsum", "norm", "logsumexp", "masked mean", "clusters", "clusters by einsum"])
 def test_sums_that_miss_tokens_have_them_back(name):
     """Outside of the blocks, where nothing else is short of the same tokens: a kept one stands for those that are gone."""
     x = extra("B L 16", 2, 7, 1)
@@ -167,7 +170,7 @@ def test_sums_behind_two_methods_are_sums_over_all(methods):
     assert bool(both.report.recoveries) == (methods != ("tome", "tome"))
 
 
-@pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate"])
+@pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate", "slots"])
 def test_shares_of_what_is_left(name):
     x = extra("B L 16", 2, 7, 1)
     index = subset(2, 6, 3, True)
@@ -177,6 +180,31 @@ def test_shares_of_what_is_left(name):
     if name != "linear attention":  # whose result, a token each, is given back at the end
         kept = torch.stack([x[b, torch.cat([torch.zeros(1, dtype=torch.int64), index[b] + 1])] for b in range(2)])
         torch.testing.assert_close(got, ALL[name](kept), rtol=0, atol=1e-9)
+
+
+def test_a_norm_that_divides_what_no_sum_is_made_of_is_one_of_all():
+    x = extra("B L 16", 2, 7, 1)
+    out = reduced(lambda x: x / x.norm(dim=1, keepdim=True), (x,), subset(2, 6, 3, True), 6, prefix=1)
+    assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"]
+
+
+WEIGHTS = {
+    "a softmax": lambda x: x.softmax(1),
+    "of two": lambda x: 3 * x.softmax(1) - 2 * (x * 2).softmax(1),
+    "times values": lambda x: x.mT.softmax(-1).mT * torch.ones(7, 1, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("outputs", ["keep", "reduced"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_given_back_still_sum_to_one(name, outputs):
+    """A token that stands for several shares its weight out among these, in an op that wants all of them and in an output."""
+    x, index, whole = extra("B L 16", 2, 7, 1), subset(2, 6, 3, True), outputs == "keep"
+    fn = WEIGHTS[name] if whole else lambda x: WEIGHTS[name](x).flip(1)
+    dropped = run(reduced(fn, (x,), index, 6, prefix=1, outputs=outputs).gm, x)[0]
+    for got in (dropped, merge(fn, x, outputs=outputs)):
+        torch.testing.assert_close(got.sum(1), torch.ones(2, 16, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert got.shape == x.shape
 
 
 def test_merged_tokens_are_given_back_to_their_members():

@@ -200,6 +200,9 @@ CASES = {
     "mean-of-tokens": (lambda x: x[:, 1:].mean(1), "", ""),
     "max-of-tokens": (lambda x: x.amax(1), "", ""),
     "softmax-of-tokens": (lambda x: x.softmax(1), "", f"B, {S}, 16"),
+    "pooled-table": (lambda x, t: x.mT.softmax(-1) @ t, "L 5", ""),
+    "pooled-table-by-einsum": (lambda x, t: torch.einsum("bnk,nc->bkc", x.softmax(1), t), "L 5", ""),
+    "shared-out-table": (lambda x, t: (x.exp() / x.exp().sum(1, True)).mT @ t, "L 5", ""),
     # products
     "matmul": (lambda x, w: x @ w, "16 5", f"B, {S}, 5"),
     "scores": (lambda x: x @ x.mT, "", f"B, {S}, {S}"),
