@@ -11,6 +11,7 @@ from torch.fx import Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
 from tokcompile.passes.graph import RESHAPES, aten, bind, packet, shape
+from tokcompile.passes.origin import LAYOUT, moved
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.tokens import Batch, Label, Seq, has_batch, has_tokens, is_labelled, plain, tokens_of
 
@@ -29,6 +30,8 @@ PROJECTIONS = {
     "aten.einsum",
 }
 SPLITS = {"aten.split", "aten.split_with_sizes"}
+# what takes the channels of a pair apart, and casts
+PARTS = SPLITS | {"aten.slice", "aten.select", "aten.unbind", "aten.chunk", "aten.to", "aten._to_copy", "getitem"}
 REPEATS = {"aten.reshape", "aten.view", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.contiguous"}
 
 
@@ -50,14 +53,14 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
     if (whole := in_one_sequence(nodes)) is not None:  # positions were rotated into all of it
         nodes = [whole]
     for attention, node in zip(attentions, nodes):
-        times = 1
-        if attention.fused and name != "v" and not rotated:
-            inner = unrepeated(node)
+        times, turned = 1, name == "k" and keys_last(attention)
+        if name != "v" and not rotated:
+            inner = unrepeated(turned_back(node) if turned else node)
             source = before_rotary(inner)
             if source is not inner:
-                node, times = source, _numel(node) // _numel(inner)
+                node, times, turned = source, _numel(node) // _numel(inner), False
         segments = whole is None and len(attentions) > 1
-        parts.append(repeated(rw, standard(rw, s, node, name, attention, segments, in_line=True), times))
+        parts.append(repeated(rw, standard(rw, s, node, turned, attention, segments, name, in_line=True), times))
     return side_by_side(rw, s, parts)
 
 
@@ -127,15 +130,22 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
 
 
 def standard(
-    rw: Rewriter, s: Splice, node: Node, name: str, attention: Attention, segments: bool, in_line: bool = False
+    rw: Rewriter,
+    s: Splice,
+    node: Node,
+    turned: bool,
+    attention: Attention,
+    segments: bool,
+    name: str,
+    in_line: bool = False,
 ) -> Node:
-    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. segments: whether it may
-    hold a part of the tokens. in_line: whether it may be of an attention over all samples at once, which are the windows of
-    an image."""
+    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. turned: whether it is
+    (d, L) by itself. segments: whether it may hold a part of the tokens. in_line: whether it may be of an attention over all
+    samples at once, which are the windows of an image."""
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
     sizes, left, full = shape(value), token_length(rw, s), shape(s.at)[s.block.token_axis]
     count = left if is_labelled(label) else full
-    token = token_axis(node, name, attention, sizes, label, None if segments else count)
+    token = token_axis(node, turned, attention, sizes, label, None if segments else count)
     count = sizes[token] if segments else count
     in_line &= is_labelled(label) and sizes[token] == windows_in(label, token, s.batch) * count > count
     if sizes[token] != count and not in_line:
@@ -155,15 +165,15 @@ def standard(
     tail = [count, sizes[channel]]
     if in_line:
         return windows_first(rw, value, s.batch // (sizes[token] // count), tail)
-    turned = s.batch > 1 and heads_first(rw.old, s, node, label, lead)
-    value = samples_first(rw, value, s.batch, tail, turned)
+    heads_before = s.batch > 1 and heads_first(rw.old, s, node, label, lead)
+    value = samples_first(rw, value, s.batch, tail, heads_before)
     return restricted(rw, s, value, 2) if count == full != left else value
 
 
-def token_axis(node: Node, name: str, attention: Attention, sizes: tuple[int, ...], label: Label, count: int | None) -> int:
+def token_axis(node: Node, turned: bool, attention: Attention, sizes: tuple[int, ...], label: Label, count: int | None) -> int:
     """The axis of a head tensor that holds its tokens: where the attention has it, unless another one is as long as there are
     tokens and that one is not. count: how many there are; by default as many as the attention's axis is long."""
-    usual = len(sizes) - (1 if not attention.fused and name == "k" and keys_last(attention) else 2)
+    usual = len(sizes) - (1 if turned else 2)
     if attention.fused and node in (attention.q, attention.k, attention.v):
         return usual
     count = sizes[usual] if count is None else count
@@ -202,9 +212,15 @@ def token_length(rw: Rewriter, s: Splice) -> int:
     return shape(rw.before[s.at][0])[s.block.token_axis]
 
 
+def turned_back(node: Node) -> Node:
+    """What the last two axes of were exchanged; the node itself where they were not."""
+    rank = len(shape(node))
+    return node.args[0] if packet(node) in LAYOUT and moved(node, rank - 1) == rank - 2 else node
+
+
 def keys_last(attention: Attention) -> bool:
     """Whether the score product takes keys as (d, L): so for matmul, never for einsum."""
-    return any(packet(u) in ("aten.matmul", "aten.bmm", "aten.baddbmm") for u in attention.k.users)
+    return not attention.fused and any(packet(u) in ("aten.matmul", "aten.bmm", "aten.baddbmm") for u in attention.k.users)
 
 
 def before_rotary(node: Node) -> Node:
@@ -217,7 +233,7 @@ def before_rotary(node: Node) -> Node:
             continue
         if packet(n) == "aten.mul" and rotates(n):
             source = next(a for a in n.args[:2] if isinstance(a, Node) and not is_table(a))
-            while packet(source) in ("aten.slice", "aten.to", "aten._to_copy"):
+            while packet(source) in PARTS and _numel(source) != size:
                 source = source.args[0]
             source = channels_of(source)
             if source is not None and _numel(source) == size:
@@ -230,12 +246,11 @@ def before_rotary(node: Node) -> Node:
 
 
 def channels_of(node: Node) -> Node | None:
-    """Of complex numbers the channels that were laid out as pairs; None where these were laid out otherwise on the way."""
-    if packet(node) != "aten.view_as_complex":
-        return node
-    pairs = node.args[0]
+    """Of complex numbers, and of pairs, the channels that were laid out so; None where these were laid out otherwise on the
+    way."""
+    pairs = node.args[0] if packet(node) == "aten.view_as_complex" else node
     given = pairs.args[0] if packet(pairs) in RESHAPES else pairs
-    return given if shape(given)[:-1] == shape(pairs)[:-2] else None
+    return given if shape(given)[:-1] == shape(pairs)[:-2] else node if pairs is node else None
 
 
 def rotates(node: Node) -> bool:

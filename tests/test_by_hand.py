@@ -6,7 +6,7 @@ from torch import nn
 
 import tokcompile
 from tests.conftest import counts, error, run
-from tokcompile import Merge, Recipe, Remove, Schedule
+from tokcompile import Keep, Merge, Recipe, Remove, Schedule
 from tokcompile.methods.random import RANDOM
 from tokcompile.recipe import methods as known_methods
 
@@ -105,35 +105,78 @@ SAME_ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("method", ["topk", "tome"])
-@pytest.mark.parametrize("form", SAME_ATTENTION)
-def test_queries_and_keys_are_told_apart(form, method):
-    """Attention written with its keys first reduces the tokens that it does written the usual way."""
+class Tower(nn.Module):
+    """Two blocks over a class token and patches; heads of 8 channels attend to each other as is given."""
 
-    class Tower(nn.Module):
-        def __init__(self, weights):
-            super().__init__()
-            torch.manual_seed(0)
-            self.weights, self.patch, self.token = weights, nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
-            self.qkv, self.up = (nn.ModuleList(nn.Linear(16, n) for _ in range(2)) for n in (48, 16))
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend, self.patch, self.token = attend, nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.qkv, self.up = (nn.ModuleList(nn.Linear(16, n) for _ in range(2)) for n in (48, 16))
 
-        def forward(self, image):
-            x = self.patch(image).flatten(2).transpose(1, 2)
-            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-            for qkv, up in zip(self.qkv, self.up):
-                q, k, v = qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-                x = x + (self.weights(q, k) @ v).transpose(1, 2).flatten(2)
-                x = x + up(x).tanh()
-            return x
+    def forward(self, image):
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        for qkv, up in zip(self.qkv, self.up):
+            q, k, v = qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            x = x + self.attend(q, k, v).transpose(1, 2).flatten(2)
+            x = x + up(x).tanh()
+        return x
 
+
+ANGLE = torch.arange(17.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+
+
+def turned(a, b):
+    return a * ANGLE.cos() - b * ANGLE.sin(), b * ANGLE.cos() + a * ANGLE.sin()
+
+
+ROTARY = {
+    "halves": lambda x: torch.cat(turned(x[..., :4], x[..., 4:]), -1),
+    "chunks": lambda x: torch.cat(turned(*x.chunk(2, -1)), -1),
+    "neighbours": lambda x: torch.stack(turned(x[..., 0::2], x[..., 1::2]), -1).flatten(-2),
+    "pairs": lambda x: torch.stack(turned(*x.unflatten(-1, (4, 2)).unbind(-1)), -1).flatten(-2),
+}
+
+
+def same_tokens(method, *attends):
+    """Towers that attend to the same reduce the same tokens, however it is written."""
     image = torch.randn(2, 3, 16, 16)
     usual, other = (
-        tokcompile.optimize(Tower(weights).eval(), (image,), method=method, where=[0], outputs="reduced")
-        for weights in (lambda q, k: (q @ k.mT).softmax(-1), SAME_ATTENTION[form])
+        tokcompile.optimize(Tower(attend).eval(), (image,), method=method, where=[0], outputs="reduced") for attend in attends
     )
     want, got = run(usual, image), run(other, image)
     assert torch.equal(got.kept["s0_index"], want.kept["s0_index"])
     assert error(got.output, want.output) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["topk", "tome"])
+@pytest.mark.parametrize("form", SAME_ATTENTION)
+def test_queries_and_keys_are_told_apart(form, method):
+    """Attention written with its keys first."""
+    same_tokens(method, lambda q, k, v: (q @ k.mT).softmax(-1) @ v, lambda q, k, v: SAME_ATTENTION[form](q, k) @ v)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("form", ROTARY)
+def test_keys_are_read_before_they_are_rotated(form, fused):
+    """However positions are rotated into them, and in attention that is written out too."""
+    seen, image, rotated = [], torch.randn(2, 3, 16, 16), ROTARY[form]
+
+    def attend(q, k, v):
+        if fused:
+            return nn.functional.scaled_dot_product_attention(rotated(q), rotated(k), v)
+        return (rotated(q) @ rotated(k).transpose(-1, -2)).softmax(-1) @ v
+
+    def plan(tokens, site):
+        seen.append(tokens.k)
+        return Keep(torch.arange(site.k).expand(2, -1))
+
+    model, recipe = Tower(attend).eval(), Recipe("read", plan, taps=("k",), steps=tokcompile.steps.every_block())
+    run(tokcompile.optimize(model, (image,), method=recipe, where=[0]), image)
+    x = run(model.patch, image).flatten(2).transpose(1, 2)
+    keys = run(model.qkv[0], x).unflatten(-1, (3, 2, 8))[:, :, 1].transpose(1, 2)
+    assert error(seen[-1], keys) < 1e-6
 
 
 class Windows(nn.Module):
