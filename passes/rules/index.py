@@ -24,6 +24,12 @@ def embedding(call: Call) -> Any:
     return call.emit((*call.label("indices"), plain(call.old_shape[-1:])[0]))
 
 
+@rule("aten.one_hot")
+def one_hot(call: Call) -> Any:
+    """Each index becomes an axis of its own."""
+    return call.emit((*call.label("self"), plain(call.old_shape[-1:])[0]))
+
+
 @rule("aten.index_select")
 def index_select(call: Call) -> Any:
     label = list(call.label("self"))

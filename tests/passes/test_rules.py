@@ -174,6 +174,7 @@ CASES = {
     "class-token-written": (lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 0), "", f"B, {S}, 16"),
     # indexing
     "embedding": (lambda x, t: F.embedding(x.argmax(-1), t), "16 5", f"B, {S}, 5"),
+    "one-hot": (lambda x: F.one_hot(x.argmax(-1), 16) * x, "", f"B, {S}, 16"),
     "index-select": (lambda x: x.index_select(-1, torch.tensor([3, 1, 3])), "", f"B, {S}, 3"),
     "index": (lambda x: x[..., torch.tensor([3, 1])], "", f"B, {S}, 2"),
     "index-of-the-class-token": (lambda x: x[:, torch.tensor([0])] * 2, "", ""),
