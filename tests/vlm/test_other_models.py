@@ -300,6 +300,14 @@ def test_what_stands_at_the_placeholders_comes_from_the_image_alone(placed, why,
         split(model, inputs)
 
 
+def test_a_second_form_of_the_image_is_an_input_of_the_vision_part():
+    model, inputs = made(hybrid)
+    parts = split(model, inputs)
+    inputs = inputs | {name: inputs[name].flip(-1) for name in ("pixel_values", "high_res_pixel_values")}
+    got = parts(inputs["pixel_values"], inputs["input_ids"], high_res_pixel_values=inputs["high_res_pixel_values"])
+    assert error(got["logits"][:, -1], run(model, **inputs).logits[:, -1]) < 1e-5
+
+
 def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
     model, inputs = made(t5gemma)
     optimized = tokcompile.optimize(model, kwargs=inputs, method="dart", budget=0.5)
@@ -308,7 +316,6 @@ def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "why"), [
-    (hybrid, "get_image_features is given high_res_pixel_values beside pixel_values: a second form of the image"),
     (colpali, "does not run on embeddings alone, as a language model with a cache: AttributeError"),
     (t5gemma, "looks at what is seen with an encoder"),
     (kosmos, "does more between the two than replacing placeholders"),

@@ -80,8 +80,8 @@ def with_images(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{args.folder} is a vision-language model: pass --image FILE or --pixels FILE.npz")
     texts = folder.texts(args.prompt) if args.prompt is not None else folder.prompt.texts_of(ids(args.ids))
     prompt, mask = folder.lay_out(texts)
-    pixels = folder.array(args.pixels) if args.pixels else folder.pixels(args.image, args.stretch)
-    return {"pixel_values": pixels, "input_ids": prompt, "attention_mask": mask}
+    seen = folder.arrays(args.pixels) if args.pixels else {"pixel_values": folder.pixels(args.image, args.stretch)}
+    return seen | {"input_ids": prompt, "attention_mask": mask}
 
 
 def layout_of(folder: Any, args: argparse.Namespace) -> list[str]:

@@ -29,6 +29,7 @@ from tokcompile.passes.trace import trace
 from tokcompile.vlm.folder import KEY, load, spec
 from tokcompile.vlm.generate import Generator
 from tokcompile.vlm.image import Preprocess
+from tokcompile.vlm.parts import PIXELS
 from tokcompile.vlm.split import Parts
 
 
@@ -61,7 +62,8 @@ def export(
     check_runs(made.text, options, verify_tokens)
     how = preprocesses(preprocess, parts)
     check_text(parts, tokenizer, template)
-    vision = parts.optimized or untouched(folded(trace(parts.vision.module, kwargs={"pixel_values": pixels})))
+    further = parts.vision.kwargs
+    vision = parts.optimized or untouched(folded(trace(parts.vision.module, kwargs={PIXELS: pixels, **further})))
     report = FolderReport(os.fspath(folder))
     with atomic_folder(folder, overwrite) as inside:
         graphs = {"vision": vision, "prefill": prefill, "decode": made.text.decode}
@@ -73,15 +75,17 @@ def export(
         start = parts.prompt.full[0][0]
         before = [int(i) for i, real in zip(ids[0, :start], parts.prompt.mask[0, :start]) if real]
         images = spec(
-            parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.source.pixels, parts.seen.fixed
-        )
+            parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.source.pixels, parts.seen.fixed,
+            further,
+        )  # fmt: skip
         files = {name: file for name, file in report.files.items() if name != "vision"}
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.text.wiring, prefill, files, **{KEY: images}) + "\n")
         if verify_tokens:
             count = min(verify_tokens, max_new_tokens)
-            given = pixels, ids, parts.prompt.mask
-            verify(partial(made, *given), partial(load(inside), *given), count, limit_of(tolerance, made.text, options), report)
+            limit, given = limit_of(tolerance, made.text, options), (pixels, ids, parts.prompt.mask)
+            ours, theirs = (partial(run, *given, **further) for run in (made, load(inside)))
+            verify(ours, theirs, count, limit, report)
         finish(report, inside, made.text.wiring)
     return report
 

@@ -24,6 +24,7 @@ from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.observe import IMAGES
+from tokcompile.vlm.parts import PIXELS
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
@@ -54,11 +55,12 @@ class Folder:
             self.preprocess = [Preprocess.from_data(one) for one in data["preprocess"]]
             self.fixed = {name: torch.tensor(values) for name, values in data["fixed"].items()}
             self.pixels_name = data.get("pixels", IMAGES.pixels)
+            self.further = {name: (tuple(s), getattr(torch, kind)) for name, (s, kind) in data.get("further", {}).items()}
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
             vision = os.path.join(self.path, data["vision"])
         except KeyError as error:
             raise ExportError(f"{spec} is damaged, or of a language model alone: {error} is missing") from error
-        except (TypeError, ValueError, PlanError) as error:
+        except (AttributeError, TypeError, ValueError, PlanError) as error:
             raise ExportError(f"{spec} is damaged: {type(error).__name__}: {error}") from error
         if not os.path.isfile(vision):
             raise ExportError(f"{vision} is missing: export the model again")
@@ -117,17 +119,22 @@ class Folder:
 
         Raises: InputError.
         """
+        return self.arrays(path)[PIXELS]
+
+    def arrays(self, path: str) -> dict[str, Tensor]:
+        """The same with what the vision part takes beside them, by name. Raises: InputError."""
         try:
             loaded = np.load(path, allow_pickle=False)
             given = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {self.pixels_name: loaded}
             pixels = torch.from_numpy(np.ascontiguousarray(given[self.pixels_name], dtype=np.float32))
+            further = {name: torch.from_numpy(given[name]).to(kind) for name, (_, kind) in self.further.items()}
         except KeyError as error:
-            raise InputError(f"{path} holds no {self.pixels_name} (it holds {', '.join(given) or 'nothing'})") from error
+            raise InputError(f"{path} holds no {error.args[0]} (it holds {', '.join(given) or 'nothing'})") from error
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the pixel values {path!r}: {error}") from error
         if hasattr(loaded, "files"):
             self.check_layout({name: torch.from_numpy(value) for name, value in given.items()}, path)
-        return pixels
+        return {PIXELS: pixels, **further}
 
     def check_layout(self, given: Mapping[str, Tensor], path: str) -> None:
         """Raises: InputError where the images lie otherwise than in the example, though their values may be as many."""
@@ -158,9 +165,11 @@ class Folder:
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Generated:
         """Generates; see `Generator`. Raises: InputError."""
+        further = {name: options.pop(name) for name in self.further if name in options}
+        self.check_further(further)
         self.prompt.check_pivots(attention_mask, self.text.data["method"], self.text.data["plan"]["options"])
         begin = time.perf_counter()
-        made = self.vision({"pixel_values": self.cast(pixel_values)})
+        made = self.vision({PIXELS: self.cast(pixel_values), **further})
         deep = [made[f"deepstack_{i}"] for i in range(sum(name.startswith("deepstack_") for name in made))]
         outputs: dict[str, Any] = {"features": made["features"]} | ({"deepstack": deep} if deep else {})
         indices = {name: value for name, value in made.items() if name.endswith("_index")}
@@ -173,6 +182,19 @@ class Folder:
         result = self.text(next_position=self.prompt.positions(attention_mask)[1], **inputs, **options)
         result.seconds[0] += before
         return result
+
+    def check_further(self, given: Mapping[str, Tensor]) -> None:
+        """Raises: InputError where what the vision part takes beside the pixels is missing, or has another form."""
+        for name, (shape, kind) in self.further.items():
+            if name not in given:
+                raise InputError(
+                    f"the vision part takes {name} beside the pixels: pass all that the processor gives, as a .npz file "
+                    f"(--pixels), or {name}="
+                )
+            if tuple(given[name].shape) != shape or given[name].dtype != kind:
+                raise InputError(
+                    f"{name} is {tuple(given[name].shape)} of {given[name].dtype}, and the vision part takes {shape} of {kind}"
+                )
 
     def cast(self, pixels: Tensor) -> Tensor:
         """To the type that the file takes, checked. Raises: InputError."""
@@ -201,7 +223,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 def spec(
     prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
-    template: str | None, before: Sequence[int], pixels: str, fixed: Mapping[str, Tensor],
+    template: str | None, before: Sequence[int], pixels: str, fixed: Mapping[str, Tensor], further: Mapping[str, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
     return {
@@ -214,6 +236,7 @@ def spec(
         "before": list(before),
         "pixels": pixels,
         "fixed": {name: value.tolist() for name, value in fixed.items()},
+        "further": {name: [list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in further.items()},
         "plan": json.loads(vision.plan.json()),
         "kept": dict(vision.kept_of),
     }

@@ -39,12 +39,14 @@ class Generator:
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Generated:
         """Generates. input_ids: (B, L), with the images where those of the example are. attention_mask: (B, L), where the
-        parts take padding. options: of `tokcompile.llm.Generator`. Raises: InputError."""
+        parts take padding. options: what the vision part takes beside the pixels, and those of `tokcompile.llm.Generator`.
+        Raises: InputError."""
         plan = self.text.prefill.plan
         self.parts.prompt.check_pivots(attention_mask, plan.method, plan.options)
         begin = time.perf_counter()
+        further = {name: options.pop(name) for name in self.parts.further if name in options}
         with torch.no_grad():
-            inputs = self.parts.language_inputs(input_ids, self.parts.see(pixel_values), attention_mask)
+            inputs = self.parts.language_inputs(input_ids, self.parts.see(pixel_values, **further), attention_mask)
         before = time.perf_counter() - begin
         made = self.text(next_position=self.parts.prompt.positions(attention_mask)[1], **flat(inputs), **options)
         made.seconds[0] += before  # the image is part of the time to the first token

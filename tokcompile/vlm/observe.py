@@ -61,8 +61,9 @@ class Observed:
     language: name of the decoder. embeds: what it begins with, (B, L, D). decoding: where no function for features ran, the
     modules that are called on that, and what each gave: the decoder, or its layers where it makes its embeddings itself.
     beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the last token, (B,
-    vocabulary). fixed: inputs of that call beside the pixels, which say how the images lie, as image_sizes. masks: (B or 1, L,
-    L) by layer, True where a query sees a key. reaches: the window or chunk by layer."""
+    vocabulary). further: inputs of that call which are another one for each question or image, as are the pixels. fixed: its
+    other inputs, which say how the images lie, as image_sizes. masks: (B or 1, L, L) by layer, True where a query sees a key.
+    reaches: the window or chunk by layer."""
 
     source: Source = IMAGES
     owner: str | None = None
@@ -79,6 +80,7 @@ class Observed:
     position_ids: Tensor | None = None
     beside: list[str] = field(default_factory=list)
     logits: Tensor | None = None
+    further: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     reaches: dict[int, Reach | None] = field(default_factory=dict)
@@ -123,20 +125,33 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     else:
         seen.decoding = {}
     of_text = inputs["input_ids"].shape if seen.owner is None else None
-    seen.fixed = {
+    given = {
         name: value
         for name, value in inputs.items()
-        if name != seen.source.pixels
+        if name not in (seen.source.pixels, "input_ids")
         and any(value is one for one in (*seen.args, *seen.kwargs.values()))
         and isinstance(value, Tensor)
-        and value.shape != of_text
     }
+    seen.further = further_of(given)
+    seen.fixed = {name: value for name, value in given.items() if name not in seen.further and value.shape != of_text}
     if seen.embeds is None or not seen.masks:
         raise InputError(
             f"the decoder {seen.language!r} was not called on inputs_embeds, or does not call transformers' attention "
             "functions\n  what to do: nothing yet; optimize the parts of this model one by one"
         )
     return seen
+
+
+def further_of(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that belong to one question, ids and a mask that is named like them, or are a second form of the image."""
+    ids = [name for name in given if name.endswith("_input_ids")]
+    masks = [name.replace("input_ids", "attention_mask") for name in ids]
+    images = [n for n, value in given.items() if value.is_floating_point() and value.dim() > 2 and not is_mask(value)]
+    return {name: value for name, value in given.items() if name in {*ids, *masks, *images}}
+
+
+def is_mask(value: Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all())
 
 
 def begun(model: nn.Module, seen: Observed, inputs: Mapping[str, Any]) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,28 @@ class Vision(nn.Module):
     """Pixel values of images or videos to features as the language model receives them.
 
     forward gives {"features": (rows, n, D), "deepstack": [(rows, n, D), ...]}, the latter where the model has such: one row
-    an image where all are computed side by side, else one row for all. What belongs to the pixel values (grids, image sizes)
-    is that of the example, fixed.
+    an image where all are computed side by side, else one row for all. Beside the pixels it takes what the model makes features
+    of too, such as a question, by name. What belongs to the pixel values (grids, image sizes) is that of the example, fixed.
     """
 
     def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
         super().__init__()
         self.model, self.whole, self.features = model, seen.whole, seen.source.features
         self.owner, self.behind = seen.owner or "", seen.behind
-        self.call = [marked(value, pixels) for value in seen.args], {k: marked(v, pixels) for k, v in seen.kwargs.items()}
-        if not any(value is HERE for value in [*self.call[0], *self.call[1].values()]):
+        named = {PIXELS: pixels, **seen.further}
+        self.call = [marked(v, named) for v in seen.args], {k: marked(v, named) for k, v in seen.kwargs.items()}
+        if Here(PIXELS) not in [v for v in [*self.call[0], *self.call[1].values()] if isinstance(v, Here)]:
             raise InputError(
                 f"{self.features} of {self.owner or 'the model'} is not called with the example's pixel values themselves, but "
                 "with something made of them\n  what to do: optimize the vision part by itself, or the whole model"
             )
         self.train(model.training)
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Any]:
+    def forward(self, pixel_values: Tensor, **further: Tensor) -> dict[str, Any]:
         args, kwargs = self.call
-        given = [pixel_values if value is HERE else value for value in args]
-        named = {name: pixel_values if value is HERE else value for name, value in kwargs.items()}
+        inputs = {PIXELS: pixel_values, **further}
+        given = [inputs[value.name] if isinstance(value, Here) else value for value in args]
+        named = {name: inputs[value.name] if isinstance(value, Here) else value for name, value in kwargs.items()}
         caught: list[Tensor] = []
         handle = None
         if self.whole is not None:  # before the model cuts the features of all images apart
@@ -65,7 +67,7 @@ class Vision(nn.Module):
 
 class Placed(nn.Module):
     """Pixel values to what the decoder begins with at the placeholders, {"features": (B, n, D)}, of a model without a function
-    for features. All else that the model is given is that of the example, fixed.
+    for features. All else that the model is given is that of the example, fixed, but what it makes features of too.
 
     spans: of the placeholders.
     """
@@ -75,8 +77,8 @@ class Placed(nn.Module):
         self.model, self.seen, self.spans = model, seen, tuple(spans)
         self.train(model.training)
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Any]:
-        embeds = begun(self.model, self.seen, self.seen.kwargs | {self.seen.source.pixels: pixel_values})
+    def forward(self, pixel_values: Tensor, **further: Tensor) -> dict[str, Any]:
+        embeds = begun(self.model, self.seen, self.seen.kwargs | {self.seen.source.pixels: pixel_values} | further)
         return {"features": torch.cat([embeds[:, start:stop] for start, stop in self.spans], 1)}
 
 
@@ -84,15 +86,24 @@ def in_one_row(images: Sequence[Tensor]) -> Tensor:
     return (images[0] if len(images) == 1 else torch.cat(list(images)))[None]
 
 
-HERE = object()  # stands for the pixel values among the arguments of get_image_features or its like
+PIXELS = "pixel_values"  # what the vision part calls them, whatever they are called in the model
 
 
-def marked(value: Any, pixels: Tensor) -> Any:
-    """Also where a view of all of them is passed on, as by `pixel_values[:1]`."""
-    if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (pixels.shape, pixels.dtype, pixels.device):
-        return value
-    same = (value.data_ptr(), value.stride()) == (pixels.data_ptr(), pixels.stride())
-    return HERE if same else value
+class Here(NamedTuple):
+    """Stands for an input of the vision part among the arguments of get_image_features or its like."""
+
+    name: str
+
+
+def marked(value: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """Also where a view of all of one is passed on, as by `pixel_values[:1]`."""
+    found = next((name for name, one in inputs.items() if isinstance(value, Tensor) and same_values(value, one)), None)
+    return value if found is None else Here(found)
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride())
 
 
 class Embeddings(nn.Module):

@@ -76,11 +76,17 @@ class Parts:
         """Of the first token that is generated, (B, 1); it is not the number of tokens in a cache."""
         return self.prompt.next_position
 
-    def see(self, pixel_values: Tensor) -> dict[str, Any]:
+    @property
+    def further(self) -> list[str]:
+        """Names of what the vision part takes beside the pixels, such as qformer_input_ids."""
+        return list(self.vision.kwargs)
+
+    def see(self, pixel_values: Tensor, **further: Tensor) -> dict[str, Any]:
         """What the vision part, reduced or not, gives: features, deepstack, and kept where fewer are left: which of the
-        image's tokens they stand for, (B, k)."""
+        image's tokens they stand for, (B, k). further: what it takes beside the pixels. Raises: InputError."""
+        check_further(self.further, further)
         with torch.no_grad():
-            out = (self.optimized or self.vision.module)(pixel_values)
+            out = (self.optimized or self.vision.module)(pixel_values, **further)
         made, indices = out if isinstance(out, ReducedOutput) else (out, {})
         optimized = self.optimized
         return seen_by(self.prompt, made, indices, optimized.kept_of if optimized is not None else {})
@@ -113,10 +119,12 @@ class Parts:
         """Whether the language part takes ids beside embeddings."""
         return "input_ids" in self.language.kwargs
 
-    def __call__(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+    def __call__(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **further: Tensor
+    ) -> dict[str, Any]:
         """The parts one after the other, in PyTorch: logits, keys and values of the prompt."""
         with torch.no_grad():
-            inputs = self.language_inputs(input_ids, self.see(pixel_values), attention_mask)
+            inputs = self.language_inputs(input_ids, self.see(pixel_values, **further), attention_mask)
             return dict(self.language.module(**inputs))
 
     def after(self, vision: OptimizedModel, *, renumber: bool = False) -> Parts:
@@ -128,7 +136,7 @@ class Parts:
         Raises: InputError, UnsupportedGraph.
         """
         first = replace(self, optimized=vision)
-        features = first.see(self.vision.args[0])
+        features = first.see(*self.vision.args, **self.vision.kwargs)
         prompt = self.prompt.shortened(features.get("kept"), renumber)
         short = replace(first, prompt=prompt, view=self.view.shortened(self.prompt.spans, prompt.rows(None)[0].tolist()))
         mask = self.prompt.mask if self.padded else None
@@ -211,7 +219,7 @@ def split(
     found = image_spans(ids, token)
     seen = observe(model, inputs)
     check_seen(model, seen, found)
-    check_question(model, seen, found)
+    check_question(model, seen, found, inputs)
     view = visibility(seen, mask, found)
     positions = seen.position_ids
     if positions is None:
@@ -224,13 +232,13 @@ def split(
     def vision(model: nn.Module) -> nn.Module:
         return Placed(model, seen, found) if seen.owner is None else Vision(model, seen, pixels)
 
-    slim, _ = used_only(model, lambda m: vision(m)(pixels))
-    made = Part(vision(slim).eval(), (pixels,), {})
+    slim, _ = used_only(model, lambda m: vision(m)(pixels, **seen.further))
+    made = Part(vision(slim).eval(), (pixels,), dict(seen.further))
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
     parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits)
-    features = parts.see(pixels)
+    features = parts.see(pixels, **seen.further)
     check_features(seen, features, prompt, table.module(ids))
     if room is not None:
         prompt, old = prompt.with_room(room)
@@ -370,28 +378,28 @@ def check_seen(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
         )
 
 
-def check_question(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
+def check_question(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> None:
     """Raises: InputError where features depend on the text: those of one question would be given for all."""
     where = seen.source.features if seen.owner is not None else type(model).__name__
-    more = [n for n, value in seen.fixed.items() if value.is_floating_point() and value.dim() > 2 and not is_mask(value)]
-    if more:
+    ids = inputs["input_ids"]
+    if seen.owner is None:
+        given = changed(model, seen, spans, {"input_ids": other_text(ids, spans)})
+    else:
+        given = any(value is ids for value in (*seen.args, *seen.kwargs.values()))
+    if given:
         raise InputError(
-            f"{where} is given {more[0]} beside {seen.source.pixels}: a second form of the image, and the "
-            "vision part takes one\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
-        )
-    text = [name for name in seen.fixed if name.endswith("input_ids")]
-    if seen.owner is None and changed(model, seen, spans, {"input_ids": other_text(seen.kwargs["input_ids"], spans)}):
-        text.append("input_ids")
-    if text:
-        raise InputError(
-            f"{where} is given {text[0]} too: this model looks at an image with the question in mind, so that "
-            "its vision part would hold for the example's question alone\n  what to do: optimize the whole model, with "
-            "use_cache=False, or its vision tower by itself"
+            f"{where} is given input_ids too: this model looks at an image with the question in mind, so that its vision "
+            "part would hold for the example's question alone\n  what to do: optimize the whole model, with use_cache=False, "
+            "or its vision tower by itself"
         )
 
 
-def is_mask(value: Tensor) -> bool:
-    return bool(((value == 0) | (value == 1)).all())
+def check_further(wanted: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises: InputError where the vision part is not given what it takes beside the pixels."""
+    for name in sorted(set(wanted) ^ set(given)):
+        if name in wanted:
+            raise InputError(f"the vision part takes {name} beside the pixels: pass it too, as {name}=")
+        raise InputError(f"the vision part takes no {name} ({', '.join(['the pixels', *wanted])})")
 
 
 def changed(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> bool:
