@@ -23,6 +23,7 @@ Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
 SAMPLES = "samples"  # the key of a view that gives each sample of the batch its features
 WRITES = {"aten.masked_scatter", "aten.index_put"}
+FILLS = ("aten.zeros_like", "aten.zeros", "aten.full")
 
 
 def placeholders_at(spans: Spans) -> str:
@@ -35,6 +36,7 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
     A write that is no run of positions common to all rows of the batch stays what it is.
     """
     fixed = []
+    parts: set[Node] = set()  # of a result that is put together from nothing, as by experts for text and others for images
     for node in list(gm.graph.nodes):
         masked = write_by_mask(node)
         if masked is not None:
@@ -50,7 +52,7 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
                 if read_by(program, inputs):
                     fixed.append(Fixed(program, mask, placeholders_at(spans)))
         elif packet(node) in ("aten.index_put", "aten.index"):
-            at_positions(gm, node, inputs)
+            at_positions(gm, node, inputs, parts)
         elif node.target is aten.where.self:
             fixed += by_rank(gm, node, inputs)
     return fixed
@@ -92,24 +94,29 @@ def one_row(gm: GraphModule, node: Node, base: Node, mask: Node, row: Node) -> N
     stand_in(node, new)
 
 
-def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> None:
-    """`x[rows, positions]` and its assignment, where the index tensors are constants that name whole runs."""
+def at_positions(gm: GraphModule, node: Node, inputs: Sequence[Any], parts: set[Node]) -> None:
+    """`x[rows, positions]` and its assignment, where the index tensors are constants that name whole runs; the same with all
+    channels named one by one, as a mask of x's own shape does. parts: nodes that are put together from nothing."""
     a = bind(node)
     base, indices = a["self"], a["indices"]
     reads = packet(node) == "aten.index"
     if not isinstance(base, Node) or len(shape(base)) < 2 or (not reads and a["accumulate"]):
         return
-    if len(indices) != len(shape(base)) - 1 or not all(isinstance(i, Node) for i in indices):
+    if len(shape(base)) - len(indices) not in (0, 1) or not all(isinstance(i, Node) for i in indices):
         return
     programs = [program_of(gm, i) for i in indices]
     positions = [None if read_by(one, inputs) else value_of(one, inputs) for one in programs]
+    if len(indices) == len(shape(base)):
+        positions = tokens_of_channels(positions, shape(base)[-1])
     spans = spans_of_positions(positions, shape(base))
     if not spans:
         return
     if reads:
         taken(gm, node, base, spans)
     elif numel(a["values"]) == written(spans, shape(base)):
-        joined(gm, node, base, a["values"], spans)
+        nothing = base in parts or packet(base) in FILLS
+        new = joined(gm, node, base, a["values"], spans, in_prompt=not nothing)
+        parts |= {new} if nothing else set()
 
 
 def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
@@ -141,8 +148,19 @@ def by_rank(gm: GraphModule, node: Node, inputs: Sequence[Any]) -> list[Fixed]:
     return [one for one in held if read_by(one.program, inputs)]
 
 
-def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans) -> None:
-    """`base` with `features` in the place of its tokens at `spans`."""
+def tokens_of_channels(positions: Sequence[Tensor | None], width: int) -> list[Tensor | None]:
+    """Index tensors without the last one, where that counts the channels of each token that the others name."""
+    if any(p is None or p.dim() != 1 or p.numel() % width for p in positions):
+        return [None]
+    *tokens, channels = (p.reshape(-1, width) for p in positions if p is not None)
+    same = all(bool((t == t[:, :1]).all()) for t in tokens) and bool((channels == torch.arange(width)).all())
+    return [t[:, 0] for t in tokens] if same else [None]
+
+
+def joined(
+    gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans, in_prompt: bool = True
+) -> Node:  # fmt: skip
+    """`base` with `features` in the place of its tokens at `spans`. in_prompt: whether they may be an image's among text."""
     sizes = shape(base)
     axis, lead = len(sizes) - 2, list(sizes[:-2])
     emit = emitter(gm, node)
@@ -158,9 +176,10 @@ def joined(gm: GraphModule, node: Node, base: Node, features: Node, spans: Spans
     if at < sizes[axis]:
         pieces.append(emit(aten.slice.Tensor, base, axis, at, sizes[axis]))
     new = emit(aten.cat.default, pieces, axis)
-    if from_inputs(base):  # else they are laid out around weights, and in no prompt
+    if in_prompt and from_inputs(base):  # else they are laid out around weights, and in no prompt
         rows.meta[SAMPLES], new.meta[SPANS] = True, spans
     stand_in(node, new)
+    return new
 
 
 def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
@@ -168,8 +187,7 @@ def taken(gm: GraphModule, node: Node, base: Node, spans: Spans) -> None:
     sizes, emit = shape(base), emitter(gm, node)
     pieces = [emit(aten.slice.Tensor, base, len(sizes) - 2, start, stop) for start, stop in spans]
     rows = pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, len(sizes) - 2)
-    count = sum(stop - start for start, stop in spans)
-    new = emit(aten.reshape.default, rows, [prod(sizes[:-2]) * count, sizes[-1]])
+    new = emit(aten.reshape.default, rows, list(shape(node)))
     stand_in(node, new)
 
 

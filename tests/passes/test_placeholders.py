@@ -53,6 +53,35 @@ def test_positions_named_by_constants_are_joined_and_taken():
     assert not gm.meta[FIXED]  # constants do not change from call to call
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_of_two_kinds_go_through_layers_of_their_own(rows):
+    there = (IDS[:1] == 9)[..., None].expand(rows, -1, 6)
+
+    def experts(text):
+        made = torch.zeros_like(text)
+        made[~there] = (text[~there].view(-1, 6) * 2).flatten()
+        made[there] = text[there].view(-1, 6).cumsum(1).flatten()
+        return made + text
+
+    gm = canonical(experts, TEXT[:rows])
+    assert not spans(gm)  # not even where the layers for images wrote: what is upstream is no tower
+    assert not {"index.Tensor", "index_put.default"} & set(ops(gm))
+    assert torch.equal(gm(TEXT[:rows])[0], experts(TEXT[:rows]))
+
+
+def test_some_channels_named_one_by_one_stay_what_they_are():
+    there = ((IDS[:1] == 9)[..., None] & (torch.arange(6) < 5)).expand(1, -1, 6)
+
+    def write(text):
+        text = text.clone()
+        text[there] = text[there] * 2
+        return text
+
+    gm = canonical(write, TEXT[:1])
+    assert "index_put.default" in ops(gm)
+    assert torch.equal(gm(TEXT[:1])[0], write(TEXT[:1]))
+
+
 def test_what_is_laid_out_around_weights_is_no_prompt():
     """A class token in front of patches, by an index."""
     places, tokens = torch.arange(1, 6), torch.zeros(1, 6, 6)
