@@ -128,15 +128,17 @@ class Language(nn.Module):
     inputs_embeds: (B, L, D). position_ids: (B, L), or (axes, B, L) where positions have several axes. attention_mask:
     (B, L), where the prompt may be padded. deepstack: (B, n, D) each, added to the image's tokens behind as many layers as
     `after` says. input_ids: (B, L), where the model makes more of the ids than embeddings, such as inputs of single layers.
+    kinds: further arguments of the model, (B, L), with one number for each span and 0 elsewhere.
     """
 
     def __init__(
         self, model: nn.Module, decoder: str, view: Visibility, spans: Sequence[tuple[int, int]], length: int, *,
         moved: bool = False, all_logits: bool = False, after: Sequence[int] = (),
+        kinds: Mapping[str, Sequence[int]] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.decoder, self.spans, self.length = model, decoder, tuple(spans), length
-        self.after = tuple(after)
+        self.after, self.kinds = tuple(after), dict(kinds or {})
         self.prompt_masks = PromptMasks(length, view, moved)
         self.last = {} if all_logits else last_logits(model)
         self.cache = cache_name(model)
@@ -162,9 +164,16 @@ class Language(nn.Module):
             prompt = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
             out = self.model(
                 position_ids=position_ids, attention_mask=passing_mask(), use_cache=True, **prompt, **{self.cache: cache},
-                **self.last,
+                **self.last, **{name: self.kind(inputs_embeds, numbers) for name, numbers in self.kinds.items()},
             )  # fmt: skip
         return {"logits": out.logits, **cache.outputs()}
+
+    def kind(self, inputs_embeds: Tensor, numbers: Sequence[int]) -> Tensor:
+        """(B, L) with one number for each span."""
+        made = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        for (start, stop), number in zip(self.spans, numbers):
+            made[:, start:stop] = number
+        return made
 
     @contextmanager
     def entering(self, inputs_embeds: Tensor) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ class Parts:
     vision: pixel values to image features. embeddings: ids to embeddings. language: embeddings to logits and caches.
     prompt: where the image's tokens are, and the positions of all. spans: those of the image in the prompt that the
     language part takes. model: the whole model. causal: name of the module in it that runs on embeddings, with which tokens are
-    decoded; "" where that is the model itself. optimized: the vision part after reduction, where there is one.
+    decoded; "" where that is the model itself. kinds: what the decoder is told of each span, by name, and 0 of all text.
+    optimized: the vision part after reduction, where there is one.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Parts:
     view: Visibility
     all_logits: bool
     causal: str = ""
+    kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         pixels, length = tuple(self.vision.args[0].shape), self.prompt.full_length
@@ -169,7 +171,7 @@ class Parts:
             return Language(
                 model, self.seen.language.removeprefix(f"{self.causal}."), self.view, self.prompt.spans, self.prompt.length,
                 moved=attention_mask is not None or self.optimized is not None, all_logits=self.all_logits,
-                after=self.seen.after,
+                after=self.seen.after, kinds=self.kinds,
             )  # fmt: skip
 
         try:
@@ -237,7 +239,8 @@ def split(
     table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
-    parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits)
+    kinds = kinds_of(seen, inputs, prompt.full)
+    parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits, kinds=kinds)
     features = parts.see(pixels, **seen.further)
     check_features(seen, features, prompt, table.module(ids))
     if room is not None:
@@ -252,6 +255,23 @@ def split(
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
     return parts.with_any_language(ids, features, prompt.mask if takes else None)
+
+
+def kinds_of(seen: Observed, inputs: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
+    """What the decoder is given of each token beside embeddings, where it is one number for all of a span and 0 for text: it is
+    known for a shorter prompt too, and new tokens need none."""
+    kinds = {}
+    for name in seen.beside:
+        value = inputs.get(name)
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.shape != inputs["input_ids"].shape:
+            continue
+        found = [value[:, start:stop].unique().tolist() for start, stop in spans]
+        text = value.clone()
+        for start, stop in spans:
+            text[:, start:stop] = 0
+        if all(len(numbers) == 1 for numbers in found) and not bool(text.any()):
+            kinds[name] = tuple(int(numbers[0]) for numbers in found)
+    return kinds
 
 
 def causal_inside(model: nn.Module, decoder: str) -> str:
