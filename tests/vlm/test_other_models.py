@@ -184,24 +184,6 @@ def kosmos():
     return model, {n: v for n, v in inputs.items() if n != "pixel_values"}
 
 
-def ernie():
-    """Experts for text and experts for images, to whom each token goes by its kind."""
-    config = class_of("Ernie4_5_VLMoeConfig")(
-        vision_config=dict(depth=1, hidden_size=48, num_heads=4, patch_size=8, spatial_merge_size=2, intermediate_size=96),
-        text_config=DECODER | dict(
-            num_hidden_layers=2, moe_intermediate_size=[32, 32], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1,
-            mlp_layer_types=["dense", "sparse"],
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2]),
-        ),
-        image_token_id=60, video_token_id=59, image_start_token_id=61, image_end_token_id=62, video_start_token_id=57,
-        video_end_token_id=58,
-    )  # fmt: skip
-    inputs = prompt(12, noise(48, 192), image_grid_thw=torch.tensor([[1, 8, 6]]))
-    kinds = (inputs["input_ids"] == 60).int()
-    model = class_of("Ernie4_5_VLMoeForConditionalGeneration")(config)
-    return model, inputs | dict(mm_token_type_ids=kinds, moe_mm_token_type_ids=kinds)
-
-
 @functools.cache
 def made(make):
     with seeded():
@@ -341,23 +323,6 @@ def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
 def test_what_cannot_be_taken_apart_is_refused(make, why):
     with pytest.raises(InputError, match=why):
         split(*made(make), image_token=60)
-
-
-def test_kinds_of_tokens_are_known_for_a_shorter_prompt():
-    model, inputs = made(ernie)
-    parts = split(model, inputs, room=[6, 7])
-    ids, mask = parts.prompt.lay_out(parts.prompt.texts_of(inputs["input_ids"][0].tolist()), padded=True)
-    assert parts.kinds == {"moe_mm_token_type_ids": (1,)}
-    want = run(model, **inputs).logits[:, -1]
-    assert error(parts(inputs["pixel_values"], ids, mask)["logits"][:, -1], want) < 1e-5
-    parts = split(model, inputs)
-    options = dict(method="random", budget=tokcompile.Tokens(4), where=[1], spans=parts.spans, outputs="reduced")
-    prefill = tokcompile.optimize(*parts.language, **options)
-    gone = dropped(run(prefill, **parts.language.kwargs).kept["s0_index"][0], *parts.spans[0])
-    result = Generator(parts, prefill, max_new_tokens=6)(inputs["pixel_values"], inputs["input_ids"], eos=(), keep_logits=True)
-    with hidden(gone, {1 + 1 + 2 * step for step in range(6)}):  # behind the one layer of the tower
-        want = run(model.generate, **inputs | {"use_cache": True}, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(result.tokens, want[:, -6:])
 
 
 def test_what_cannot_be_decoded_is_refused():

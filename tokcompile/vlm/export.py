@@ -76,7 +76,7 @@ def export(
         before = [int(i) for i, real in zip(ids[0, :start], parts.prompt.mask[0, :start]) if real]
         images = spec(
             parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.source.pixels, parts.seen.fixed,
-            further,
+            further, parts.words,
         )  # fmt: skip
         files = {name: file for name, file in report.files.items() if name != "vision"}
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from tokcompile.vlm.generate import flat
 from tokcompile.vlm.image import Preprocess, pixel_values
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.observe import IMAGES
-from tokcompile.vlm.parts import PIXELS
+from tokcompile.vlm.parts import PIXELS, with_words
 from tokcompile.vlm.prompt import Prompt
 
 KEY = "images"
@@ -56,6 +56,7 @@ class Folder:
             self.fixed = {name: torch.tensor(values) for name, values in data["fixed"].items()}
             self.pixels_name = data.get("pixels", IMAGES.pixels)
             self.further = {name: (tuple(s), getattr(torch, kind)) for name, (s, kind) in data.get("further", {}).items()}
+            self.words = {int(i): torch.tensor(row) for i, row in data.get("words", {}).items()}
             self.template, self.before = data["template"], [int(i) for i in data["before"]]
             vision = os.path.join(self.path, data["vision"])
         except KeyError as error:
@@ -213,7 +214,7 @@ class Folder:
         wrong = ids[(ids < 0) | (ids >= len(self.text.embeddings))]
         if len(wrong):
             raise InputError(f"the id {int(wrong[0])} is not among the {len(self.text.embeddings)} of the vocabulary")
-        return torch.from_numpy(self.text.embeddings[ids.numpy()])
+        return with_words(torch.from_numpy(self.text.embeddings[ids.numpy()]), ids, self.words)
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folder:
@@ -224,6 +225,7 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 def spec(
     prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
     template: str | None, before: Sequence[int], pixels: str, fixed: Mapping[str, Tensor], further: Mapping[str, Tensor],
+    words: Mapping[int, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """The part of generate.json that is about images."""
     return {
@@ -237,6 +239,7 @@ def spec(
         "pixels": pixels,
         "fixed": {name: value.tolist() for name, value in fixed.items()},
         "further": {name: [list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in further.items()},
+        "words": {str(word): row.tolist() for word, row in words.items()},
         "plan": json.loads(vision.plan.json()),
         "kept": dict(vision.kept_of),
     }

@@ -58,8 +58,8 @@ class Observed:
     one (n, D) an image. whole: name of a module that gives them all side by side, (images, n, D), where there is one. behind:
     name of a module that is given all features before they are placed, and how many axes they have there. deepstack: the same
     as features, for each layer of those that are added inside of the decoder. after: how many layers are behind it there.
-    language: name of the decoder. embeds: what it begins with, (B, L, D). decoding: where no function for features ran, the
-    modules that are called on that, and what each gave: the decoder, or its layers where it makes its embeddings itself.
+    language: name of the decoder. embeds: what it begins with, (B, L, D). decoding: the modules that are called on that, and
+    what each gave: the decoder, or its layers where it makes its embeddings itself.
     beside: names of tensors that it is given beside embeddings, positions and a mask. logits: of the last token, (B,
     vocabulary). further: inputs of that call which are another one for each question or image, as are the pixels. fixed: its
     other inputs, which say how the images lie, as image_sizes. masks: (B or 1, L, L) by layer, True where a query sees a key.
@@ -122,8 +122,6 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     seen.logits = logits[:, -1] if isinstance(logits, Tensor) and logits.dim() == 3 else None
     if seen.owner is None:
         seen.kwargs = {**inputs, **last_logits(model)}
-    else:
-        seen.decoding = {}
     of_text = inputs["input_ids"].shape if seen.owner is None else None
     given = {
         name: value

@@ -107,18 +107,25 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 
 class Embeddings(nn.Module):
-    """Token ids (B, L) to embeddings (B, L, D); image placeholders get one that is replaced by a feature."""
+    """Token ids (B, L) to embeddings (B, L, D); image placeholders get one that is replaced by a feature. words: embeddings
+    (D,) of ids that have another one in a prompt with an image than in the table."""
 
-    def __init__(self, model: Any, image_token: int):
+    def __init__(self, model: Any, image_token: int, words: Mapping[int, Tensor] | None = None):
         super().__init__()
-        self.table, self.image_token = model.get_input_embeddings(), image_token
+        self.table, self.image_token, self.words = model.get_input_embeddings(), image_token, dict(words or {})
         self.outside = image_token >= self.table.weight.shape[0]
         self.train(model.training)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if self.outside:
-            input_ids = input_ids.masked_fill(input_ids == self.image_token, 0)
-        return self.table(input_ids)
+        known = input_ids.masked_fill(input_ids == self.image_token, 0) if self.outside else input_ids
+        return with_words(self.table(known), input_ids, self.words)
+
+
+def with_words(embeds: Tensor, input_ids: Tensor, words: Mapping[int, Tensor]) -> Tensor:
+    """The same (B, L, D) with other embeddings of some ids."""
+    for word, row in words.items():
+        embeds = torch.where((input_ids == word)[..., None], row.to(embeds), embeds)
+    return embeds
 
 
 class Language(nn.Module):

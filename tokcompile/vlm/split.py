@@ -83,6 +83,11 @@ class Parts:
         """Names of what the vision part takes beside the pixels, such as qformer_input_ids."""
         return list(self.vision.kwargs)
 
+    @property
+    def words(self) -> dict[int, Tensor]:
+        """Embeddings (D,) of ids that have another one beside an image than when they are generated."""
+        return self.embeddings.module.words if isinstance(self.embeddings.module, Embeddings) else {}
+
     def see(self, pixel_values: Tensor, **further: Tensor) -> dict[str, Any]:
         """What the vision part, reduced or not, gives: features, deepstack, and kept where fewer are left: which of the
         image's tokens they stand for, (B, k). further: what it takes beside the pixels. Raises: InputError."""
@@ -236,7 +241,9 @@ def split(
 
     slim, _ = used_only(model, lambda m: vision(m)(pixels, **seen.further))
     made = Part(vision(slim).eval(), (pixels,), dict(seen.further))
-    table = Part(Embeddings(model, token).eval(), (), {"input_ids": ids})
+    words = words_of(model, seen, inputs, Embeddings(model, token), found)
+    seen.decoding = {} if seen.owner is not None else seen.decoding  # it holds a cache, and is not read again
+    table = Part(Embeddings(model, token, words).eval(), (), {"input_ids": ids})
     if padded is False and (room is not None or bool((prompt.mask == 0).any())):
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
     kinds = kinds_of(seen, inputs, prompt.full)
@@ -255,6 +262,52 @@ def split(
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
     return parts.with_any_language(ids, features, prompt.mask if takes else None)
+
+
+def words_of(
+    model: nn.Module, seen: Observed, inputs: Mapping[str, Any], table: Embeddings, spans: Sequence[Span]
+) -> dict[int, Tensor]:
+    """Ids that the model embeds otherwise beside an image than its table does, as Ovis 2 those around it, and how: (D,). Where
+    the example has any, all are tried that the configuration names, at two places and with two images."""
+    ids, pixels = inputs["input_ids"], seen.source.pixels
+    image = {p for span in spans for p in range(*span)}
+    text = torch.tensor([p for p in range(ids.shape[1]) if p not in image], device=ids.device)
+    size, words = table.table.weight.shape[0], {}
+    assert seen.embeds is not None
+    if seen.embeds.shape[:2] != ids.shape or not len(text) or near(seen.embeds[:, text], table(ids[:, text]), seen.embeds):
+        return {}
+    named = sorted(i for i in named_ids(config_dict(model)) - {table.image_token} if 0 <= i < size)
+    for at in range(0, len(named), len(text)):
+        some = torch.tensor(named[at : at + len(text)]).to(ids)
+        met = []
+        for places, values in ((text, inputs[pixels]), (text.roll(1), inputs[pixels].flip(-2))):
+            prompt = ids.index_copy(1, places[: len(some)], some.expand(len(ids), -1))
+            with torch.no_grad():
+                embeds = begun(model, seen, {**inputs, pixels: values, "input_ids": prompt})
+            met.append(embeds[0, places[: len(some)]])
+        for word, plain, one, other in zip(some, table(some[None])[0], *met):
+            if torch.equal(one, other) and not near(one, plain, seen.embeds):
+                words[int(word)] = one
+    return words
+
+
+def near(a: Tensor, b: Tensor, embeds: Tensor) -> bool:
+    return bool((a - b).abs().max() <= CLOSE * embeds.abs().max())
+
+
+def config_dict(model: nn.Module) -> dict[str, Any]:
+    return getattr(getattr(model, "config", None), "to_dict", dict)()
+
+
+def named_ids(config: Mapping[str, Any]) -> set[int]:
+    """The ids of special tokens in a configuration, in nested ones too."""
+    found: set[int] = set()
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= named_ids(value)
+        elif "token_i" in str(name):
+            found |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+    return found
 
 
 def kinds_of(seen: Observed, inputs: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
