@@ -116,19 +116,11 @@ def inline_regions(gm: GraphModule) -> None:
                 "convert the model's weights and inputs to the wanted dtype before optimizing",
             )
         inner = get_attr(gm, node.args[at].target)
-        env: dict[Node, Any] = {}
-        arguments = iter(node.args[at + 1 :])
+        env: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args[at + 1 :]))
         with gm.graph.inserting_before(node):
-            for n in inner.graph.nodes:
-                if n.op == "placeholder":
-                    env[n] = next(arguments)
-                elif n.op == "get_attr":
-                    name = f"{node.args[at].target}.{n.target}"
-                    env[n] = gm.graph.get_attr(name)
-                elif n.op == "output":
-                    result = torch.fx.node.map_arg(n.args[0], env.__getitem__)
-                else:
-                    env[n] = gm.graph.node_copy(n, env.__getitem__)
+            for n in inner.graph.find_nodes(op="get_attr"):
+                env[n] = gm.graph.get_attr(f"{node.args[at].target}.{n.target}")
+            result = gm.graph.graph_copy(inner.graph, env)
         for user in list(node.users):
             user.replace_all_uses_with(result[user.args[1]])
             gm.graph.erase_node(user)
