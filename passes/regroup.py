@@ -82,7 +82,8 @@ def find_groupings(gm: GraphModule, structure: Structure) -> list[Grouping]:
         exits: list[Exit] = []
         for movement in found:
             if movement.source in behind and is_tensor(movement.source) and length_in(movement.source, blocks[0]):
-                exits += exits_of(movement, blocks[0])
+                last = not reachable_from({movement.source}) & {b.entry for b in blocks}
+                exits += exits_of(movement, blocks[0], last)
         exits.sort(key=lambda e: structure.order[e.node])
         exits = [e for e in exits if e.form.unit == exits[0].form.unit and torch.equal(e.form.order, exits[0].form.order)]
         if exits and needed(exits, stage):
@@ -121,11 +122,13 @@ def tokens_first(block: Block) -> bool:
     return block.batch_axis == 1 and samples(block) > 1
 
 
-def exits_of(movement: Movement, block: Block) -> list[Exit]:
-    """The ends of a movement whose rows are groups of tokens; channels have to be on the last axis."""
+def exits_of(movement: Movement, block: Block, last: bool = False) -> list[Exit]:
+    """The ends of a movement whose rows are groups of tokens; channels have to be on the last axis. last: whether no block of
+    the tower follows, so that groups that were picked by an index may keep an axis for their members."""
     source, out = movement.source, []
     sizes = shape(source)
-    rows = {n: rows_of(n) for n in movement.ends if shape(n)}
+    picked = last and any(packet(n) in ("aten.index", "aten.index_select") for n in movement.nodes)
+    rows = {n: shape(n)[:-2] if picked and members_apart(n, sizes) else rows_of(n) for n in movement.ends if shape(n)}
     candidates = [n for n, lead in rows.items() if prod(lead) < prod(sizes[:-1]) and shape(n)[-1] % sizes[-1] == 0]
     if not candidates:
         return []
@@ -139,6 +142,12 @@ def exits_of(movement: Movement, block: Block) -> list[Exit]:
         if form is not None:
             out.append(Exit(node, source, form))
     return out
+
+
+def members_apart(node: Node, sizes: tuple[int, ...]) -> bool:
+    """Whether it may be (groups, members, D), as where a token is made of its patches by attention."""
+    mine = shape(node)
+    return len(mine) > 2 and mine[-2] > 1 and mine[-1] == sizes[-1] and prod(mine) == prod(sizes)
 
 
 def rows_of(node: Node) -> tuple[int, ...]:
@@ -258,7 +267,9 @@ class InGroupOrder(Rewriter):
             x = emit(aten.to.dtype, x, dtype)
         if whole and stage.prefix + stage.suffix:
             x = emit(aten.slice.Tensor, x, 1, stage.prefix, stage.length - stage.suffix)
-        lead, width = list(rows_of(exit.node)), shape(x)[-1]
+        width = shape(x)[-1]
+        lead = list(rows_of(exit.node))
+        lead = lead[:-1] if prod(lead) * form.unit > prod(shape(x)[:-1]) else lead
         if form.mean > 1:
             x = emit(aten.reshape.default, x, [*lead, form.groups, form.mean, width])
             x = emit(aten.mean.dim, x, [len(lead) + 1])

@@ -150,6 +150,17 @@ def normed(h, w, r, s):
     return end
 
 
+def attended(h, w, r, s):
+    """Groups that an index picks, whose members see each other."""
+    order = torch.tensor(members(h, w, r, s)).flatten()
+
+    def end(x):
+        x = x[:, order].view(len(x), -1, r * s, D)
+        return scaled_dot_product_attention(x, x, x).flatten(2)
+
+    return end
+
+
 CASES = {
     "shuffle": (shuffle(6, 4, 2, 2), 6, 4, 0, members(6, 4, 2, 2), 1),
     "shuffle behind a class token": (shuffle(4, 6, 2, 2, 1), 4, 6, 1, members(4, 6, 2, 2), 1),
@@ -166,6 +177,7 @@ CASES = {
     "half the size": (halved(6, 4), 6, 4, 0, members(6, 4, 2, 2), 4),
     "weights": (weighted(6, 4, 3, 2), 6, 4, 0, members(6, 4, 3, 2), 6),
     "groups behind a norm": (normed(6, 4, 2, 2), 6, 4, 0, members(6, 4, 2, 2), 1),
+    "attention in groups": (attended(6, 4, 2, 2), 6, 4, 0, members(6, 4, 2, 2), 1),
 }
 
 
