@@ -51,6 +51,26 @@ def ernie():
     return model, inputs | dict(mm_token_type_ids=kinds, moe_mm_token_type_ids=kinds)
 
 
+def molmo():
+    """Features that are added to the embedding of their placeholder, each of a group of patches that an index names."""
+    body = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=12)
+    config = class_of("Molmo2Config")(
+        vision_config=body | dict(num_hidden_layers=2, image_size=[32, 32], patch_size=8, num_position_embeddings=16),
+        adapter_config=body | dict(vision_feature_layer=[-1, -2], text_hidden_size=48),
+        text_config=DECODER | dict(num_hidden_layers=2, head_dim=12, vocab_size=58, additional_vocab_size=8), image_patch_id=60,
+        image_start_token_id=61, image_end_token_id=62, low_res_image_start_token_id=63, frame_start_token_id=64,
+        frame_end_token_id=65,
+    )  # fmt: skip
+    groups = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    inputs = prompt(8) | dict(
+        pixel_values=noise(2, 16, 192), image_token_pooling=torch.cat([groups, groups + 16]),
+        image_grids=torch.tensor([[2, 2, 2, 2]]), image_num_crops=torch.tensor([2]),
+    )  # fmt: skip
+    return class_of("Molmo2ForConditionalGeneration")(config), inputs | dict(
+        mm_token_type_ids=(inputs["input_ids"] == 60).long()
+    )
+
+
 @functools.cache
 def made(make):
     with seeded():
@@ -90,3 +110,18 @@ def test_kinds_of_tokens_are_known_for_a_shorter_prompt():
     with hidden(gone, {1 + 1 + 2 * step for step in range(6)}):  # behind the one layer of the tower
         want = run(model.generate, **inputs | {"use_cache": True}, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(result.tokens, want[:, -6:])
+
+
+def test_features_onto_the_embedding_of_their_placeholder():
+    model, inputs = made(molmo)
+    parts, pixels, ids = split(model, inputs), inputs["pixel_values"], inputs["input_ids"]
+    assert error(parts(pixels, ids)["logits"][:, -1], run(model, **inputs).logits[:, -1]) < 1e-5
+    fewer = tokcompile.optimize(*parts.vision, method="random", budget=tokcompile.Tokens(2), where=[1], outputs="reduced")
+    assert not fewer.report.recoveries
+    left = parts.after(fewer)  # two groups of each crop, whose members are whole
+    seen = left.see(pixels)
+    assert (left.spans, seen["kept"].shape) == ([(5, 9)], (1, 4))
+    assert error(seen["features"], parts.see(pixels)["features"].reshape(1, 8, -1)[:, seen["kept"][0]]) < 1e-5
+    with hidden(dropped(seen["kept"][0], *parts.spans[0]), {3, 4}):  # behind the tower and the pooling
+        want = run(model, **inputs).logits[:, -1]
+    assert error(left(pixels, ids)["logits"][:, -1], want) < 1e-5

@@ -24,10 +24,12 @@ class Vision(nn.Module):
     forward gives {"features": (rows, n, D), "deepstack": [(rows, n, D), ...]}, the latter where the model has such: one row
     an image where all are computed side by side, else one row for all. Beside the pixels it takes what the model makes features
     of too, such as a question, by name. What belongs to the pixel values (grids, image sizes) is that of the example, fixed.
+    onto: the placeholder's embedding (D,), where features are added to it.
     """
 
-    def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor):
+    def __init__(self, model: nn.Module, seen: Observed, pixels: Tensor, onto: Tensor | None = None):
         super().__init__()
+        self.register_buffer("onto", onto, persistent=False)
         self.model, self.whole, self.features = model, seen.whole, seen.source.features
         self.owner, self.behind = seen.owner or "", seen.behind
         named = {PIXELS: pixels, **seen.further}
@@ -53,8 +55,11 @@ class Vision(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        made: dict[str, Any] = {"features": self.projected(caught[-1] if caught else in_one_row(pooled))}
+        features = self.projected(caught[-1] if caught else in_one_row(pooled))
+        made: dict[str, Any] = {"features": features if self.onto is None else features + self.onto}
         return made | ({"deepstack": [in_one_row(one) for one in deep]} if deep else {})
+
+    onto: Tensor | None
 
     def projected(self, features: Tensor) -> Tensor:
         """Behind the module that is given all of them, (rows, n, D), before they are placed, where there is one."""

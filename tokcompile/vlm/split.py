@@ -236,8 +236,8 @@ def split(
     mixer = mixer_of(model.get_submodule(seen.language), config_of(model).num_hidden_layers)
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
 
-    def vision(model: nn.Module) -> nn.Module:
-        return Placed(model, seen, found) if seen.owner is None else Vision(model, seen, pixels)
+    def vision(model: nn.Module, onto: Tensor | None = None) -> nn.Module:
+        return Placed(model, seen, found) if seen.owner is None else Vision(model, seen, pixels, onto)
 
     slim, _ = used_only(model, lambda m: vision(m)(pixels, **seen.further))
     made = Part(vision(slim).eval(), (pixels,), dict(seen.further))
@@ -249,7 +249,14 @@ def split(
     kinds = kinds_of(seen, inputs, prompt.full)
     parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits, kinds=kinds)
     features = parts.see(pixels, **seen.further)
-    check_features(seen, features, prompt, table.module(ids))
+    with torch.no_grad():
+        embeds = table.module(ids)
+    if seen.owner is not None and off_by(seen, features, prompt, embeds) > CLOSE:
+        row = embeds[0, found[0][0]]
+        added = features | {"features": features["features"] + row}
+        if off_by(seen, added, prompt, embeds) <= CLOSE:  # features go onto the placeholder's embedding
+            features, parts = added, replace(parts, vision=made._replace(module=vision(slim, row).eval()))
+    check_features(seen, features, prompt, embeds)
     if room is not None:
         prompt, old = prompt.with_room(room)
         parts = replace(parts, prompt=prompt, view=view.widened(old, prompt.full))
@@ -490,12 +497,17 @@ def other_text(ids: Tensor, spans: Sequence[Span]) -> Tensor:
     return ids.index_copy(1, text, ids[:, text].roll(1, 1))
 
 
-def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
-    """Compares with what the model gave its own decoder. Raises: InputError."""
+def off_by(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> float:
+    """How far features and embeddings put together are from what the model gave its own decoder."""
     assert seen.embeds is not None
     with torch.no_grad():
         placed = prompt.assemble(table, features, prompt.position_ids, None)["inputs_embeds"]
-    off = float((placed - seen.embeds).abs().max() / seen.embeds.abs().max())
+    return float((placed - seen.embeds).abs().max() / seen.embeds.abs().max())
+
+
+def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
+    """Compares with what the model gave its own decoder. Raises: InputError."""
+    off = off_by(seen, features, prompt, table)
     if not off <= CLOSE:
         raise InputError(
             f"features and embeddings put together are off by {off:.1e} from what the model gives its decoder: it does more "
