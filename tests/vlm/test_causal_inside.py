@@ -56,6 +56,16 @@ def test_features_are_made_of_the_question_too(name, count, further):
     assert error(got["logits"][:, -1], run(model, **inputs).logits[:, -1]) < 1e-5
 
 
+def test_a_question_that_is_changed_on_its_way_is_refused(monkeypatch):
+    model, inputs = blip("InstructBlip")
+    own = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda qformer_input_ids, **more: own(qformer_input_ids=qformer_input_ids + 1, **more)
+    )
+    with pytest.raises(InputError, match="qformer_input_ids changes the features of the image, and get_image_features is not"):
+        split(model, inputs)
+
+
 def test_the_language_model_inside_generates():
     model, inputs = blip("InstructBlip")
     parts = split(model, inputs)

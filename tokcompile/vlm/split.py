@@ -17,7 +17,7 @@ from tokcompile.passes.calls import is_mixer
 from tokcompile.passes.faithful import TOLERANCE, worst
 from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import Observed, Source, begun, layers_of, observe, source_of
+from tokcompile.vlm.observe import Observed, Source, begun, further_of, layers_of, observe, source_of
 from tokcompile.vlm.parts import Embeddings, Language, Placed, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
 
@@ -227,6 +227,7 @@ def split(
     seen = observe(model, inputs)
     check_seen(model, seen, found)
     check_question(model, seen, found, inputs)
+    check_hidden_inputs(model, seen, found, inputs)
     view = visibility(seen, mask, found)
     positions = seen.position_ids
     if positions is None:
@@ -474,6 +475,18 @@ def check_question(model: nn.Module, seen: Observed, spans: Sequence[Span], inpu
         )
 
 
+def check_hidden_inputs(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> None:
+    """Raises: InputError where something is made of a question, or of another form of the image, before features are made of
+    it: that of the example would be given for all."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    for name in further_of(tensors).keys() - {*seen.further, seen.source.pixels}:
+        if changed(model, seen, spans, {**inputs, name: inputs[name].flip(-1)}):
+            raise InputError(
+                f"{name} changes the features of the image, and {seen.source.features} is not given it itself, but something "
+                "made of it\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
+            )
+
+
 def check_further(wanted: Sequence[str], given: Mapping[str, Any]) -> None:
     """Raises: InputError where the vision part is not given what it takes beside the pixels."""
     for name in sorted(set(wanted) ^ set(given)):
@@ -485,7 +498,7 @@ def check_further(wanted: Sequence[str], given: Mapping[str, Any]) -> None:
 def changed(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> bool:
     """Whether the decoder begins with something else at the placeholders where these inputs take the place of the example's."""
     with torch.no_grad():
-        embeds = begun(model, seen, {**seen.kwargs, **inputs})
+        embeds = begun(model, seen, {**(seen.kwargs if seen.owner is None else {}), **inputs})
     assert seen.embeds is not None
     return any(not torch.equal(embeds[:, start:stop], seen.embeds[:, start:stop]) for start, stop in spans)
 
@@ -511,5 +524,6 @@ def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, 
     if not off <= CLOSE:
         raise InputError(
             f"features and embeddings put together are off by {off:.1e} from what the model gives its decoder: it does more "
-            "between the two than replacing placeholders\n  what to do: nothing yet; optimize the parts of it one by one"
+            "between the two than replacing placeholders\n  what to do: optimize the whole model, with use_cache=False, or the "
+            "parts of it one by one"
         )
