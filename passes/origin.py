@@ -14,6 +14,7 @@ from tokcompile.passes.memory import CASTS, is_view
 LAYOUT = {"aten.permute", "aten.transpose", "aten.contiguous", "aten.clone", "aten.t", "aten.movedim", "aten.swapaxes",
           "aten.swapdims", "aten.mT", "aten.numpy_T", "aten.adjoint"}  # fmt: skip
 INDEX = {"aten.index", "aten.index_select", "aten.gather"}
+OWN = {"aten.add", "aten.mul", "aten.layer_norm", "aten.rms_norm"}  # what leaves each token itself
 PATCHES = {"aten.conv2d", "aten.conv3d", "aten.convolution", "aten.im2col", "aten.conv1d"}
 
 
@@ -68,7 +69,7 @@ class Origin:
     def before_cat(self, tensors: list[Node], dependent: set[Node]) -> bool:
         user = [t for t in tensors if t in dependent] or list(tensors)
         self.node = max(user, key=lambda t: shape(t)[self.axis])
-        images = beside(tensors.index(self.node), [shape(t)[self.axis] > 1 and from_patches(t) for t in tensors])
+        images = beside(tensors.index(self.node), [shape(t)[self.axis] > 1 and from_patches(t, dependent) for t in tensors])
         self.grow(*(sum(shape(t)[self.axis] for t in some) for some in (tensors[: images[0]], tensors[images[-1] + 1 :])))
         self.least = max(self.least[0], self.prefix), max(self.least[1], self.suffix)
         return len(images) == 1  # images side by side have no grid in common
@@ -127,12 +128,16 @@ def beside(at: int, images: list[bool]) -> list[int]:
     return list(range(first, last + 1))
 
 
-def from_patches(node: Node) -> bool:
-    """Whether a tensor is the patches of an image themselves, only laid out anew: what is computed from an image, such as a
-    class token, is none."""
-    while is_view(node) or packet(node) in LAYOUT | CASTS:
-        node = node.args[0]
-    return packet(node) in PATCHES
+def from_patches(node: Node, dependent: set[Node]) -> bool:
+    """Whether a tensor is the patches of an image themselves, only laid out anew, with positions or a norm: what is computed
+    from an image, such as a class token, is none."""
+    while True:
+        given = [n for n in node.all_input_nodes if n in dependent]
+        table = len(node.all_input_nodes) > 1 and len(given) == 1
+        own = packet(node) in OWN and table and shape(given[0]) == shape(node)
+        if not own and not is_view(node) and packet(node) not in LAYOUT | CASTS:
+            return packet(node) in PATCHES
+        node = given[0] if own else node.args[0]
 
 
 def slice_bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:

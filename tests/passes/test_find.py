@@ -357,6 +357,12 @@ LAYOUTS = {
     "partly-cut": (lambda x: torch.cat([torch.ones(2, 3, D), rows(x)], 1)[:, 1:], 2, 0, (3, 5)),
     "packed": (lambda x: torch.cat([torch.ones(4, D), rows(x)[0]], 0).unsqueeze(0), 4, 0, (3, 5)),
     "images-side-by-side": (lambda x: torch.cat([torch.ones(2, 2, D), rows(x), rows(x)[:, :6]], 1), 2, 0, None),
+    "images-with-positions": (
+        lambda x: torch.cat([torch.ones(2, 2, D), rows(x) + torch.ones(15, D), F.layer_norm(rows(x), (D,), torch.ones(D))], 1),
+        2,
+        0,
+        None,
+    ),
     "registers-that-saw-the-image": (lambda x: torch.cat([rows(x)[:, :4] * 0 + 1, rows(x)], 1), 4, 0, (3, 5)),
     "text-that-saw-the-image": (lambda x: torch.cat([rows(x), torch.ones(2, 6, 15) @ rows(x)], 1), 0, 6, (3, 5)),
     "mean-in-front": (lambda x: torch.cat([x.mean((2, 3))[:, None], rows(x)], 1), 1, 0, (3, 5)),
