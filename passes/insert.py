@@ -165,6 +165,7 @@ def left_of_one(
     space = Space(f"s{len(rw.spaces)}", s.site.n, s.k, above, index, once(lambda: assigns()[i]), size, ordered=ordered)
     space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
     space.renumber, space.drops = numbers_anew(rw, s), s.k < s.site.n and not s.recipe.track_size
+    space.start = s.prefix if s.unit == 1 else None
     if s.hidden:
         space.hidden = torch.tensor([[i in one for i in range(space.root_n)] for one in map(set, s.hidden)])
     if positions is not None:

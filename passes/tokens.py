@@ -34,6 +34,7 @@ class Space:
     groups: what was reduced, where these are its tokens one by one: groups of neighbours kept or dropped together.
     renumber: whether all tokens of the stream are numbered anew after this reduction, in the order they then have.
     drops: whether its method lets tokens go, so that sizes of earlier merging do not add up to all any more.
+    start: where its tokens begin in the original sequence; None where that is counted otherwise.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Space:
     groups: Space | None = None
     renumber: bool = False
     drops: bool = False
+    start: int | None = None
 
     @property
     def short(self) -> bool:

@@ -281,7 +281,9 @@ def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
             raise NeedsLayout(wanted, error) from error
         raise
     if (settings.outputs == "reduced" or any(r.inside for r in result.recoveries)) and (wanted := demand()) is not None:
-        raise NeedsLayout(wanted, UnsupportedGraph("tokens that belong together are torn apart"))
+        torn = next(iter(rewriter.met), None)
+        hint = "pass outputs='keep', or recover='anywhere', which gives tokens back there"
+        raise NeedsLayout(wanted, UnsupportedGraph("tokens that belong together are torn apart", torn, hint))
     return result
 
 

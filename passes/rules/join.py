@@ -101,8 +101,10 @@ def cut(
         lo, hi = max(start, at), min(stop, at + width)
         whole = isinstance(part, Space)
         if lo < hi:
-            if whole and (lo, hi) != (at, at + width):
-                call.rewriter.cuts |= {start, stop, *(e // unit for e in edges if e % unit == 0)} - {0, seq.old}
+            if isinstance(part, Space) and (lo, hi) != (at, at + width):
+                shift = 0 if part.start is None else part.start - at  # what stood before was cut off, or joined since
+                places = {start, stop, *(e // unit for e in edges if e % unit == 0)} - {0, seq.old}
+                call.rewriter.cuts |= {place + shift for place in places}
                 raise NeedsFull("it cuts through the reduced tokens")
             parts.append(part if whole else hi - lo)
             new_length += kept if whole else hi - lo

@@ -52,6 +52,23 @@ def test_all_windows_are_found_at_once(sliced, monkeypatch):
     assert tokcompile.check(model, (x,)).ok
 
 
+@pytest.mark.parametrize(
+    "cut", [lambda x: x[:, 3:], lambda x: torch.cat([x.new_zeros(1, 5, 16), x[:, 3:]], 1)], ids=["off", "on"]
+)
+def test_pieces_are_those_of_the_sequence_whatever_stands_before_when_it_is_cut(cut):
+    class Prefixed(Windows):
+        def forward(self, x):
+            tokens = super().forward(torch.cat([x.new_zeros(1, 3, 16), x], 1))
+            return cut(tokens).split([n for n in (self.first, 10, 20) if n], 1)
+
+    model = Prefixed([33], False)
+    model.head, model.first = nn.Identity(), cut(torch.zeros(1, 33, 16)).shape[1] - 30
+    made = tokcompile.optimize(
+        model.eval(), (torch.randn(1, 30, 16),), method="random", where=[0], spans=[(3, 33)], outputs="reduced"
+    )
+    assert [(r.prefix, r.n, r.k) for r in made.plan.reductions] == [(3, 10, 5), (13, 20, 10)]
+
+
 def test_where_no_layout_helps_tokens_are_given_back_on_demand():
     tries = []
 
