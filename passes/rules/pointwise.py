@@ -15,7 +15,7 @@ from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
     "cos", "tan", "tanh", "sigmoid", "erf", "relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
-    "hardtanh", "elu", "celu", "selu", "leaky_relu", "softplus", "logsigmoid", "clamp", "clamp_min", "clamp_max",
+    "hardtanh", "elu", "celu", "selu", "leaky_relu", "softplus", "log_sigmoid", "clamp", "clamp_min", "clamp_max",
     "round", "floor", "ceil", "trunc", "sign", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite",
     "nan_to_num", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "positive", "pow", "type_as",
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "float", "half", "bfloat16", "frac", "logit",

@@ -117,6 +117,7 @@ CASES = {
     "rms-norm": (lambda x, w: F.rms_norm(x, (16,), w), "16", f"B, {S}, 16"),
     "batch-norm": (lambda x, m: F.batch_norm(x.mT, m, m.exp()).mT, "16", f"B, {S}, 16"),
     "linear": (lambda x, w, b: F.linear(x, w, b), "5 16, 5", f"B, {S}, 5"),
+    "log-sigmoid": (lambda x: F.logsigmoid(x), "", f"B, {S}, 16"),
     "glu": (lambda x: F.glu(x), "", f"B, {S}, 8"),
     "softmax-of-channels": (lambda x: x.softmax(-1), "", f"B, {S}, 16"),
     "zeros-like": (lambda x: x + torch.zeros_like(x), "", f"B, {S}, 16"),
