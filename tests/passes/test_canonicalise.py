@@ -117,6 +117,16 @@ def test_what_only_has_the_shape_of_an_input_is_a_constant():
     assert torch.equal(gm(x)[0], fn(x))
 
 
+def test_such_a_constant_is_read_at_places_that_the_inputs_say():
+    """As GIT's mask is, in a decode step."""
+
+    def fn(x):
+        table = torch.zeros_like(x)[:, :3]
+        return table[torch.tensor([0, 1]), x[:, 0, 0].long().clamp(0, 2)] + x[:, 1]
+
+    same(fn, X)
+
+
 def test_what_has_the_shape_and_the_strides_of_an_input_stays():
     def fn(x):
         x = x.transpose(1, 2)
