@@ -23,7 +23,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from tokcompile.errors import ExportError, InputError, TraceError, UnsupportedGraph
+from tokcompile.errors import ExportError, InputError, TokcompileError, TraceError, UnsupportedGraph
 from tokcompile.passes.calls import CALLS, MixerCall, watched
 from tokcompile.passes.faithful import check_faithful
 from tokcompile.passes.functionalise import replace_overwritten
@@ -150,6 +150,8 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         except Exception as error:
             if flags is as_if_exporting:  # it may refuse to run so, without being traced
                 continue
+            if isinstance(error, TokcompileError):
+                raise
             raise InputError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
                 "  what to do: pass inputs that model(*args, **kwargs) accepts"

@@ -119,6 +119,20 @@ def test_models_that_cannot_be_decoded(generator):
     model, _, made = generator("hf/llama")
     refused("training mode", made.prefill, type(model)(model.config).train())
     refused("takes no input_ids and no past_key_values", made.prefill, nn.Linear(2, 2).eval())
+    with pytest.raises(InputError, match=r"Linear.forward takes no past_key_values.*\n.*any other one can be optimized itself"):
+        Prefill(nn.Linear(2, 2).eval())
+
+
+class Picky(nn.Module):
+    """As MiniMax, whose cache has a place for its lightning attention."""
+
+    def forward(self, inputs_embeds, past_key_values, use_cache):
+        raise ValueError(f"not compatible with `past_key_values` of type {type(past_key_values)}")
+
+
+def test_a_model_that_takes_only_its_own_cache_is_refused():
+    with pytest.raises(InputError, match=r"^Picky takes only a cache of its own kind: not compatible.*\n.*nothing yet"):
+        tokcompile.optimize(Prefill(Picky().eval()), kwargs={"inputs_embeds": noise(1, 8, 4)}, budget=1.0)
 
 
 def test_calls_that_do_not_fit(generator):

@@ -16,7 +16,7 @@ from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError, first_line
 from tokcompile.llm.caches import AttendsItself, cache_name, config_of
 from tokcompile.llm.layout import Layout, layout
-from tokcompile.llm.modules import Decode
+from tokcompile.llm.modules import Decode, check_takes
 from tokcompile.llm.short_text import decodes
 from tokcompile.llm.unreduced import WAY_OUT, WholeDecode, shortened
 from tokcompile.passes.cost import terms
@@ -143,12 +143,7 @@ def check_model(model: nn.Module, plan: Layout) -> None:
     """Raises: InputError."""
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    missing = {cache_name(model), "input_ids"} - set(inspect.signature(model.forward).parameters)
-    if missing:
-        raise InputError(
-            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: tokens and caches cannot be "
-            "passed to it\n  what to do: pass a causal language model of transformers"
-        )
+    check_takes(model, {cache_name(model), "input_ids"})
     config = config_of(model)
     kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in WITHOUT_CACHE]
     chosen = getattr(config, "index_topk", None)

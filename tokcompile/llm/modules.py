@@ -20,6 +20,8 @@ class Prefill(nn.Module):
 
     model: of transformers, taking a cache. Optimize it with outputs="reduced".
 
+    Raises: InputError.
+
     Example:
         >>> prefill = tokcompile.llm.Prefill(model)                                                  # doctest: +SKIP
         >>> tokcompile.optimize(prefill, kwargs={"inputs_embeds": embeds}, method="dart", budget=tokcompile.Tokens(64),
@@ -28,6 +30,7 @@ class Prefill(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        check_takes(model, {cache_name(model)})
         self.model = model
         self.last = last_logits(model)
         self.cache = cache_name(model)
@@ -43,8 +46,27 @@ class Prefill(nn.Module):
         cache = Collecting()
         named = dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, input_ids=input_ids)
         given = {name: value for name, value in named.items() if value is not None} | {self.cache: cache}
-        out = self.model(**given, use_cache=True, **self.last)
+        try:
+            out = self.model(**given, use_cache=True, **self.last)
+        except Exception as error:
+            if Collecting.__name__ not in str(error):
+                raise
+            raise InputError(
+                f"{type(self.model).__name__} takes only a cache of its own kind: {error}\n"
+                "  what to do: nothing yet; the model itself, with use_cache=False, can be optimized and exported"
+            ) from error
         return {"logits": out.logits, **cache.outputs()}
+
+
+def check_takes(model: nn.Module, names: set[str]) -> None:
+    """Raises: InputError."""
+    missing = names - set(inspect.signature(model.forward).parameters)
+    if missing:
+        raise InputError(
+            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}: tokens and caches cannot be "
+            "passed to it\n  what to do: pass a causal language model of transformers; any other one can be optimized itself, "
+            "with spans=, and is decoded by its own code"
+        )
 
 
 class Decode(nn.Module):
