@@ -124,15 +124,22 @@ def test_models_that_cannot_be_decoded(generator):
 
 
 class Picky(nn.Module):
-    """As MiniMax, whose cache has a place for its lightning attention."""
+    """As MiniMax, whose cache has a place for lightning attention, and MiniMax M3, whose layers of it have one for blocks."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
 
     def forward(self, inputs_embeds, past_key_values, use_cache):
+        if self.asks:
+            return past_key_values.layers[0].update_index(inputs_embeds)
         raise ValueError(f"not compatible with `past_key_values` of type {type(past_key_values)}")
 
 
-def test_a_model_that_takes_only_its_own_cache_is_refused():
-    with pytest.raises(InputError, match=r"^Picky takes only a cache of its own kind: not compatible.*\n.*nothing yet"):
-        tokcompile.optimize(Prefill(Picky().eval()), kwargs={"inputs_embeds": noise(1, 8, 4)}, budget=1.0)
+@pytest.mark.parametrize(("asks", "why"), [(False, "not compatible"), (True, ".*has no attribute 'layers'")])
+def test_a_model_that_takes_only_its_own_cache_is_refused(asks, why):
+    with pytest.raises(InputError, match=rf"^Picky takes only a cache of its own kind: {why}.*\n.*nothing yet"):
+        tokcompile.optimize(Prefill(Picky(asks).eval()), kwargs={"inputs_embeds": noise(1, 8, 4)}, budget=1.0)
 
 
 def test_calls_that_do_not_fit(generator):

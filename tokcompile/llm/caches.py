@@ -50,16 +50,16 @@ class Collecting:
     is_initialized = False
 
     def __init__(self) -> None:
-        self.layers: list[int] = []  # that have keys and values, as they come
+        self.filled: list[int] = []  # that have keys and values, as they come
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.states: dict[str, Tensor] = {}
 
     def enter(self, layer: int) -> int:
         """The place of a layer's keys and values."""
-        assert layer > max(self.layers, default=-1), "layers fill their caches in order"
-        self.layers.append(layer)
-        return len(self.layers) - 1
+        assert layer > max(self.filled, default=-1), "layers fill their caches in order"
+        self.filled.append(layer)
+        return len(self.filled) - 1
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.enter(layer_idx)
@@ -71,7 +71,7 @@ class Collecting:
         """The place of the keys that a layer attends to: these, wherever they came from, or what it made of its own ones.
         again: whether it has attended before, so that its own ones may be those of then."""
         same = next((at for at, one in enumerate(self.keys) if one is key), None)
-        return self.layers.index(layer) if same is None and not again and layer in self.layers else same
+        return self.filled.index(layer) if same is None and not again and layer in self.filled else same
 
     def outputs(self, prefix: str = "") -> dict[str, Any]:
         """All that it holds, by the names of a prefill's outputs."""

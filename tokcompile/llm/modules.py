@@ -120,7 +120,7 @@ class Decode(nn.Module):
                 input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
                 **{cache_name(self.model): cache},
             )  # fmt: skip
-        if read != {*range(len(keys))} or len(cache.layers) != len(keys):
+        if read != {*range(len(keys))} or len(cache.filled) != len(keys):
             raise AttendsItself("not all of its attention goes through transformers' functions")
         return {"logits": out.logits, **cache.outputs("new_")}
 

@@ -47,7 +47,7 @@ class Whole(Slots):
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = super().update(key, value, layer_idx)
-        stage = self.layout.stage_of(len(self.layers) - 1)
+        stage = self.layout.stage_of(len(self.filled) - 1)
         if not self.layout.stages[stage].cuts:
             return key, value
         whole = torch.ops.tokcompile.whole
@@ -116,9 +116,9 @@ class WholeDecode(nn.Module):
             given["position_ids"] = position_ids
         with Counting():
             out = self.model(input_ids=token, use_cache=True, **{name: v for name, v in given.items() if name in self.takes})
-        if len(cache.layers) != len(keys):
+        if len(cache.filled) != len(keys):
             raise InputError(
-                f"{len(cache.layers)} layers put keys into the cache, and the prefill has {len(keys)} caches\n"
+                f"{len(cache.filled)} layers put keys into the cache, and the prefill has {len(keys)} caches\n"
                 f"  what to do: {WAY_OUT}"
             )
         return {"logits": out.logits, **cache.outputs("new_")}
