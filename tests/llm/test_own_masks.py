@@ -87,6 +87,20 @@ def test_stages_samples_and_padding():
         assert error([one[row] for one in got.logits], [one[0] for one in want]) < 1e-4
 
 
+def test_tokens_that_go_in_groups():
+    """Of five, as a merger in front of the decoder makes them; a bias by distance is counted for each token."""
+    model, embeds = model_of("Bloom", n_layer=2)
+    inputs = {"inputs_embeds": embeds}
+    groups = tokcompile.Reduction(block=1, place="block", n=5, k=2, unit=5, prefix=SPAN[0], suffix=LENGTH - SPAN[1])
+    prefill = tokcompile.optimize(Prefill(model), kwargs=inputs, plan=tokcompile.Plan("random", (groups,), outputs="reduced"))
+    generator = Generator(prefill, model, max_new_tokens=4)
+    assert [s.length for s in generator.wiring.stages] == [LENGTH, LENGTH - 15]
+    got = generator(**inputs, eos=(), keep_logits=True)
+    kept = run(prefill, **inputs).kept["s0_index"][0]
+    gone = dropped([5 * int(group) + i for group in kept for i in range(5)], *SPAN)
+    assert error(got.logits, anew(model, inputs, got.tokens, {1: gone})) < 1e-4
+
+
 def test_without_a_reduction_it_is_the_models_own_generation():
     model, embeds = model_of("Mpt")
     inputs = {"inputs_embeds": embeds}
