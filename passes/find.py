@@ -285,8 +285,9 @@ def make_block(
     else:
         upstream = ancestors(entry, dependent, 0, structure.order)
         stage = make_stage(entry, token_axis, length, dependent, upstream, queries, features)
-        stage = next((one for one in structure.stages if one == stage), stage)
-    if stage not in structure.stages:
+        # the same tokens again, and not those of another image that went through the same tower
+        stage = next((b.stage for b in structure.blocks if b.stage == stage and b.mid in upstream), stage)
+    if not any(one is stage for one in structure.stages):
         structure.stages.append(stage)
     path = common_path(attention.node, mid)
     crosses = entry not in ancestors(attention.k, dependent, structure.order[entry], structure.order)

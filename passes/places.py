@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from torch.fx import Node
+
 from tokcompile.budget import Schedule
 from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
@@ -62,7 +64,7 @@ def choose_slots(
     if isinstance(budget, Schedule):
         where = sorted(budget.counts)
     if where is not None:
-        chosen = [one_block(blocks, b) for b in where]
+        chosen = [b for one in where for b in named_blocks(blocks, one)]
         if not isinstance(budget, Schedule):  # whose counts are in the order of its blocks
             chosen = sorted({b.index: b for b in chosen}.values(), key=lambda b: b.index)
         if not chosen:
@@ -74,7 +76,9 @@ def choose_slots(
         candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
         if recipe.reads_attention():
             candidates = looking_at_themselves(candidates)
-        chosen = [candidates[i] for i in recipe.steps.at(len(candidates), spans is not None or candidates[0].language)]
+        language = spans is not None or candidates[0].language
+        chosen = [one[i] for one in streams(candidates) for i in recipe.steps.at(len(one), language)]
+        chosen.sort(key=lambda b: b.index)
     place = recipe.place_in(spans is not None or chosen[0].language)
     refused = [b for b in chosen if b.why_not]
     if refused and (where is not None or len(refused) == len(chosen)):
@@ -179,6 +183,22 @@ def most_computed(blocks: list[Block]) -> list[Block]:
     return [b for b in blocks if kind(b) == most]
 
 
+def streams(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks apart by whose tokens they hold: several, where a tower is called once for each of several images."""
+    out: list[list[Block]] = []
+    for block in blocks:
+        above: set[Node] | None = None
+        for one in reversed(out):
+            if one[-1].stage is not block.stage and above is None:
+                above = ancestors_of({block.entry})
+            if one[-1].stage is block.stage or (above is not None and one[-1].mid in above):
+                one.append(block)
+                break
+        else:
+            out.append([block])
+    return out
+
+
 def kind(block: Block) -> tuple[int, int, str]:
     """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
     batch = shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
@@ -199,6 +219,13 @@ def one_block(blocks: Sequence[Block], index: Any) -> Block:
     if not isinstance(index, int) or not -len(blocks) <= index < len(blocks):
         raise PlanError(f"block {index!r} is not among the {len(blocks)} blocks found (0 to {len(blocks) - 1})")
     return blocks[index]
+
+
+def named_blocks(blocks: Sequence[Block], index: Any) -> list[Block]:
+    """The block of a number, or of a module path: one for each of several images that the module is called with."""
+    if not isinstance(index, str):
+        return [one_block(blocks, index)]
+    return [one[0] for one in streams([b for b in blocks if b.path == index])] or [one_block(blocks, index)]
 
 
 def before(block: Block, blocks: Sequence[Block]) -> Block | None:

@@ -11,11 +11,11 @@ from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, 
 from tokcompile.errors import BudgetError, PlanError
 from tokcompile.passes.find import Structure
 from tokcompile.passes.layout import Layout
-from tokcompile.passes.places import Slot, after_others, alike, choose_slots, one_block
+from tokcompile.passes.places import Slot, after_others, alike, choose_slots, one_block, streams
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
 from tokcompile.recipe import Recipe
 
-SolveFlops = Callable[[list[Slot], Callable[[int], list[int]], float], list[int]]
+SolveFlops = Callable[[list[list[Slot]], Callable[[int, list[Slot]], list[int]], float], list[list[int]]]
 
 
 def make_plan(
@@ -38,20 +38,27 @@ def make_plan(
     slots = [after_others(s, labels or {}, spans) for s in choose_slots(structure, recipe, budget, where, spans, layout)]
     if isinstance(budget, (Share, Flops, KeepRate)) and next(iter(vars(budget).values())) == 1:
         return ()
+    if isinstance(budget, Schedule):  # by numbers from the front
+        budget = Schedule({s.block.index: budget.counts[b] for s, b in zip(slots, sorted(budget.counts))})
+    of_stream = [[s for s in slots if s.block in one] for one in streams([s.block for s in slots])]
+    if isinstance(budget, Flops):
+        assert solve_flops is not None
+        counts = solve_flops(of_stream, lambda k, one: spread(k, recipe, one, options or {}), budget.ratio)
+    else:
+        counts = [counts_of(budget, recipe, one, options or {}) for one in of_stream]
+    chosen = [r for one, each in zip(of_stream, counts) for r in reductions(each, one, recipe, options or {})]
+    return tuple(chosen if len(of_stream) == 1 else sorted(chosen, key=lambda r: r.block))
+
+
+def counts_of(budget: Any, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
+    """How many tokens of one stream are left after each of its reductions. Raises: BudgetError."""
     n = slots[0].n
     if isinstance(budget, Schedule):
-        counts = [budget.counts[b] for b in sorted(budget.counts)]
+        counts = [budget.counts[s.block.index] for s in slots]
     elif isinstance(budget, Remove):
-        counts = even(removals(budget, recipe, slots, options or {}), slots[0])
+        counts = even(removals(budget, recipe, slots, options), slots[0])
     elif isinstance(budget, KeepRate):
         counts = even(rates(budget.rate, recipe, slots), slots[0])
-    elif isinstance(budget, Flops):
-        assert solve_flops is not None
-        counts = solve_flops(
-            slots,
-            lambda k: even(clipped(recipe.steps.counts(n, k, len(slots)), recipe, slots[0], options), slots[0]),
-            budget.ratio,
-        )
     else:
         final = budget.k if isinstance(budget, Tokens) else max(1, floor(budget.share * n + 0.5))
         if final > n:
@@ -63,7 +70,12 @@ def make_plan(
             f"{slots[0].samples} samples become a batch, and {uneven} tokens in all are not as many for each\n"
             f"  what to do: a multiple of {slots[0].samples}, or a share"
         )
-    return reductions(counts, slots, recipe, options or {})
+    return counts
+
+
+def spread(final: int, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
+    """Counts that end at `final`, or at what the method can reach."""
+    return even(clipped(recipe.steps.counts(slots[0].n, final, len(slots)), recipe, slots[0], options), slots[0])
 
 
 def even(counts: Sequence[int], slot: Slot) -> list[int]:
@@ -146,7 +158,7 @@ def reductions(
 
 def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     """A plan passed back by the user, checked against the model. Raises: PlanError."""
-    current: dict[tuple[int, int], int] = {}
+    current: dict[tuple[int, int, int], int] = {}
     out: list[Reduction] = []
     for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
         if getattr(plan, name) not in allowed:
@@ -154,14 +166,15 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
     planned = [replace(r, block=one_block(structure.blocks, r.block).index) for r in plan.reductions]  # -1 is the last
     if [r.block for r in planned] != sorted(r.block for r in planned):
         raise PlanError("the plan's reductions are not in the order of their blocks")
-    for r in planned:
-        block = structure.blocks[r.block]
+    blocks = [structure.blocks[r.block] for r in planned]
+    stream = {b.index: i for i, one in enumerate(streams(blocks)) for b in one}
+    for r, block in zip(planned, blocks):
         if r.unit < 1 or r.prefix < 0 or r.suffix < 0 or (block.stage.length - r.prefix - r.suffix) % r.unit:
             raise PlanError(
                 f"the plan at block {r.block}: prefix {r.prefix}, suffix {r.suffix} and groups of {r.unit} do not fit its "
                 f"{block.stage.length} tokens"
             )
-        key = (block.stage.length, r.prefix)
+        key = (stream[block.index], block.stage.length, r.prefix)
         shorter = (block.stage.length - r.prefix - r.suffix) // r.unit
         if out and structure.blocks[out[-1].block].stage is not block.stage and r.n < shorter:
             shorter = r.n  # tokens are gone before this stage begins; the rewrite checks that it is so

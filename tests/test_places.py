@@ -135,3 +135,31 @@ def test_methods_read_how_tokens_look_at_each_other(method):
     assert run(optimized, *inputs).shape == inputs[0].shape
     assert [b for b, _, _ in counts(optimized)] == [0, 2, 4]
     assert tokcompile.check(model, inputs).ok
+
+
+class Cameras(nn.Module):
+    """One tower that is called with each of two images, as policies of robots do."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.patch, self.blocks = nn.Conv2d(3, 32, 4, 4), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def tower(self, image):
+        return self.blocks(self.patch(image).flatten(2).transpose(1, 2)).mean(1)
+
+    def forward(self, *images):
+        return torch.cat([self.tower(image) for image in images], -1)
+
+
+@pytest.mark.parametrize(("method", "budget", "where"), [("tome", 0.5, None), ("topk", Flops(0.8), None),
+                                                         ("fastv", 0.5, ["blocks.layers.1"])])  # fmt: skip
+def test_each_call_of_a_tower_is_reduced(method, budget, where):
+    model, images = Cameras().eval(), torch.randn(2, 1, 3, 24, 24)
+    two = tokcompile.optimize(model, tuple(images), method=method, budget=budget, where=where)
+    steps = counts(two)[: len(counts(two)) // 2]
+    assert counts(two) == [*steps, *((block + 3, n, k) for block, n, k in steps)]
+    alone = [tokcompile.optimize(model, (image,), method=method, budget=budget, where=where) for image in images]
+    assert [counts(one) for one in alone] == [steps, steps]
+    assert error(run(two, *images), torch.cat([run(one, image) for one, image in zip(alone, images)], -1)) < 1e-5
+    assert counts(tokcompile.optimize(model, tuple(images), plan=two.plan)) == counts(two)

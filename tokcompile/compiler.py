@@ -25,7 +25,7 @@ from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mosaic import write_mosaics
-from tokcompile.passes.places import Slot, before, choose_slots
+from tokcompile.passes.places import Slot, before, choose_slots, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
@@ -307,9 +307,11 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
     blocks = analysis.structure.blocks
     out = []
     still_hidden = hidden
+    stream = {b.index: i for i, one in enumerate(streams([blocks[r.block] for r in chosen])) for b in one}
     for r in chosen:
         block, (recipe, options) = blocks[r.block], settings.method_of(r)
-        order = list(dict.fromkeys(one.block for one in chosen if one.method == r.method))
+        same = (one.block for one in chosen if (one.method, stream[one.block]) == (r.method, stream[r.block]))
+        order = list(dict.fromkeys(same))
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
         site = Site(
             r.n,
@@ -339,49 +341,53 @@ def solve_flops(
     settings: Settings,
     earlier: Sequence[Reduction],
     layout: Layout,
-    slots: list[Slot],
-    counts: Callable[[int], list[int]],
+    of_stream: list[list[Slot]],
+    counts: Callable[[int, list[Slot]], list[int]],
     ratio: float,
-) -> list[int]:
+) -> list[list[int]]:
     """The counts of the largest budget whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
 
     One rewrite with a stand-in method types every axis; other counts are then only other sizes of the same products.
     """
     original = total(terms(analysis.graph.graph, {}))
-    n, many = slots[0].n, len(slots[0].spans)
     stand_in = Recipe("probe", first_tokens, together=anywhere)
-    steps = [max(many, n - many * (i + 1)) for i in range(len(slots))]
-    probe = reductions(steps, slots, stand_in, {})
+    probe: list[Reduction] = []
+    for slots in of_stream:
+        n, many = slots[0].n, len(slots[0].spans)
+        probe += reductions([max(many, n - many * (i + 1)) for i in range(len(slots))], slots, stand_in, {})
+    probe.sort(key=lambda r: r.block)
     recipes = {**settings.recipes, stand_in.name: stand_in}
     probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
     probed = rewrite(analysis, replace(settings, recipes=recipes), probing, layout)
     cost = terms(analysis.graph.graph, probed.labels, probed.recovered, probed.mixed)
+    by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces[len(earlier) :])}
 
     def share(final: int) -> float:
         wanted: dict[Space, int] = {}
-        current = list(slots[0].left)
-        by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces[len(earlier) :])}
-        for slot, k in zip(slots, counts(final)):
-            current = apportion(k, current)
-            for k_span, (start, _) in zip(current, slot.spans):
-                space = by_block.get((slot.block.index, slot.token(start)))
-                if space is not None:
-                    wanted[space] = k_span
+        for slots in of_stream:
+            current = list(slots[0].left)
+            for slot, k in zip(slots, counts(final, slots)):
+                current = apportion(k, current)
+                for k_span, (start, _) in zip(current, slot.spans):
+                    space = by_block.get((slot.block.index, slot.token(start)))
+                    if space is not None:
+                        wanted[space] = k_span
         return total(cost, wanted) / original
 
-    low, high = many, n
+    every = [slot for slots in of_stream for slot in slots]
+    low, high = len(every[0].spans), every[0].n
     if share(low) > ratio and settings.recipe.steps.counts is same_number:
-        low = n - n * len(slots)  # a larger r than would last to the end: every step takes what one step can
+        low = high - high * len(every)  # a larger r than would last to the end: every step takes what one step can
     if share(low) > ratio:
-        left = counts(low)[-1]
+        left = counts(low, of_stream[0])[-1]
         raise BudgetError(
             f"Flops({ratio}) cannot be met: even with {left} token{'s' * (left != 1)} left {share(low):.3f} of the FLOPs "
-            f"remain (reductions at blocks {[s.block.index for s in slots]}); reduce earlier (where=...) or raise the budget"
+            f"remain (reductions at blocks {[s.block.index for s in every]}); reduce earlier (where=...) or raise the budget"
         )
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if share(middle) <= ratio else (low, middle - 1)
-    return counts(low)
+    return [counts(low, slots) for slots in of_stream]
 
 
 def first_tokens(tokens: Tokens, site: Site) -> Keep:
