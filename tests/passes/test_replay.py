@@ -296,3 +296,27 @@ def test_what_a_forward_leaves_on_the_model_is_taken_back():
     model = Remembers().eval()
     export(model, (X, N), {})
     assert "offset" not in vars(model)
+
+
+class Tables(nn.Module):
+    """Keeps tables by their sizes, its own and those of a plain object, as RoPE2D of CroCo and its positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables, self.getter = {}, type("Positions", (), {})()
+        self.getter.positions = {}
+
+    def forward(self, x, n):
+        positions = self.getter.positions.setdefault(len(x), torch.arange(len(x)) + 1)
+        size = int(positions.max()) + n[0].item()
+        if size not in self.tables:
+            self.tables[size] = (torch.ones(size), torch.zeros(size))
+        return x * self.tables[size][0][0] + positions[:, None]
+
+
+def test_tables_that_a_forward_keeps_are_taken_back():
+    model = Tables().eval()
+    program, _ = export(model, (X, N), {})
+    assert not model.tables
+    assert not model.getter.positions
+    assert torch.equal(run(program.module(check_guards=False), X, N), model(X, N))
