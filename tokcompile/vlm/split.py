@@ -290,8 +290,11 @@ def words_of(
         met = []
         for places, values in ((text, inputs[pixels]), (text.roll(1), inputs[pixels].flip(-2))):
             prompt = ids.index_copy(1, places[: len(some)], some.expand(len(ids), -1))
-            with torch.no_grad():
-                embeds = begun(model, seen, {**inputs, pixels: values, "input_ids": prompt})
+            try:
+                with torch.no_grad():
+                    embeds = begun(model, seen, {**inputs, pixels: values, "input_ids": prompt})
+            except Exception:  # it wants a video or a sound for one of these ids
+                return {}
             met.append(embeds[0, places[: len(some)]])
         for word, plain, one, other in zip(some, table(some[None])[0], *met):
             if torch.equal(one, other) and not near(one, plain, seen.embeds):
