@@ -241,8 +241,8 @@ def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 @contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Takes back the tensors that a forward leaves on its modules (position offsets, tables), in their dictionaries, and in those
-    of objects they hold: tracing leaves fake ones."""
+    """Takes back the tensors that a forward leaves on its modules (position offsets, tables), in their dictionaries and in
+    those of objects they hold: tracing leaves fake ones."""
     places = [place for m in model.modules() for place in (m.__dict__, m._buffers)]
     for _ in range(2):
         inner = [d for place in places for v in place.values() if (d := names_in(v)) is not None]

@@ -171,8 +171,16 @@ CASES = {
     "select": (lambda x: x.select(-1, 3), "", f"B, {S}"),
     "slice-scatter": (lambda x, t: torch.slice_scatter(x, x[..., :4] * t, 2, 2, 6), "L 4", f"B, {S}, 16"),
     "every-other-channel-written": (lambda x, t: torch.slice_scatter(x, x[..., :8] * t, 2, 0, 16, 2), "L 8", f"B, {S}, 16"),
-    "patches-written": (lambda x: torch.slice_scatter(x, x[:, 1:] * 2, 1, 1), "", f"B, {S}, 16"),
-    "class-token-written": (lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, 0), "", f"B, {S}, 16"),
+    "write-body": (lambda x, t: torch.slice_scatter(x, x[:, 1:] + t[1:], 1, 1), "L 16", f"B, {S}, 16"),
+    "write-class-token": (lambda x, c: torch.slice_scatter(x, c, 1, 0, 1), "B 1 16", f"B, {S}, 16"),
+    "write-one-token": (lambda x, c: torch.select_scatter(x, c, 1, 0), "B 16", f"B, {S}, 16"),
+    "write-one-channel": (lambda x, t: torch.select_scatter(x, (x[..., 1] * t), 2, 3), "L", f"B, {S}, 16"),
+    "write-table": (lambda x, t: torch.slice_scatter(x, t[None, 1:].expand(len(x), -1, -1), 1, 1), "L 16", f"B, {S}, 16"),
+    "write-into-zeros": (
+        lambda x: torch.slice_scatter(x.new_zeros(len(x), x.shape[1] + 2, 16), x, 1, 2),
+        "",
+        "B, Seq(3 + s0), 16",
+    ),
     # indexing
     "embedding": (lambda x, t: F.embedding(x.argmax(-1), t), "16 5", f"B, {S}, 5"),
     "one-hot": (lambda x: F.one_hot(x.argmax(-1), 16) * x, "", f"B, {S}, 16"),
