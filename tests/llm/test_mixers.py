@@ -106,6 +106,26 @@ def test_equals_the_models_own_layers_and_caches(name):
     assert not prefill.report.recoveries
 
 
+def test_a_mixer_deep_inside_of_a_layer_that_attends():
+    """Zamba 2, of one layer: as the model itself is over fewer tokens at their positions."""
+    from transformers import DynamicCache
+
+    sizes = dict(mamba_d_state=8, mamba_headdim=12, mamba_ngroups=1, n_mamba_heads=8, chunk_size=40, num_mem_blocks=1)
+    shared = dict(attention_hidden_size=96, attention_head_dim=24, num_key_value_heads=4, use_mem_rope=True, adapter_rank=8)
+    options = DECODER | sizes | shared | dict(num_hidden_layers=1, layers_block_type=["hybrid"])
+    model = shake(build("Zamba2ForCausalLM", "Zamba2Config", options, lambda batch: {}, 1)[0])
+    embeds = noise(1, LENGTH, 48)
+    prefill = prefill_of(model, embeds)
+    assert prefill.report.traced_again == ["model.model.layers.0.mamba_decoder.mamba"]
+    made = Generator(prefill, model, max_new_tokens=3)(inputs_embeds=embeds, eos=(), keep_logits=True)
+    where = rows_of(prefill, embeds)
+    given, cached = dict(inputs_embeds=embeds[:, where[0]]), {cache_of(model): DynamicCache(config=model.config)}
+    for step, logits in enumerate(made.logits):
+        want = run(model, **given, position_ids=where, use_cache=True, **cached).logits[:, -1]
+        assert error(logits, want) < 1e-4
+        given, where = dict(input_ids=made.tokens[:, step : step + 1]), torch.tensor([[LENGTH + step]])
+
+
 def mixing(model, layer):
     """The layers from one on that mix along the sequence."""
     return [i for i, one in enumerate(model.model.layers) if i >= layer and any(map(is_mixer, one.children()))]
