@@ -175,7 +175,6 @@ CASES = {
     "write-class-token": (lambda x, c: torch.slice_scatter(x, c, 1, 0, 1), "B 1 16", f"B, {S}, 16"),
     "write-one-token": (lambda x, c: torch.select_scatter(x, c, 1, 0), "B 16", f"B, {S}, 16"),
     "write-one-channel": (lambda x, t: torch.select_scatter(x, (x[..., 1] * t), 2, 3), "L", f"B, {S}, 16"),
-    "write-table": (lambda x, t: torch.slice_scatter(x, t[None, 1:].expand(len(x), -1, -1), 1, 1), "L 16", f"B, {S}, 16"),
     "write-into-zeros": (
         lambda x: torch.slice_scatter(x.new_zeros(len(x), x.shape[1] + 2, 16), x, 1, 2),
         "",
