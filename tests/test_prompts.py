@@ -103,8 +103,8 @@ def test_another_layout_of_the_image_is_refused(name, change):
 
 @pytest.mark.parametrize("name", ["hf/gemma3", "hf/idefics3", "hf/llava_next", "hf/qwen3_vl"])
 def test_several_samples(name):
-    flat, graph = canonical(name, 2)
-    built = build(name, 2)
+    flat, graph = canonical(name, 3)
+    built = build(name, 3)
     for kwargs in (built.kwargs, other(built.kwargs)):
         assert_equals_the_model(built, flat, graph, kwargs)
 
