@@ -11,7 +11,7 @@ from torch.fx import Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
-from tokcompile.passes.heads import attentions_of, keys_last, side_by_side, standard, token_length
+from tokcompile.passes.heads import attentions_of, head_by_head, keys_last, side_by_side, token_length
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.splice import Splice, body, text_ranges
 from tokcompile.passes.tokens import make_seq, plain
@@ -39,7 +39,7 @@ def scores_of(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> No
         return some_rows(rw, own_map(rw, s, attention, rw.env[attention.node].args[0]), 2, which)
     segments = len(attentions_of(s)) > 1
     turned = {"q": False, "k": keys_last(attention)}
-    query, key = (standard(rw, s, getattr(attention, n), turned[n], attention, segments, n) for n in turned)
+    query, key = (head_by_head(rw, s, getattr(attention, n), turned[n], attention, segments, n) for n in turned)
     query = some_rows(rw, query, 2, which)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
@@ -196,6 +197,10 @@ def device_of(graph: Graph) -> torch.device:
 
 def shape(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def numel(node: Node) -> int:
+    return prod(shape(node))
 
 
 def is_tensor(node: Any) -> bool:

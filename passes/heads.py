@@ -5,12 +5,11 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.find import Attention
-from tokcompile.passes.graph import RESHAPES, aten, bind, packet, shape
+from tokcompile.passes.graph import RESHAPES, aten, bind, is_tensor, numel, packet, shape
 from tokcompile.passes.origin import LAYOUT, moved
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.tokens import Batch, Label, Seq, has_batch, has_tokens, is_labelled, plain, tokens_of
@@ -58,9 +57,9 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
             inner = unrepeated(turned_back(node) if turned else node)
             source = before_rotary(inner)
             if source is not inner:
-                node, times, turned = source, _numel(node) // _numel(inner), False
+                node, times, turned = source, real_numbers(node) // real_numbers(inner), False
         segments = whole is None and len(attentions) > 1
-        parts.append(repeated(rw, standard(rw, s, node, turned, attention, segments, name, in_line=True), times))
+        parts.append(repeated(rw, head_by_head(rw, s, node, turned, attention, segments, name, in_line=True), times))
     return side_by_side(rw, s, parts)
 
 
@@ -102,7 +101,7 @@ def unrepeated(node: Node) -> Node:
     source = node
     while packet(source) in REPEATS and isinstance(source.args[0], Node):
         source = source.args[0]
-    return source if _numel(source) < _numel(node) else node
+    return source if real_numbers(source) < real_numbers(node) else node
 
 
 def repeated(rw: Rewriter, value: Node, times: int) -> Node:
@@ -129,7 +128,7 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
-def standard(
+def head_by_head(
     rw: Rewriter,
     s: Splice,
     node: Node,
@@ -192,7 +191,7 @@ def windows_in(label: Label, token: int, batch: int) -> int:
 def windows_first(rw: Rewriter, value: Node, batch: int, tail: list[int]) -> Node:
     """A head tensor (B, H, W * L, d) over the windows of a sample as (B * W, H, L, d)."""
     windows = shape(value)[-2] // tail[0]
-    count = _numel(value) // (batch * windows * tail[0] * tail[1])
+    count = numel(value) // (batch * windows * tail[0] * tail[1])
     value = rw.gather.reshape(value, [batch, count, windows, *tail])
     value = rw.builder.emit(aten.permute.default, value, [0, 2, 1, 3, 4])
     return rw.gather.reshape(value, [batch * windows, count, *tail])
@@ -225,7 +224,7 @@ def keys_last(attention: Attention) -> bool:
 
 def before_rotary(node: Node) -> Node:
     """Walks a query or key back to what it was before position was rotated into it; the node itself if it never was."""
-    size = _numel(node)
+    size = real_numbers(node)
     found, todo, seen = node, [node], {node}
     while todo:
         n = todo.pop()
@@ -233,13 +232,13 @@ def before_rotary(node: Node) -> Node:
             continue
         if packet(n) == "aten.mul" and rotates(n):
             source = next(a for a in n.args[:2] if isinstance(a, Node) and not is_table(a))
-            while packet(source) in PARTS and _numel(source) != size:
+            while packet(source) in PARTS and real_numbers(source) != size:
                 source = source.args[0]
             source = channels_of(source)
-            if source is not None and _numel(source) == size:
+            if source is not None and real_numbers(source) == size:
                 found = source
         for inner in n.all_input_nodes:
-            if inner not in seen and inner.op == "call_function" and _numel(inner) <= size and not is_table(inner):
+            if inner not in seen and inner.op == "call_function" and real_numbers(inner) <= size and not is_table(inner):
                 seen.add(inner)
                 todo.append(inner)
     return found
@@ -278,7 +277,6 @@ def outer_product(node: Node) -> bool:
     return packet(node) == "aten.matmul" and shape(node.args[0])[-1] == 1
 
 
-def _numel(node: Node) -> int:
-    """How many numbers a tensor holds; a complex one is two."""
-    value = node.meta.get("val")
-    return int(value.numel()) * (1 + value.is_complex()) if isinstance(value, Tensor) else 0
+def real_numbers(node: Node) -> int:
+    """How many real numbers a tensor holds: two for each complex one; none where a node is no tensor."""
+    return numel(node) * (1 + node.meta["val"].is_complex()) if is_tensor(node) else 0

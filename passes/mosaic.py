@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.find import SDPA, SOFTMAX
-from tokcompile.passes.graph import aten, emitter, is_tensor, packet, shape
+from tokcompile.passes.graph import aten, emitter, is_tensor, numel, packet, shape
 from tokcompile.passes.memory import CASTS, reachable_from
 from tokcompile.passes.movement import Movement, moves
 
@@ -117,7 +117,7 @@ def order_of_rows(movement: Movement, node: Node, filler: Node) -> Tensor | None
     if min(len(shape(source)), len(shape(node))) < 2:
         return None
     *lead, width = shape(source)
-    if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or prod(shape(filler)) != width:
+    if shape(node)[-1] != width or shape(filler)[-1:] != (width,) or numel(filler) != width:
         return None
     numbers = torch.arange(prod(lead) * width).reshape(shape(source))
     made = movement.run(numbers, [node], {filler: -1 - torch.arange(width).reshape(shape(filler))})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
-from tokcompile.passes.graph import aten, bind, emitter, packet, shape, stand_in
+from tokcompile.passes.graph import aten, bind, emitter, numel, packet, shape, stand_in
 from tokcompile.passes.memory import CASTS, ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
@@ -223,7 +223,3 @@ def runs(row: Tensor) -> Spans:
 
 def written(spans: Spans, sizes: tuple[int, ...]) -> int:
     return sum(stop - start for start, stop in spans) * prod(sizes[:-2]) * sizes[-1]
-
-
-def numel(node: Node) -> int:
-    return prod(shape(node))

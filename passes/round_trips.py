@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from tokcompile.passes.graph import RESHAPES, aten, emitter, is_tensor, packet, shape, stand_in
+from tokcompile.passes.graph import RESHAPES, aten, emitter, is_tensor, numel, packet, shape, stand_in
 from tokcompile.passes.movement import movements
-from tokcompile.passes.placeholders import numel
 
 
 def write_round_trips(gm: GraphModule) -> None:
