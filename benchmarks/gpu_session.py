@@ -39,7 +39,7 @@ class Session:
 
     @property
     def compiler(self) -> str:
-        return "aot_eager" if self.dry else "inductor"
+        return "eager" if self.dry else "inductor"
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
