@@ -9,9 +9,10 @@ from typing import Any
 from torch.fx import Node
 
 from tokcompile.passes.batch import samples_in_line
+from tokcompile.passes.gather import samples
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.rules.core import Batch, Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
-from tokcompile.passes.tokens import Axis, Seq, Space, extent, make_seq, new_shape, normal
+from tokcompile.passes.tokens import Axis, Seq, Space, extent, make_seq, new_shape, normal, spaces_on
 
 
 @rule("aten.cat")
@@ -19,6 +20,8 @@ def cat(call: Call) -> Any:
     rank = len(call.old_shape)
     dim = call["dim"] % rank
     labels, values = [in_line(call, one, dim) for one in call.labels("tensors")], call["tensors"]
+    if not any(has_tokens(one[dim]) for one in labels) and (batch := put_back(call, labels, dim)) is not None:
+        return call.typed(call.op(aten.cat.default, values, dim), batch)
     if any(has_batch(one[dim]) for one in labels):
         raise NeedsFull("it puts samples together")
     joined = call.join([with_axis(one, dim, ()) for one in labels])
@@ -35,6 +38,30 @@ def cat(call: Call) -> Any:
         out = with_axis(joined, dim, normal((make_seq(parts), unit)))
     operands = [call.coerce_node(v, one, with_axis(joined, dim, one[dim])) for v, one in zip(values, labels)]
     return call.emit(out, tensors=[widened(call, v, joined, dim) for v in operands])
+
+
+def put_back(call: Call, labels: Sequence[Label], dim: int) -> Label | None:
+    """The label of samples that are joined along the batch as they stood in it; None for others."""
+    firsts = labels[0]
+    if len(labels) < 2 or any(
+        list(map(old, with_axis(one, dim, ()))) != list(map(old, with_axis(firsts, dim, ()))) for one in labels
+    ):
+        return None
+    spaces = [[s for d, axis in enumerate(one) if d != dim for s in spaces_on(axis)] for one in labels]
+    if not spaces[0] or any(len(one) != len(spaces[0]) for one in spaces):
+        return None
+    whole: dict[Space, Space] = {}
+    for column in zip(*spaces):
+        found = [call.gather.sampled(space) for space in column]
+        if any(base is space for (base, _), space in zip(found, column)) or len({base for base, _ in found}) > 1:
+            return None
+        base, rows = found[0][0], [i for _, rows in found for i in rows]
+        if rows != list(range(samples(Seq((base,))))) or any(len(r) != old(one[dim]) for (_, r), one in zip(found, labels)):
+            return None
+        whole[column[0]] = base
+    parts = lambda a: Seq(tuple(whole.get(p, p) if isinstance(p, Space) else p for p in a.parts))  # noqa: E731
+    out = [tuple(parts(a) if isinstance(a, Seq) else a for a in axis) for axis in firsts]
+    return with_axis(tuple(out), dim, (Batch(sum(old(one[dim]) for one in labels)),))
 
 
 def widened(call: Call, value: Any, joined: Label, dim: int) -> Any:
@@ -130,9 +157,14 @@ def one_sample(call: Call, value: Any, label: Label, dim: int, index: int) -> An
 
 
 def some_samples(call: Call, label: Label, dim: int, start: int, stop: int) -> Any:
-    """Samples start:stop of the batch, which can be followed one at a time only."""
-    if not is_batch(label[dim]) or stop - start != 1:
+    """Samples start:stop of the batch."""
+    if not is_batch(label[dim]):
         raise NeedsFull("it takes some of the samples")
+    if stop - start != 1:
+        rows = range(start, stop)
+        some = [tuple(call.gather.samples_of(a, rows) if isinstance(a, Seq) else a for a in axis) for axis in label]
+        value = call.op(aten.slice.Tensor, call["self"], dim, start, stop)
+        return call.typed(value, with_axis(tuple(some), dim, (Batch(len(rows)),)))
     value, alone = one_sample(call, call["self"], label, dim, start)
     return call.typed(call.op(aten.unsqueeze.default, value, dim), (*alone[:dim], (), *alone[dim:]))
 

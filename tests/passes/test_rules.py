@@ -288,6 +288,26 @@ def test_causal_attention_goes_by_original_positions(batch, order):
         torch.testing.assert_close(got[b : b + 1], attend(x[b : b + 1, index[b]], mask), rtol=0, atol=1e-12)
 
 
+def halves(x):
+    """Two views of each image, one half of the batch each, that look at each other."""
+    return torch.cat([a + (a @ b.mT).softmax(-1) @ b for a, b in (x.chunk(2), x.chunk(2)[::-1])])
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_halves_of_a_batch_look_at_each_other(batch):
+    x, index = extra("B L 16", batch, 11, 1), subset(batch, 11, KEPT)
+    out = reduced(halves, (x,), index, 11)
+    assert (out.recoveries, shorthand(out.output_labels[0], batch)) == ([], "B, Seq(s0:11->6), 16")
+    kept = torch.stack([x[b, index[b]] for b in range(batch)])
+    torch.testing.assert_close(run(out.gm, x)[0], halves(kept), rtol=0, atol=1e-12)
+
+
+def test_samples_in_another_order_have_their_tokens_back():
+    x = extra("B L 16", 4, 11, 1)
+    out = reduced(lambda x: torch.cat(x.chunk(2)[::-1]), (x,), subset(4, 11, KEPT), 11)
+    assert [r.reason for r in out.recoveries] == ["it puts samples together"]
+
+
 NEED_ALL = {
     "smallest": (lambda x: x.mT.topk(3, largest=False).values, "it gives positions of tokens"),
     "median": (lambda x: x.mT.kthvalue(3).values, "it gives positions of tokens"),
