@@ -154,7 +154,13 @@ def across_time(x):
     lambda x: x - torch.einsum("bnd,cnd->cnd", x, x),
     lambda x: x - x.mean(0, keepdim=True),
     lambda x: x - x.amax(0),
-], ids=["attention", "matmul", "einsum", "mean", "amax"])  # fmt: skip
+    lambda x: x + x.index_select(0, torch.tensor([1, 2, 0])),
+    lambda x: x + x.gather(0, torch.tensor([1, 2, 0])[:, None, None].expand_as(x)),
+    lambda x: x - x.cumsum(0),
+    lambda x: x - x.topk(3, 0).values,
+    lambda x: x - x.sort(0).values,
+    lambda x: x - x.scatter(0, torch.zeros(1, LENGTH, WIDTH, dtype=torch.int64), 1.0),
+], ids=["attention", "matmul", "einsum", "mean", "amax", "index", "gather", "cumsum", "topk", "sort", "set"])  # fmt: skip
 def test_samples_that_keep_other_tokens_are_not_mixed(between):
     """Token by token, along the batch: VideoPrism and ViViT attend to the same patch of other frames."""
     model, args = tiny(between)[0], (torch.randn(3, LENGTH, WIDTH),)

@@ -11,7 +11,7 @@ from tokcompile.passes.crop import joint_hidden
 from tokcompile.passes.graph import get_attr, shape
 from tokcompile.passes.groups import tokens_of_groups
 from tokcompile.passes.order import CutOff, permuted
-from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, one_sample, plain, rule, tokens_of
 from tokcompile.passes.rules.join import grouped
 from tokcompile.passes.tokens import make_seq
 
@@ -38,6 +38,7 @@ def index_select(call: Call) -> Any:
         return in_order(call, dim, call.old_args["index"])
     if call.labelled("index"):
         raise NeedsFull("it reorders tokens by position")
+    one_sample(tuple(label), [dim])
     label[dim] = plain(call.old_shape[dim : dim + 1])[0]
     return call.emit(tuple(label))
 
@@ -101,6 +102,7 @@ def gather(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]) or has_tokens(other[dim]):
         raise NeedsFull("it picks tokens by position")
+    one_sample(label, [dim])
     mine, want = joined_beside(call, dim, label, other)
     return call.emit(want, **{"self": call.coerce("self", mine), index: call.coerce(index, want)})
 
@@ -119,6 +121,7 @@ def scatter(call: Call) -> Any:
     elsewhere = [(label[d], other[d]) for d in range(len(label)) if d != dim]
     if has_tokens(label[dim]) or has_tokens(other[dim]) or any(old(mine) != old(its) for mine, its in elsewhere):
         return writes(call)
+    one_sample(label, [dim])
     into, index = joined_beside(call, dim, label, other)
     source = {"src": call.coerce("src", index)} if call.is_tensor("src") else {}
     return call.emit(into, **{"self": call.coerce("self", into), "index": call.coerce("index", index), **source})

@@ -10,7 +10,7 @@ from torch.fx import Node
 from tokcompile.passes.graph import aten, get_attr, packet, shape
 from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
 from tokcompile.passes.rotary import by_channel
-from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, plain, rule, tokens_of
+from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
 
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
@@ -123,6 +123,7 @@ def glu(call: Call) -> Any:
     dim = call["dim"] % len(label)
     if has_tokens(label[dim]):
         raise NeedsFull("it pairs tokens with each other")
+    one_sample(tuple(label), [dim])
     label[dim] = plain(call.old_shape[dim : dim + 1])[0]
     return call.emit(tuple(label))
 

@@ -123,6 +123,7 @@ def positions(call: Call) -> Any:
     dim = call.args.get("dim")
     if dim is None or (has_tokens(label[dim % len(label)]) and not thresholds(call, label[dim % len(label)])):
         raise NeedsFull("it gives positions of tokens")
+    one_sample(label, [dim])
     value = call.node.meta["val"]
     if isinstance(value, (tuple, list)):
         size = value[0].shape[dim % len(label)]
