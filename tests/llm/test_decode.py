@@ -1,5 +1,6 @@
 """The decode graph: its inputs and shapes, the prefills it takes, and what it refuses."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,9 @@ from tests.test_language import SPAN
 from tokcompile import InputError, Tokens
 from tokcompile.llm import Generator, Prefill, decode_graph
 from tokcompile.llm.caches import AttendsItself, attention
+from tokcompile.llm.decode import check_model
 from tokcompile.llm.generate import program, start
+from tokcompile.llm.layout import layout
 
 REDUCED = dict(method="dart", budget=Tokens(11), spans=[SPAN], outputs="reduced")
 
@@ -83,7 +86,8 @@ def test_prefills_that_cannot_be_continued(generator):
         tokcompile.optimize(Renamed(model).eval(), (inputs["inputs_embeds"],), **REDUCED),
         model,
     )
-    refused("and 2 layers of this model have one: it is another one", made.prefill, shallow(model))
+    refused("and 2 layers of this model have one: it is another one", made.prefill, of_layers(model, 2))
+    refused("returns 4 caches, and more layers of this model have one: it is another one", made.prefill, of_layers(model, 5))
 
 
 class Renamed(nn.Module):
@@ -95,9 +99,19 @@ class Renamed(nn.Module):
         return self.prefill(x)
 
 
-def shallow(model):
-    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 2})
+def of_layers(model, count):
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": count, "layer_types": None})
     return type(model)(config).eval()
+
+
+def test_layers_may_share_keys_without_a_word_in_the_configuration(generator):
+    """As those of Mistral Large 4 do, by a list of its own: which ones attend to which keys is seen when it runs."""
+    model, _, made = generator("hf/llama")
+    plan = layout(made.prefill, 8)
+    two = dataclasses.replace(plan, keys=plan.keys[:2], values=plan.values[:2])
+    check_model(model, two)
+    with pytest.raises(InputError, match="returns 2 caches, and 1 layers"):
+        check_model(of_layers(model, 1), two)
 
 
 def test_a_cache_cut_to_its_window_is_refused():

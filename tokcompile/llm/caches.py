@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokcompile.errors import InputError
 from tokcompile.llm.reach import Reach, reach_of
 
 Attention = Callable[..., Any]  # as transformers calls it: (module, query, key, value, attention_mask, **kwargs)
@@ -137,6 +138,8 @@ class Slots(Collecting):
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         at = self.enter(layer_idx)
+        if at == len(self.keys):
+            raise InputError(f"the prefill returns {at} caches, and more layers of this model have one: it is another one")
         self.keys[at] = self.write(self.keys[at], key, at)
         self.values[at] = self.write(self.values[at], value, at)
         return self.keys[at], self.values[at]
