@@ -21,6 +21,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, tor
 PADDING = "rows of attention that are masked as a whole (padding) differ in any case"
 TIES = f"near ties between tokens fall either way under other rounding, so try other example inputs; {PADDING}"
 OTHERWISE = f"torch.onnx or onnxruntime computes this model otherwise; {PADDING}"
+NO_KERNEL = (
+    "\n  what to do: some of the model computes in a dtype for which onnxruntime lacks this op on the CPU, such as bfloat16: "
+    "convert it to float32 or float16 before optimizing; or verify=False, which writes the file for another runtime"
+)
 
 
 @dataclass
@@ -143,7 +147,8 @@ def compare(
         if torch.bfloat16 in floats or half == "bf16":
             check.note = f"not run: onnxruntime on the CPU lacks a bfloat16 kernel ({first_line(error)})"
             return check
-        raise ExportError(f"onnxruntime does not run the exported model: {first_line(error)}") from error
+        way_out = NO_KERNEL if "NOT_IMPLEMENTED" in str(error) else ""
+        raise ExportError(f"onnxruntime does not run the exported model: {first_line(error)}{way_out}") from error
     for (name, want), value in zip(expected.items(), got, strict=True):
         if tuple(value.shape) != tuple(want.shape) or value.dtype != want.dtype:
             raise ExportError(

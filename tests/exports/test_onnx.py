@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 import tokcompile
 from tests.conftest import build
-from tests.exports.models import DYNAMIC, all_nodes, attributes, reductions, run, same, session, tiny
+from tests.exports.models import DYNAMIC, all_nodes, attributes, encoder, reductions, run, same, session, tiny
 from tokcompile.exports import host
 from tokcompile.plugins.contract import ATTRIBUTES, INPUTS, OUTPUTS, op_type
 
@@ -231,6 +231,20 @@ def test_bfloat16_is_written_and_the_report_says_that_it_was_not_run(tmp_path):
     assert report.error is None
     assert "bfloat16" in report.note
     assert (tmp_path / "m.onnx").exists()
+
+
+def test_bfloat16_inside_is_refused_with_a_way_out(tmp_path):
+    """As rotary tables in bfloat16, which the original code of DINOv3 has by default."""
+
+    class Inside(torch.nn.Module):
+        def forward(self, x):
+            return x + (x.bfloat16() * x.bfloat16()).float()
+
+    model, args = encoder(torch.float32)
+    opt = tokcompile.optimize(torch.nn.Sequential(model, Inside()).eval(), args, method="random", budget=0.5)
+    with pytest.raises(tokcompile.ExportError, match=r"does not run the exported model.*\n.*verify=False"):
+        opt.export_onnx(tmp_path / "m.onnx")
+    assert opt.export_onnx(tmp_path / "m.onnx", verify=False).error is None
 
 
 def test_an_addition_at_all_positions_is_an_addition(tmp_path):
