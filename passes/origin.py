@@ -59,6 +59,8 @@ class Origin:
             self.node, self.turned = a["self"], self.turned != (self.axis in [d % rank for d in a["dims"]])
         elif name == "aten.unsqueeze" and a["dim"] % rank != self.axis:
             self.node, self.axis = a["self"], self.axis - (a["dim"] % rank < self.axis)
+        elif name == "aten.stack" and len(a["tensors"]) == 1 and a["dim"] % rank != self.axis:
+            self.node, self.axis = a["tensors"][0], self.axis - (a["dim"] % rank < self.axis)
         elif name == "aten.select" or (name == "aten.squeeze" and isinstance(a.get("dim"), int)):
             before = len(shape(a["self"]))
             self.node, self.axis = a["self"], self.axis + (a["dim"] % before <= self.axis and before > rank)

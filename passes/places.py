@@ -69,7 +69,7 @@ def choose_slots(
             chosen = sorted({b.index: b for b in chosen}.values(), key=lambda b: b.index)
         if not chosen:
             raise PlanError("where=[] names no block: leave it out to reduce at the method's own")
-        unsaid = [b for b in chosen if b.language and not b.stage.visual and not spans and not b.stage.spans]
+        unsaid = [b for b in chosen if b.language and not (shows_patches(b.stage) or spans or b.stage.spans)]
         if unsaid:
             raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
     else:
@@ -153,9 +153,12 @@ def seen_in(blocks: list[Block], language: bool) -> list[Block]:
     prompted = [b for b in blocks if b.stage.spans]
     if prompted and (language or not any(b.stage.visual and not b.why_not for b in blocks)):
         return prompted
-    text = [b for b in blocks if b.stage.text]
     visual = [b for b in blocks if b.stage.visual] or [b for b in blocks if not b.stage.text]
     causal = [b for b in visual if any(a.causal for a in b.attentions)]
+    towers = [b for b in visual if b.stage.visual and not b.language]
+    if towers and causal:  # before a language model whose prompt is joined from embeddings and image features
+        visual, causal, blocks = towers, [], [b for b in blocks if b not in causal]
+    text = [b for b in blocks if b.stage.text]
     if not visual or causal:
         raise UnsupportedGraph(NOT_SAID, (causal or blocks)[0].mid, NAME_THEM)
     before = ancestors_of({text[0].entry}) if text else set()
@@ -219,6 +222,11 @@ def one_block(blocks: Sequence[Block], index: Any) -> Block:
     if not isinstance(index, int) or not -len(blocks) <= index < len(blocks):
         raise PlanError(f"block {index!r} is not among the {len(blocks)} blocks found (0 to {len(blocks) - 1})")
     return blocks[index]
+
+
+def shows_patches(stage: Stage) -> bool:
+    """Whether it is known which of the tokens come from an image."""
+    return stage.visual and bool(stage.grid or stage.prefix or stage.suffix)
 
 
 def named_blocks(blocks: Sequence[Block], index: Any) -> list[Block]:

@@ -163,3 +163,36 @@ def test_each_call_of_a_tower_is_reduced(method, budget, where):
     assert [counts(one) for one in alone] == [steps, steps]
     assert error(run(two, *images), torch.cat([run(one, image) for one, image in zip(alone, images)], -1)) < 1e-5
     assert counts(tokcompile.optimize(model, tuple(images), plan=two.plan)) == counts(two)
+
+
+class Joined(Cameras):
+    """A language model whose prompt is joined from embeddings and image features, sample by sample, as in LLaVA's own code."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.words, self.layers = nn.Embedding(9, 32), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, image, ids):
+        features = self.blocks(self.patch(image).flatten(2).transpose(1, 2))
+        x = torch.stack([torch.cat([self.words(i[:3]), f, self.words(i[3:])]) for i, f in zip(ids, features)])
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.layers(x, mask, is_causal=True)
+
+
+def joined(samples):
+    return Joined().eval(), (torch.randn(samples, 3, 24, 24), torch.randint(9, (samples, 7)))
+
+
+def test_the_tower_before_a_joined_prompt_is_reduced():
+    model, args = joined(1)
+    assert {block for block, *_ in counts(tokcompile.optimize(model, args, method="tome"))} == {0, 1, 2}
+
+
+def test_the_image_in_a_joined_prompt_is_found_or_asked_for():
+    model, args = joined(1)
+    (reduction,) = tokcompile.optimize(model, args, method="random", where=[4]).plan.reductions
+    assert (reduction.n, reduction.prefix, reduction.suffix) == (36, 3, 4)
+    model, args = joined(2)
+    with pytest.raises(tokcompile.UnsupportedGraph, match="spans"):
+        tokcompile.optimize(model, args, method="random", where=[4])
