@@ -14,14 +14,23 @@ from tokcompile.api import OptimizedModel, ReducedOutput
 from tokcompile.errors import InputError, TokcompileError, first_line
 from tokcompile.llm.caches import config_of
 from tokcompile.passes.calls import is_mixer
-from tokcompile.passes.faithful import TOLERANCE, worst
+from tokcompile.vlm.checks import (
+    CLOSE,
+    check_features,
+    check_further,
+    check_hidden_inputs,
+    check_logits,
+    check_question,
+    check_seen,
+    off_by,
+)
+from tokcompile.vlm.example import check_inputs, finer, image_spans, image_token_of, kinds_of, positions_of
 from tokcompile.vlm.kept import seen_by
-from tokcompile.vlm.masks import Span, Visibility, check_spans, visibility
-from tokcompile.vlm.observe import Observed, Source, begun, further_of, layers_of, observe, source_of
+from tokcompile.vlm.masks import Span, Visibility, visibility
+from tokcompile.vlm.observe import Observed, layers_of, observe, source_of
 from tokcompile.vlm.parts import Embeddings, Language, Placed, Vision, used_only
 from tokcompile.vlm.prompt import Prompt
-
-CLOSE = 1e-5  # of the largest embedding: how near the placed features must be to what the model gave its decoder
+from tokcompile.vlm.words import words_of
 
 
 class Part(NamedTuple):
@@ -229,11 +238,7 @@ def split(
     check_question(model, seen, found, inputs)
     check_hidden_inputs(model, seen, found, inputs)
     view = visibility(seen, mask, found)
-    positions = seen.position_ids
-    if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    positions = axes(positions, config_of(model))
-    positions = positions.expand(*positions.shape[:-2], *ids.shape).contiguous()
+    positions = positions_of(seen, ids, config_of(model))
     mixer = mixer_of(model.get_submodule(seen.language), config_of(model).num_hidden_layers)
     prompt = replace(Prompt.of(ids, token, finer(found, spans, ids.shape[1]), positions, mask), in_order=mixer is not None)
 
@@ -272,72 +277,6 @@ def split(
     return parts.with_any_language(ids, features, prompt.mask if takes else None)
 
 
-def words_of(
-    model: nn.Module, seen: Observed, inputs: Mapping[str, Any], table: Embeddings, spans: Sequence[Span]
-) -> dict[int, Tensor]:
-    """Ids that the model embeds otherwise beside an image than its table does, as Ovis 2 those around it, and how: (D,). Where
-    the example has any, all are tried that the configuration names, at two places and with two images."""
-    ids, pixels = inputs["input_ids"], seen.source.pixels
-    image = {p for span in spans for p in range(*span)}
-    text = torch.tensor([p for p in range(ids.shape[1]) if p not in image], device=ids.device)
-    size, words = table.table.weight.shape[0], {}
-    assert seen.embeds is not None
-    if seen.embeds.shape[:2] != ids.shape or not len(text) or near(seen.embeds[:, text], table(ids[:, text]), seen.embeds):
-        return {}
-    named = sorted(i for i in named_ids(config_dict(model)) - {table.image_token} if 0 <= i < size)
-    for at in range(0, len(named), len(text)):
-        some = torch.tensor(named[at : at + len(text)]).to(ids)
-        met = []
-        for places, values in ((text, inputs[pixels]), (text.roll(1), inputs[pixels].flip(-2))):
-            prompt = ids.index_copy(1, places[: len(some)], some.expand(len(ids), -1))
-            try:
-                with torch.no_grad():
-                    embeds = begun(model, seen, {**inputs, pixels: values, "input_ids": prompt})
-            except Exception:  # it wants a video or a sound for one of these ids
-                return {}
-            met.append(embeds[0, places[: len(some)]])
-        for word, plain, one, other in zip(some, table(some[None])[0], *met):
-            if torch.equal(one, other) and not near(one, plain, seen.embeds):
-                words[int(word)] = one
-    return words
-
-
-def near(a: Tensor, b: Tensor, embeds: Tensor) -> bool:
-    return bool((a - b).abs().max() <= CLOSE * embeds.abs().max())
-
-
-def config_dict(model: nn.Module) -> dict[str, Any]:
-    return getattr(getattr(model, "config", None), "to_dict", dict)()
-
-
-def named_ids(config: Mapping[str, Any]) -> set[int]:
-    """The ids of special tokens in a configuration, in nested ones too."""
-    found: set[int] = set()
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= named_ids(value)
-        elif "token_i" in str(name):
-            found |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
-    return found
-
-
-def kinds_of(seen: Observed, inputs: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
-    """What the decoder is given of each token beside embeddings, where it is one number for all of a span and 0 for text: it is
-    known for a shorter prompt too, and new tokens need none."""
-    kinds = {}
-    for name in seen.beside:
-        value = inputs.get(name)
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.shape != inputs["input_ids"].shape:
-            continue
-        found = [value[:, start:stop].unique().tolist() for start, stop in spans]
-        text = value.clone()
-        for start, stop in spans:
-            text[:, start:stop] = 0
-        if all(len(numbers) == 1 for numbers in found) and not bool(text.any()):
-            kinds[name] = tuple(int(numbers[0]) for numbers in found)
-    return kinds
-
-
 def causal_inside(model: nn.Module, decoder: str) -> str:
     """Name of the smallest module around a decoder that has output embeddings; "" where that is the model itself."""
     parts = decoder.split(".")
@@ -353,180 +292,3 @@ def mixer_of(decoder: nn.Module, layers: int) -> str | None:
     """The first module in the decoder's layers that mixes tokens along the sequence; beside them there may be a tower."""
     inside = set(layers_of(decoder, layers).modules())
     return next((name for name, module in decoder.named_modules() if module in inside and is_mixer(module)), None)
-
-
-def axes(positions: Tensor, config: Any) -> Tensor:
-    """As whole numbers. Some models pass a row of text positions before the three that their rotary embedding takes."""
-    sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section") or ()
-    positions = positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 != len(sections) else positions
-    return positions.long() if torch.equal(positions, positions.round()) else positions
-
-
-def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input_ids, pixel values, attention_mask or None). Raises: InputError."""
-    if model.training:
-        raise InputError("the model is in training mode: call model.eval() first")
-    seen = source_of(inputs).pixels
-    ids, pixels, mask = (inputs.get(name) for name in ("input_ids", seen, "attention_mask"))
-    for name, value, dims in (("input_ids", ids, "(batch, length)"), (seen, pixels, "of the images of one call")):
-        if not isinstance(value, Tensor):
-            raise InputError(
-                f"the example inputs have no {name} ({', '.join(inputs) or 'they are empty'}): pass {name} {dims}, as a tensor"
-            )
-    assert isinstance(ids, Tensor)
-    assert isinstance(pixels, Tensor)
-    if ids.ndim != 2:
-        raise InputError(f"input_ids have the shape {tuple(ids.shape)}, and not (batch, length)")
-    if mask is not None and tuple(mask.shape) != tuple(ids.shape):
-        raise InputError(f"attention_mask has the shape {tuple(mask.shape)}, and input_ids {tuple(ids.shape)}")
-    return ids, pixels, mask
-
-
-def image_token_of(model: Any, given: int | None, source: Source) -> int:
-    """The id of the placeholders. Raises: InputError."""
-    if given is not None:
-        return given
-    whole = getattr(model, "config", None)
-    for config in (whole, config_of(model), getattr(whole, "vision_config", None)):
-        for name in source.tokens:
-            found = getattr(config, name, None)
-            if isinstance(found, int):
-                return found
-    raise InputError(f"the configuration names no {source.tokens[0]}: pass image_token=, the id of the placeholders")
-
-
-def image_spans(ids: Tensor, token: int) -> list[Span]:
-    """The runs of placeholders, the same in every sample. Raises: InputError."""
-    rows = [runs(row == token) for row in ids.cpu()]
-    if not any(rows):
-        raise InputError(
-            f"no image placeholder (id {token}) was found in the example input_ids\n"
-            "  what to do: pass ids as the processor gives them, with one placeholder for each feature, or image_token="
-        )
-    for i, row in enumerate(rows):
-        if row != rows[0]:
-            raise InputError(
-                f"the images of sample {i} are at {row}, and those of sample 0 at {rows[0]}: spans are static\n"
-                "  what to do: pad the texts so that they agree, or split once for each layout"
-            )
-    return rows[0]
-
-
-def runs(there: Tensor) -> list[Span]:
-    """The (start, stop) of each run of True."""
-    steps = torch.diff(there.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist()))
-
-
-def finer(found: Sequence[Span], spans: Sequence[Span] | None, length: int) -> list[Span]:
-    """The spans that the user names, which have to hold every placeholder and nothing else. Raises: InputError."""
-    if spans is None:
-        return list(found)
-    given = [(int(start), int(stop)) for start, stop in spans]
-    check_spans(given, length)
-    places = [{p for start, stop in some for p in range(start, stop)} for some in (found, given)]
-    if places[0] != places[1]:
-        odd = min(places[0] ^ places[1])
-        raise InputError(
-            f"spans={given} contradict the example: position {odd} is {'an' if odd in places[0] else 'no'} image placeholder; "
-            f"the placeholders are at {list(found)}\n  what to do: leave spans out, or divide these"
-        )
-    return given
-
-
-def check_logits(seen: Observed, got: Tensor, prompt: Prompt) -> None:
-    """Compares the last token's logits of the language part, (B, vocabulary), with the model's. Raises: InputError."""
-    want = seen.logits
-    if want is None:
-        return
-    there = prompt.mask[:, -1].bool()  # a row that ends in padding ends in another token
-    off = worst([got[there]], [want[there]])
-    if off > TOLERANCE.get(want.dtype, CLOSE):
-        also = f", which is given {', '.join(seen.beside)} too" if seen.beside else ""
-        raise InputError(
-            f"the decoder gives other logits on embeddings, positions and masks alone, off by {off:.1e} from the model's "
-            f"own{also}\n  what to do: nothing yet; optimize the vision part by itself, or the whole model"
-        )
-
-
-def check_seen(model: nn.Module, seen: Observed, spans: Sequence[Span]) -> None:
-    """Raises: InputError where no features of the pixels stand at the placeholders."""
-    pixels = seen.source.pixels
-    if seen.owner is None and not changed(model, seen, spans, {pixels: seen.kwargs[pixels].flip(-2)}):  # other rows or patches
-        given = ", ".join(name for name, value in seen.kwargs.items() if isinstance(value, Tensor))
-        raise InputError(
-            f"{type(model).__name__} did not call {seen.source.features} on these inputs ({given}), and no "
-            f"{pixels} are in what its decoder begins with\n"
-            f"  what to do: pass {pixels} and what belongs to them, such as image_grid_thw or image_sizes; a "
-            "model whose features do not go into its prompt is optimized as a whole"
-        )
-
-
-def check_question(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> None:
-    """Raises: InputError where features depend on the text: those of one question would be given for all."""
-    where = seen.source.features if seen.owner is not None else type(model).__name__
-    ids = inputs["input_ids"]
-    if seen.owner is None:
-        given = changed(model, seen, spans, {"input_ids": other_text(ids, spans)})
-    else:
-        given = any(value is ids for value in (*seen.args, *seen.kwargs.values()))
-    if given:
-        raise InputError(
-            f"{where} is given input_ids too: this model looks at an image with the question in mind, so that its vision "
-            "part would hold for the example's question alone\n  what to do: optimize the whole model, with use_cache=False, "
-            "or its vision tower by itself"
-        )
-
-
-def check_hidden_inputs(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> None:
-    """Raises: InputError where something is made of a question, or of another form of the image, before features are made of
-    it: that of the example would be given for all."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    for name in further_of(tensors).keys() - {*seen.further, seen.source.pixels}:
-        if changed(model, seen, spans, {**inputs, name: inputs[name].flip(-1)}):
-            raise InputError(
-                f"{name} changes the features of the image, and {seen.source.features} is not given it itself, but something "
-                "made of it\n  what to do: optimize the whole model, with use_cache=False, or its vision tower by itself"
-            )
-
-
-def check_further(wanted: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Raises: InputError where the vision part is not given what it takes beside the pixels."""
-    for name in sorted(set(wanted) ^ set(given)):
-        if name in wanted:
-            raise InputError(f"the vision part takes {name} beside the pixels: pass it too, as {name}=")
-        raise InputError(f"the vision part takes no {name} ({', '.join(['the pixels', *wanted])})")
-
-
-def changed(model: nn.Module, seen: Observed, spans: Sequence[Span], inputs: Mapping[str, Any]) -> bool:
-    """Whether the decoder begins with something else at the placeholders where these inputs take the place of the example's."""
-    with torch.no_grad():
-        embeds = begun(model, seen, {**(seen.kwargs if seen.owner is None else {}), **inputs})
-    assert seen.embeds is not None
-    return any(not torch.equal(embeds[:, start:stop], seen.embeds[:, start:stop]) for start, stop in spans)
-
-
-def other_text(ids: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The same placeholders, and the tokens of the text one place further on."""
-    image = {p for span in spans for p in range(*span)}
-    text = torch.tensor([p for p in range(ids.shape[1]) if p not in image])
-    return ids.index_copy(1, text, ids[:, text].roll(1, 1))
-
-
-def off_by(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> float:
-    """How far features and embeddings put together are from what the model gave its own decoder."""
-    assert seen.embeds is not None
-    with torch.no_grad():
-        placed = prompt.assemble(table, features, prompt.position_ids, None)["inputs_embeds"]
-    return float((placed - seen.embeds).abs().max() / seen.embeds.abs().max())
-
-
-def check_features(seen: Observed, features: Mapping[str, Any], prompt: Prompt, table: Tensor) -> None:
-    """Compares with what the model gave its own decoder. Raises: InputError."""
-    off = off_by(seen, features, prompt, table)
-    if not off <= CLOSE:
-        raise InputError(
-            f"features and embeddings put together are off by {off:.1e} from what the model gives its decoder: it does more "
-            "between the two than replacing placeholders\n  what to do: optimize the whole model, with use_cache=False, or the "
-            "parts of it one by one"
-        )
