@@ -204,6 +204,8 @@ class Rewriter:
     @cached_property
     def shares(self) -> Set[Node]:
         lengths = {shape(b.mid)[b.token_axis] for b in self.structure.blocks}
+        for s in self.structure.stages:  # with and without what stands around the patches
+            lengths |= {s.n, s.n + s.prefix, s.n + s.suffix}
         return shares(self.old.graph, reachable_from(set(self.splices)), lengths)
 
     def behind_blocks(self, node: Node) -> bool:
