@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.find import SDPA, Attention
+from tokcompile.passes.attentions import SDPA, Attention
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, head_by_head, keys_last, side_by_side, token_length
 from tokcompile.passes.samples import heads_first, samples_first

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
-from tokcompile.passes.find import Attention
+from tokcompile.passes.attentions import Attention
 from tokcompile.passes.graph import RESHAPES, aten, bind, is_tensor, numel, packet, shape
 from tokcompile.passes.origin import LAYOUT, moved
 from tokcompile.passes.samples import heads_first, samples_first

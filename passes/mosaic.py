@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tokcompile.passes.find import SDPA, SOFTMAX
+from tokcompile.passes.attentions import SDPA, SOFTMAX
 from tokcompile.passes.graph import aten, emitter, is_tensor, numel, packet, shape
 from tokcompile.passes.memory import CASTS, reachable_from
 from tokcompile.passes.movement import Movement, moves

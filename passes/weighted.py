@@ -11,7 +11,7 @@ from math import prod
 
 from torch.fx import Graph, Node
 
-from tokcompile.passes.find import BETWEEN, MATMUL, SOFTMAX, mixes_heads, operands
+from tokcompile.passes.attentions import BETWEEN, MATMUL, SOFTMAX, mixes_heads, operands
 from tokcompile.passes.graph import RESHAPES, bind, is_tensor, packet, shape, user_dependent
 from tokcompile.passes.origin import LAYOUT, moved
 

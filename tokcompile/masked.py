@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from tokcompile.passes.find import SDPA, SOFTMAX
+from tokcompile.passes.attentions import SDPA, SOFTMAX
 from tokcompile.passes.graph import bind, packet, shape
 from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, has_tokens, new_shape, old
