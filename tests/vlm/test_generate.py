@@ -102,7 +102,7 @@ def test_reduced_in_the_language_part(name, language, generator):
     assert lengths == [r.n + BEFORE + TEXT] * r.block + [r.k + BEFORE + TEXT] * (4 - r.block)
 
 
-BEHIND = [(name, language) for name in REDUCED_IN_VISION for language in ((), ENTRANCE, LAYER)]
+BEHIND = [(name, language) for name in REDUCED_IN_VISION for language in ((), LAYER)] + [("qwen3_vl", ENTRANCE)]
 BEHIND += [(name, LAYER) for name in REARRANGED]
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 import tokcompile
@@ -23,6 +24,7 @@ def test_without_a_reduction_it_is_the_models_own_generation(generator):
     assert torch.equal(made.tokens, want[:, -COUNT:])
 
 
+@pytest.mark.matrix
 def test_equals_keys_that_nobody_sees_and_the_folder_does_too(generator, tmp_path):
     _, inputs, reduced = generator("gemma4", (("method", "random"), ("budget", tokcompile.Tokens(4)), ("where", (1,))))
     parts, prefill = reduced.parts, reduced.text.prefill

@@ -210,6 +210,7 @@ def test_a_decoder_that_places_the_features_itself():
     assert not whole.report.recoveries
 
 
+@pytest.mark.matrix
 def test_a_sparse_attention_that_chooses_all_keys():
     model, inputs = made(mistral_large)
     parts, pixels, ids = split(model, inputs), inputs["pixel_values"], inputs["input_ids"]
@@ -261,6 +262,7 @@ def generated(model, inputs, gone, first):
     return made.sequences[:, -32:], made.logits
 
 
+@pytest.mark.matrix
 def test_a_folder_of_a_model_without_a_function_for_features(tmp_path):
     model, inputs = made(phi)
     parts, pixels = split(model, inputs, room=[6, 9]), inputs["image_pixel_values"]
@@ -308,6 +310,7 @@ def test_a_second_form_of_the_image_is_an_input_of_the_vision_part():
     assert error(got["logits"][:, -1], run(model, **inputs).logits[:, -1]) < 1e-5
 
 
+@pytest.mark.matrix
 def test_an_encoder_that_sees_is_optimized_with_its_decoder(tmp_path):
     model, inputs = made(t5gemma)
     optimized = tokcompile.optimize(model, kwargs=inputs, method="dart", budget=0.5)
@@ -332,6 +335,7 @@ def test_what_cannot_be_decoded_is_refused():
         Generator(parts, prefill, max_new_tokens=8)
 
 
+@pytest.mark.matrix
 def test_a_bias_by_distance_that_its_cache_counts():
     model, inputs = made(inkling)
     try:
