@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.conftest import BOTH_MASKS
 from tests.models import FAMILIES
 from tests.tiny import tiny
 from tokcompile import oracles, shaken
@@ -123,6 +124,7 @@ class Padded(Causal):
         return x
 
 
+@BOTH_MASKS
 def test_causal_attention_with_a_mask_over_it_is_both():
     seen = torch.ones(2, 12, dtype=torch.long)
     seen[1, :2] = 0
@@ -131,6 +133,7 @@ def test_causal_attention_with_a_mask_over_it_is_both():
     assert all(r.error < 1e-5 for r in check.results)
 
 
+@BOTH_MASKS
 def test_a_mask_from_whole_numbers_is_no_noise(monkeypatch):
     monkeypatch.setattr("tokcompile.passes.canonicalise.write_causal_masks", lambda gm: False)
     args = (torch.randn(2, 12, 16), torch.ones(2, 12, dtype=torch.long))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tokcompile
-from tests.conftest import export
+from tests.conftest import BOTH_MASKS, export
 from tests.passes.graphs import Function, canonical
 from tokcompile.compiler import analyse
 from tokcompile.passes.find import find
@@ -307,7 +307,7 @@ def cross(m, x):
     (causal_by_choice, "aten.add", "aten.add"),
     (causal_and_padded, "aten.add", "aten.add"),
     (causal_with_a_bias, "aten.add", "aten.add"),
-    (causal_with_a_mask_over_it, "aten.add", "aten.add"),
+    pytest.param(causal_with_a_mask_over_it, "aten.add", "aten.add", marks=BOTH_MASKS),
     (causal_unless_padded, "aten.add", "aten.add"),
 ], ids=lambda v: getattr(v, "__name__", v) or "none")  # fmt: skip
 def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
