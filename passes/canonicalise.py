@@ -66,7 +66,6 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     propagate_shapes(gm, inputs)
     if write_out_fills(gm):
         fold_constants(gm)
-        propagate_shapes(gm, inputs)
     drop_no_ops(gm)
     if write_joins(gm):
         propagate_shapes(gm, inputs)
@@ -75,12 +74,10 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     share_equal_views(gm)
     if write_everywhere(gm):
         fold_constants(gm)
-        propagate_shapes(gm, inputs)
     drop_true_masks(gm)
     if write_causal_masks(gm):
         propagate_shapes(gm, inputs)
         fold_constants(gm)
-        propagate_shapes(gm, inputs)
     rejoin(gm)
     gm.meta[FIXED] = fix_permutations(gm, inputs) + write_poolings(gm, inputs) + fix_placeholders(gm, inputs)
     gm.graph.eliminate_dead_code()

@@ -46,7 +46,7 @@ def fold_constants(gm: GraphModule) -> None:
         gm.register_buffer(name, value)
         with gm.graph.inserting_before(node):
             folded = gm.graph.get_attr(name)
-        folded.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        folded.meta = dict(node.meta)
         node.replace_all_uses_with(folded)
     for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them
         if not node.users:
