@@ -257,12 +257,13 @@ def split(
     features = parts.see(pixels, **seen.further)
     with torch.no_grad():
         embeds = table.module(ids)
-    if seen.owner is not None and off_by(seen, features, prompt, embeds) > CLOSE:
+    off = off_by(seen, features, prompt, embeds)
+    if seen.owner is not None and off > CLOSE:
         row = embeds[0, found[0][0]]
         added = features | {"features": features["features"] + row}
-        if off_by(seen, added, prompt, embeds) <= CLOSE:  # features go onto the placeholder's embedding
-            features, parts = added, replace(parts, vision=made._replace(module=vision(slim, row).eval()))
-    check_features(seen, features, prompt, embeds)
+        if (onto := off_by(seen, added, prompt, embeds)) <= CLOSE:  # features go onto the placeholder's embedding
+            off, features, parts = onto, added, replace(parts, vision=made._replace(module=vision(slim, row).eval()))
+    check_features(off)
     if room is not None:
         prompt, old = prompt.with_room(room)
         parts = replace(parts, prompt=prompt, view=view.widened(old, prompt.full))
