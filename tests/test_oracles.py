@@ -294,6 +294,7 @@ def test_the_outcome_prints_and_goes_to_json(program):
     lines = str(check).splitlines()
     assert lines[0].split() == ["oracle", "block", "error", "result"]
     assert lines[1].startswith("permutation")
+    assert lines[3] == "tolerance: 1.0e-04"
     assert lines[-1] == "the pass understands this model"
     data = json.loads(check.json())
     assert data["ok"] is True
@@ -312,7 +313,8 @@ def test_half_precision_has_a_wider_tolerance():
     model, (image,), _ = FAMILIES["timm/beit"].build(2)
     check = tokcompile.check(model.bfloat16(), (image.bfloat16(),))
     assert check.ok
-    assert max(r.error for r in check.results) > 1e-4
+    assert check.tolerance > max(r.error for r in check.results) > 1e-4
+    assert "smaller mistakes cannot be seen" in str(check)
 
 
 def test_float64_has_a_narrower_one():

@@ -33,6 +33,8 @@ from tokcompile.passes.trace import one_at_a_time, trace
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere
 from tokcompile.shaken import noise_floor, prepare, run
 
+LOOSE = 1e-2
+
 
 @dataclass
 class Result:
@@ -48,13 +50,17 @@ class Result:
 
 @dataclass
 class Check:
-    """The outcome: ok, one row per oracle and depth, the sites found, and what was refused or not recognised."""
+    """The outcome: ok, one row per oracle and depth, the sites found, and what was refused or not recognised.
+
+    tolerance: the largest error that counts as rounding; above LOOSE in low precision and where the model amplifies it.
+    """
 
     ok: bool
     results: list[Result] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     unrecognised: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
+    tolerance: float = 0.0
 
     @property
     def errors(self) -> list[str]:
@@ -70,6 +76,9 @@ class Check:
             lines.append(
                 f"{r.oracle:<14}{r.block:>6}  {error:>9}  {'ok' if r.ok else 'FAILED'}{'  ' + r.note if r.note else ''}"
             )
+        if self.results:
+            loose = " (rounding alone changes that much here: smaller mistakes cannot be seen)" * (self.tolerance > LOOSE)
+            lines.append(f"tolerance: {self.tolerance:.1e}{loose}")
         lines.append(f"sites: {len(self.sites)}" + (f" ({self.sites[0]} .. {self.sites[-1]})" if self.sites else ""))
         lines += [f"not recognised: {text}" for text in self.unrecognised]
         lines += [f"fixed while tracing: {text}" for text in self.guards]
@@ -116,7 +125,7 @@ def check(
             "a bug in tokcompile.passes.canonicalise"
         )
     structure = analysis.structure
-    report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), analysis.guards)
+    report = Check(True, [], [b.path for b in structure.sites()], list(structure.unrecognised), analysis.guards, tolerance)
     report.unrecognised += [f"block {b.index} ({b.path}): {b.why_not}" for b in structure.blocks if b.why_not]
     try:
         sites = places(structure, spans)
