@@ -5,6 +5,8 @@ STAMP := $(VENV)/.stamp
 MAPPED := passes plugins exports
 TYPED := build/typed
 WHEEL := build/wheel
+# workers of the tests, each with up to 2 GB
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, max(2, os.cpu_count() or 2)))")
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -33,7 +35,7 @@ demo: $(STAMP) ## run the demo on real weights and photographs; writes demo-out/
 	$(VENV)/bin/tokcompile demo --out demo-out $(ARGS)
 
 test: $(STAMP) ## run the tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the test checks
 	$(PY) -m ruff check .

@@ -31,6 +31,7 @@ IN_LANGUAGE = ("dart", "fastv", "pyramiddrop")
 OPTIONS = {"evs": {"frames": 7}}
 NOT_FREE = ("random",)  # whose batch cannot be free
 METHODS = sorted(tokcompile.methods())
+BUILT = ("dart", "topk", "tome", "divprune")  # without plugins: the kernels' other methods take the same ops
 
 
 @functools.cache
@@ -79,7 +80,12 @@ def check(report, opt, path, plugins=0):
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("method", "precision"), [*((method, "fp16") for method in METHODS), *((method, "fp32") for method in ("dart", "tome"))]
+    ("method", "precision"),
+    [
+        *((method, "fp16") for method in BUILT),
+        *((method, "fp32") for method in ("dart", "tome")),
+        *(pytest.param(method, "fp16", marks=pytest.mark.matrix) for method in METHODS if method not in BUILT),
+    ],
 )
 def test_plain_form(method, precision, tmp_path):
     opt, path = vit(method), tmp_path / "m.engine"

@@ -57,11 +57,11 @@ def export(
 
     Raises: InputError, TraceError, ExportError; nothing is left behind then.
     """
+    how = preprocesses(preprocess, parts)
+    check_text(parts, tokenizer, template)
     made = Generator(parts, prefill, max_new_tokens=max_new_tokens)
     pixels = parts.vision.args[0]
     check_runs(made.text, options, verify_tokens)
-    how = preprocesses(preprocess, parts)
-    check_text(parts, tokenizer, template)
     further = parts.vision.kwargs
     vision = parts.optimized or untouched(folded(trace(parts.vision.module, kwargs={PIXELS: pixels, **further})))
     report = FolderReport(os.fspath(folder))
