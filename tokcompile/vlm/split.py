@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -254,28 +254,45 @@ def split(
         raise InputError("padded=False, and the example has padding or room for some: leave one of the two out")
     kinds = kinds_of(seen, inputs, prompt.full)
     parts = Parts(model, made, table, made, prompt, None, seen, view, all_logits, kinds=kinds)
-    features = parts.see(pixels, **seen.further)
-    with torch.no_grad():
-        embeds = table.module(ids)
-    off = off_by(seen, features, prompt, embeds)
-    if seen.owner is not None and off > CLOSE:
-        row = embeds[0, found[0][0]]
-        added = features | {"features": features["features"] + row}
-        if (onto := off_by(seen, added, prompt, embeds)) <= CLOSE:  # features go onto the placeholder's embedding
-            off, features, parts = onto, added, replace(parts, vision=made._replace(module=vision(slim, row).eval()))
-    check_features(off)
+    parts, features = compared(parts, lambda row: made._replace(module=vision(slim, row).eval()))
     if room is not None:
-        prompt, old = prompt.with_room(room)
-        parts = replace(parts, prompt=prompt, view=view.widened(old, prompt.full))
-        ids = torch.stack([torch.tensor([0 if p is None else int(row[p]) for p in old]) for row in ids]).to(ids)
-        parts = replace(parts, embeddings=Part(table.module, (), {"input_ids": ids}))
-    takes = padded or room is not None or bool((prompt.mask == 0).any())
+        parts = with_room(parts, room)
+    takes = padded or room is not None or bool((parts.prompt.mask == 0).any())
     if takes and mixer is not None:
         raise InputError(
             f"prompts cannot be padded: {mixer} mixes tokens along the sequence, and would read the padding\n"
             "  what to do: leave out padded= and room= (--room exact), and split once for each length of the text"
         )
-    return parts.with_any_language(ids, features, prompt.mask if takes else None)
+    return parts.with_any_language(parts.embeddings.kwargs["input_ids"], features, parts.prompt.mask if takes else None)
+
+
+def compared(parts: Parts, onto: Callable[[Tensor], Part]) -> tuple[Parts, dict[str, Any]]:
+    """The parts, of which the vision part gives what the decoder was given in the example, and what that is.
+
+    onto: the vision part that adds this embedding to its features: that of the placeholders, onto which some models add them.
+    Raises: UnsupportedGraph.
+    """
+    seen, prompt = parts.seen, parts.prompt
+    features = parts.see(*parts.vision.args, **parts.vision.kwargs)
+    with torch.no_grad():
+        embeds = parts.embeddings.module(**parts.embeddings.kwargs)
+    off = off_by(seen, features, prompt, embeds)
+    if seen.owner is not None and off > CLOSE:
+        row = embeds[0, prompt.full[0][0]]
+        added = features | {"features": features["features"] + row}
+        if (less := off_by(seen, added, prompt, embeds)) <= CLOSE:
+            off, features, parts = less, added, replace(parts, vision=onto(row))
+    check_features(off)
+    return parts, features
+
+
+def with_room(parts: Parts, room: Sequence[int]) -> Parts:
+    """With padding in the example, so that each text may be so long."""
+    prompt, old = parts.prompt.with_room(room)
+    ids = parts.embeddings.kwargs["input_ids"]
+    ids = torch.stack([torch.tensor([0 if p is None else int(row[p]) for p in old]) for row in ids]).to(ids)
+    table = parts.embeddings._replace(kwargs={"input_ids": ids})
+    return replace(parts, prompt=prompt, view=parts.view.widened(old, prompt.full), embeddings=table)
 
 
 def causal_inside(model: nn.Module, decoder: str) -> str:
