@@ -49,7 +49,7 @@ def hides_the_future(gm: GraphModule, mask: Any, marks_hidden: bool = False) -> 
     if not isinstance(mask, Node):
         return False
     if mask.op == "get_attr":
-        return is_causal(get_attr(gm, mask.target), marks_hidden)
+        return lower_triangular(get_attr(gm, mask.target), marks_hidden)
 
     def hides(node: Any, other_way: bool = False) -> bool:
         return hides_the_future(gm, node, marks_hidden != other_way)
@@ -76,7 +76,7 @@ def hiding(gm: GraphModule, value: Any) -> bool:
     return not (isinstance(value, torch.Tensor) and value.is_meta) and float(value) <= HIDDEN
 
 
-def is_causal(value: torch.Tensor, marks_hidden: bool) -> bool:
+def lower_triangular(value: torch.Tensor, marks_hidden: bool) -> bool:
     sizes = value.shape
     if len(sizes) < 2 or sizes[-1] != sizes[-2] or sizes[-1] < 2 or value.is_meta:
         return False

@@ -67,9 +67,14 @@ def foldable(node: Node) -> bool:
 
 
 def computed(node: Node) -> bool:
-    """Whether a constant is more than a view of a weight (views cost nothing and would copy the weight)."""
+    """Whether a constant is more than a view of a weight (views cost nothing and would copy the weight).
+
+    Indices are small, and are read where they are constants of their own.
+    """
     if node.op == "get_attr" or "quantize" in packet(node):
         return False
+    if getattr(node.meta.get("val"), "dtype", None) == torch.int64:
+        return True
     return packet(node) not in VIEWS | CASTS or any(computed(n) for n in node.all_input_nodes)
 
 
