@@ -16,6 +16,7 @@ from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
 from tokcompile.recipe import Recipe
 
 SolveFlops = Callable[[list[list[Slot]], Callable[[int, list[Slot]], list[int]], float], list[list[int]]]
+MethodOf = Callable[[Reduction], tuple[Recipe, Mapping[str, Any]]]
 
 
 def make_plan(
@@ -156,16 +157,19 @@ def reductions(
     return tuple(out)
 
 
-def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
-    """A plan passed back by the user, checked against the model. Raises: PlanError."""
+def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Reduction, ...]:
+    """A plan passed back by the user, checked against the model and what its methods can do. Raises: PlanError."""
     current: dict[tuple[int, int, int], int] = {}
     out: list[Reduction] = []
     for name, allowed in (("outputs", OUTPUTS), ("recover", RECOVER)):
         if getattr(plan, name) not in allowed:
             raise PlanError(f"the plan's {name}={getattr(plan, name)!r} is none of {', '.join(map(repr, allowed))}")
     planned = [replace(r, block=one_block(structure.blocks, r.block).index) for r in plan.reductions]  # -1 is the last
-    if [r.block for r in planned] != sorted(r.block for r in planned):
+    order = [(r.block, r.place == "attention") for r in planned]
+    if order != sorted(order):
         raise PlanError("the plan's reductions are not in the order of their blocks")
+    if len({(r.block, r.place, r.prefix) for r in planned}) < len(planned):
+        raise PlanError("the plan reduces the same tokens twice at one place: write one reduction, to the smaller k")
     blocks = [structure.blocks[r.block] for r in planned]
     stream = {b.index: i for i, one in enumerate(streams(blocks)) for b in one}
     for r, block in zip(planned, blocks):
@@ -187,6 +191,15 @@ def fit_plan(plan: Plan, structure: Structure) -> tuple[Reduction, ...]:
             raise PlanError(f"the plan's place {r.place!r} is neither 'attention' nor 'block'")
         if block.why_not:
             raise PlanError(f"tokens cannot be reduced in block {r.block} ({block.path}): {block.why_not}")
+        if r.options and not r.method:
+            raise PlanError(f"the plan's reduction at block {r.block} has options and no method: they are the plan's options")
+        recipe, options = method_of(r)
+        lowest = recipe.least(n, {**recipe.options, **options, "prefix": r.prefix})
+        if r.k < min(lowest, n):
+            raise PlanError(
+                f"the plan leaves {r.k} of {n} tokens at block {r.block}, and {recipe.name!r} leaves at least {lowest} of them in "
+                "one step"
+            )
         current[key] = r.k
         if r.k < n:
             out.append(replace(r, n=n, path=block.path))

@@ -65,16 +65,22 @@ def test_a_plan_that_cannot_be_read(tmp_path):
     (Reduction(0, 12, 6, prefix=4, suffix=20), r"the plan"),
     (Reduction(0, 12, 6, unit=0), r"the plan"),
     (Reduction(0, 12, 6, prefix=-1, suffix=1), r"the plan"),
-], ids=["block", "n", "more", "none", "place", "suffix", "unit", "prefix"])  # fmt: skip
+    (Reduction(0, 12, 5, method="tome"), r"the plan leaves 5 of 12 tokens at block 0, and 'tome' leaves at least 6 of them"),
+    (Reduction(0, 12, 6, options={"seed": 1}), r"block 0 has options and no method"),
+], ids=["block", "n", "more", "none", "place", "suffix", "unit", "prefix", "least", "options"])  # fmt: skip
 def test_a_plan_that_does_not_fit(reduction, message):
     with pytest.raises(PlanError, match=message):
         optimize(tiny(), plan=Plan("random", (reduction,)))
 
 
-def test_a_plan_with_blocks_out_of_order():
-    plan = Plan("random", (Reduction(1, 12, 8), Reduction(0, 8, 4)))
-    with pytest.raises(PlanError, match="the plan"):
-        optimize(tiny(), plan=plan)
+@pytest.mark.parametrize(("first", "second", "message"), [
+    (Reduction(1, 12, 8), Reduction(0, 8, 4), "not in the order of their blocks"),
+    (Reduction(1, 12, 8), Reduction(1, 8, 4, place="block"), "not in the order of their blocks"),
+    (Reduction(1, 12, 8), Reduction(1, 12, 8), "reduces the same tokens twice at one place"),
+], ids=["blocks", "entrance", "twice"])  # fmt: skip
+def test_a_plan_with_blocks_out_of_order(first, second, message):
+    with pytest.raises(PlanError, match=message):
+        optimize(tiny(), plan=Plan("random", (first, second)))
 
 
 def test_a_plan_that_counts_blocks_from_the_end():

@@ -206,7 +206,7 @@ def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
     """One try. Raises: NeedsLayout for another one, and what its passes raise."""
     analysis, settings = given.laid_out(layout), request.settings
     if request.plan is not None:
-        chosen = fit_plan(request.plan, analysis.structure)
+        chosen = fit_plan(request.plan, analysis.structure, settings.method_of)
     else:
         try:
             chosen = request.planned(analysis, layout, request.budget)
