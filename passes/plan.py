@@ -14,6 +14,7 @@ from tokcompile.errors import PlanError
 VERSION = 1
 OUTPUTS = ("keep", "reduced")
 RECOVER = ("end", "anywhere", "never")
+SAY_IT_THERE = "leave them out, or edit the plan (plan.replace(...))"
 
 
 @dataclass(frozen=True)

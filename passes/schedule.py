@@ -197,8 +197,8 @@ def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Red
         lowest = recipe.least(n, {**recipe.options, **options, "prefix": r.prefix})
         if r.k < min(lowest, n):
             raise PlanError(
-                f"the plan leaves {r.k} of {n} tokens at block {r.block}, and {recipe.name!r} leaves at least {lowest} of them in "
-                "one step"
+                f"the plan leaves {r.k} of {n} tokens at block {r.block}, and {recipe.name!r} leaves at least {lowest} of them "
+                "in one step"
             )
         current[key] = r.k
         if r.k < n:

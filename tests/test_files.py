@@ -90,7 +90,14 @@ def test_a_plan_that_counts_blocks_from_the_end():
 
 def test_a_plan_of_an_unknown_method():
     with pytest.raises(MethodError, match="unknown method 'tomee'"):
-        optimize(tiny(), plan=Plan("tomee", ()))
+        tokcompile.optimize(*tiny(), plan=Plan("tomee", ()))
+
+
+def test_what_is_asked_beside_a_plan_is_not_ignored():
+    plan = Plan("random", (Reduction(0, 12, 6),))
+    for other in (dict(method="grid"), dict(budget=0.3), dict(where=[1]), dict(outputs="reduced"), dict(recover="never")):
+        with pytest.raises(PlanError, match=rf"a plan was passed, which says {next(iter(other))} itself: leave them out"):
+            optimize(tiny(), plan=plan, **other)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -82,7 +82,7 @@ def test_nothing_more(both, family):
     (PlanError, dict(method="topk", budget=Tokens(5), where=[1]), "reduced at block {last}.*'topk' would be placed at block 1"),
     (InputError, dict(method="topk", outputs="keep", where=[6]), "pass the same again"),
     (InputError, dict(kwargs={"x": 1}), "brings its example inputs along"),
-    (PlanError, dict(plan=Plan("tome")), "a plan is for the original model"),
+    (PlanError, dict(plan=Plan("tome", outputs="reduced")), "a plan is for the original model"),
     (tokcompile.UnsupportedGraph, dict(method="random", where=[6], spans=[(7, 40)]), "are not those that were reduced before"),
 ])  # fmt: skip
 def test_refusals(error, options, message, both):

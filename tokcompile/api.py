@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
 from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.graph import finished
-from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan
+from tokcompile.passes.plan import OUTPUTS, RECOVER, SAY_IT_THERE, Plan
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.trace import flat_caller, one_at_a_time
 from tokcompile.recipe import Recipe
@@ -220,11 +221,11 @@ def optimize(
     every shape. method: a name from `tokcompile.methods()` or a Recipe. budget: a share of the patch tokens in (0, 1], or
     Tokens, Flops, KeepRate, Remove, Schedule. where: blocks (numbers or module paths), the method's own by default.
     spans: the (start, stop) of the visual tokens, where the graph does not say. outputs: "keep" (names, order and shapes
-    of the original) or "reduced" (short, with kept indices and sizes). plan: a Plan (or its file) instead of a method and
-    budget. recover: "end" (give dropped tokens back only after the last block), "anywhere" or "never".
-    size_weighted_mean: whether mean pooling over merged tokens weighs them by size. method_options: the method's own; and
-    renumber=True or False, whether the tokens of a language model get positions without gaps after a reduction, or keep
-    theirs; by default as the method is published, where all positions are one number each.
+    of the original) or "reduced" (short, with kept indices and sizes). plan: a Plan (or its file), which says method, budget,
+    where, outputs and recover itself. recover: "end" (give dropped tokens back only after the last block), "anywhere" or
+    "never". size_weighted_mean: whether mean pooling over merged tokens weighs them by size. method_options: the method's
+    own; and renumber=True or False, whether the tokens of a language model get positions without gaps after a reduction, or
+    keep theirs; by default as the method is published, where all positions are one number each.
 
     Raises: InputError, MethodError, BudgetError, PlanError, TraceError, UnsupportedGraph.
 
@@ -244,6 +245,7 @@ def optimize(
     if plan is not None:
         if not isinstance(plan, Plan):
             raise PlanError(f"plan must be a tokcompile.Plan or the path of one, not {type(plan).__name__}")
+        refuse_beside(plan, method=method, budget=budget, where=where, outputs=outputs, recover=recover)
         method, method_options = plan.method if isinstance(method, str) else method, {**plan.options, **method_options}
         outputs, recover = plan.outputs, plan.recover
     settings = settings_for(
@@ -262,6 +264,18 @@ def optimize(
     compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
     return OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+
+
+def refuse_beside(plan: Plan, **given: Any) -> None:
+    """What is asked beside a plan, other than what it says, would be ignored. Raises: PlanError."""
+    defaults = inspect.signature(optimize).parameters
+    other = [
+        name
+        for name, value in given.items()
+        if value != defaults[name].default and value != getattr(plan, name, None) and not isinstance(value, Recipe)
+    ]
+    if other:
+        raise PlanError(f"a plan was passed, which says {', '.join(other)} itself: {SAY_IT_THERE}")
 
 
 def is_span(span: Any) -> bool:

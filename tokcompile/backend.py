@@ -12,10 +12,10 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from tokcompile.compiler import compile_plan, settings_for, understand
-from tokcompile.errors import InputError, MethodError, TraceError, UnsupportedGraph
+from tokcompile.errors import InputError, PlanError, TraceError, UnsupportedGraph
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.graph import finished
-from tokcompile.passes.plan import Plan
+from tokcompile.passes.plan import SAY_IT_THERE, Plan
 from tokcompile.passes.trace import Traced
 
 OWN = ("method", "budget", "where", "spans", "recover", "plan", "size_weighted_mean", "inner", "inner_options")
@@ -53,12 +53,17 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
     plan = own.get("plan")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    if plan is not None and "method" in own:
-        raise MethodError("options has both a plan and a method; a plan names its own method")
+    if plan is not None and (both := [name for name in ("method", "budget", "where", "recover") if name in own]):
+        raise PlanError(f"options has both a plan and {', '.join(both)}, which a plan says itself: {SAY_IT_THERE}")
+    outputs = given.pop("outputs", plan.outputs if plan else "keep")
+    if outputs != "keep":
+        raise InputError(
+            f"outputs={outputs!r}: torch.compile returns what the model returns; use tokcompile.optimize for others"
+        )
     settings = settings_for(
         plan.method if plan else own.get("method", "tome"),
         {**(plan.options if plan else {}), **given},
-        recover=own.get("recover", "end"),
+        recover=plan.recover if plan else own.get("recover", "end"),
         spans=own.get("spans"),
         size_weighted_mean=own.get("size_weighted_mean", True),
     )
