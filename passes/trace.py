@@ -324,9 +324,13 @@ def load_program(path: str, extra_files: dict[str, Any] | None = None) -> Export
     if not zipfile.is_zipfile(path):
         raise ExportError(f"{path} is not a torch.export archive (.pt2)")
     try:
-        return torch.export.load(path, extra_files=extra_files)
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums, and would give other weights
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.export.load(path, extra_files=extra_files)
     except Exception as error:
         raise ExportError(f"{path} cannot be read as a torch.export archive: {error}") from error
+    raise ExportError(f"{path} is damaged: {damaged} in it does not have its checksum\n  what to do: copy or save it again")
 
 
 def difference(args: Sequence[Any], kwargs: dict[str, Any], given: pytree.TreeSpec, spec: pytree.TreeSpec) -> str:

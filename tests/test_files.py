@@ -156,13 +156,23 @@ def truncated(path):
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
 
 
+def damaged(path):
+    """One weight is another number, which torch alone does not notice."""
+    model, args = tiny()
+    torch.export.save(torch.export.export(model, args), path)
+    content, weight = path.read_bytes(), model.blocks[0].mlp.weight.detach().numpy().tobytes()
+    assert weight in content
+    path.write_bytes(content.replace(weight, bytes(4) + weight[4:]))
+
+
 @pytest.mark.parametrize(("write", "message"), [
     (lambda path: None, "no such file"),
     (corrupt, r"is not a torch.export archive \(.pt2\)"),
     (empty, r"is not a torch.export archive \(.pt2\)"),
     (truncated, r"is not a torch.export archive|cannot be read as a torch.export archive"),
     (foreign, "cannot be read as a torch.export archive"),
-], ids=["missing", "corrupt", "empty", "truncated", "foreign"])  # fmt: skip
+    (damaged, r"is damaged: .*weights.* does not have its checksum"),
+], ids=["missing", "corrupt", "empty", "truncated", "foreign", "damaged"])  # fmt: skip
 def test_a_file_that_is_no_program(write, message, tmp_path):
     path = tmp_path / "model.pt2"
     write(path)
