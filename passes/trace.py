@@ -9,10 +9,11 @@ import os
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import wraps
+from types import NoneType
 from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
@@ -66,6 +67,8 @@ def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_program(os.fspath(model))
+    if not isinstance(kwargs, (Mapping, NoneType)):
+        raise InputError(f"kwargs must be a dict of example inputs, not {type(kwargs).__name__}")
     kwargs = dict(kwargs) if kwargs is not None else None  # a processor gives a mapping that torch.export does not take
     guards: list[str] = []
     names: list[str] | None = None
@@ -101,6 +104,8 @@ def from_program(
             f"the example inputs do not have the structure the program was exported with:\n  given    {given}\n"
             f"  expected {in_spec}"
         )
+    if names is None:
+        check_shapes(program, inputs)
     # a fresh graph: flat in, flat out (the caller's structure is restored outside), without the module's input hooks
     gm = copy_graph(unlift(program))
     fixed = collect(gm)
@@ -115,6 +120,20 @@ def from_program(
     return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks, mixers)
 
 
+def check_shapes(program: ExportedProgram, inputs: Sequence[Any]) -> None:
+    """Refuses example inputs of another shape or dtype than those that the program was exported with."""
+    known = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
+    for name, value in zip(program.graph_signature.user_inputs, inputs):
+        wanted = known.get(str(name))
+        if not (isinstance(value, torch.Tensor) and isinstance(wanted, torch.Tensor)):
+            continue
+        if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+            raise InputError(
+                f"the example input {name!r} is {tuple(value.shape)} {value.dtype}, but the program was exported for "
+                f"{tuple(wanted.shape)} {wanted.dtype}\n  what to do: export it again, once per input shape"
+            )
+
+
 def unlift(program: ExportedProgram) -> GraphModule:
     """The program as a graph module with weights as attributes and without its run-time input guards."""
     if "check_guards" in inspect.signature(program.module).parameters:
@@ -123,7 +142,9 @@ def unlift(program: ExportedProgram) -> GraphModule:
 
 
 def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
-    """Refuses what cannot be traced: training mode, missing or wrongly shaped example inputs."""
+    """Refuses what cannot be traced: TorchScript, training mode, missing or wrongly shaped example inputs."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("torch.export does not read TorchScript: pass the nn.Module that this one was made from")
     if any(m.training for m in model.modules()):
         name = next(n for n, m in model.named_modules() if m.training)
         raise InputError(

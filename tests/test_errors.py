@@ -78,6 +78,7 @@ def test_a_recipe_that_returns_another_count_is_refused():
     (lambda: 0, r"budget must be a share in \(0, 1\], not 0.0"),
     (lambda: 1.5, r"budget must be a share in \(0, 1\], not 1.5"),
     (lambda: -0.5, r"budget must be a share in \(0, 1\], not -0.5"),
+    (lambda: 98, r"budget 98 is not a share in \(0, 1\]; for 98 tokens write Tokens\(98\)"),
     (lambda: float("nan"), r"budget must be a share in \(0, 1\], not nan"),
     (lambda: True, r"budget True is not a share in \(0, 1\], nor Tokens\(k\)"),
     (lambda: "half", r"budget 'half' is not a share"),
@@ -89,9 +90,11 @@ def test_a_recipe_that_returns_another_count_is_refused():
     (lambda: Tokens(13), r"Tokens\(13\) is more than the 12 tokens there are"),
     (lambda: Remove(-1), r"Remove\(r\) takes a non-negative integer, not -1"),
     (lambda: Remove(2, inflect=2), r"Remove\(inflect=2\) is outside \[-1, 1\]"),
+    (lambda: Remove(2, inflect="late"), r"Remove\(inflect='late'\) is outside \[-1, 1\]"),
     (lambda: Schedule({}), r"Schedule\(\{block: k\}\) is empty"),
     (lambda: Schedule([4]), r"Schedule takes \{block: k\}, not \[4\]"),
     (lambda: Schedule({0: 0}), r"Schedule maps block numbers to positive token counts, not 0: 0"),
+    (lambda: Schedule({True: 4}), r"Schedule maps block numbers to positive token counts, not True: 4"),
     (lambda: Schedule({0: 13}), r"block 0: 12 tokens come in, 13 cannot be left"),
     (lambda: Schedule({0: 6, 1: 8}), r"block 1: 6 tokens come in, 8 cannot be left"),
 ], ids=lambda v: None if callable(v) else v[:24])  # fmt: skip
@@ -171,11 +174,22 @@ def test_what_is_not_a_model(model):
         tokcompile.optimize(model, (torch.zeros(1),))
 
 
-def test_a_program_and_inputs_of_another_structure():
+def test_a_program_and_inputs_of_another_form():
     model, args = tiny()
     program = torch.export.export(model, args)
     with pytest.raises(InputError, match=r"do not have the structure the program was exported with:\n  given"):
         tokcompile.optimize(program, (*args, *args))
+    for other in (torch.randn(2, LENGTH, WIDTH), args[0].double()):
+        with pytest.raises(InputError, match=r"'x' is \(\d, 12, 16\) .* exported for \(1, 12, 16\) .*\n.*export it again"):
+            tokcompile.optimize(program, (other,))
+
+
+def test_keywords_and_modules_of_another_kind():
+    model, args = tiny()
+    with pytest.raises(InputError, match="kwargs must be a dict of example inputs, not list"):
+        tokcompile.optimize(model, args, [1])
+    with pytest.raises(InputError, match=r"does not read TorchScript: pass the nn.Module"):
+        tokcompile.optimize(torch.jit.trace(nn.Linear(WIDTH, 2), args), args)
 
 
 def test_a_dynamic_program_is_refused():

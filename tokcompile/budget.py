@@ -60,8 +60,8 @@ class Remove:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
             raise BudgetError(f"Remove(r) takes a non-negative integer, not {self.r!r}")
-        if not -1 <= self.inflect <= 1:
-            raise BudgetError(f"Remove(inflect={self.inflect}) is outside [-1, 1]")
+        if not isinstance(self.inflect, (int, float)) or not -1 <= self.inflect <= 1:
+            raise BudgetError(f"Remove(inflect={self.inflect!r}) is outside [-1, 1]")
 
     def per_block(self, blocks: int) -> list[int]:
         """r of each block, as tome/utils.py defines it."""
@@ -82,7 +82,7 @@ class Schedule:
         if not self.counts:
             raise BudgetError("Schedule({block: k}) is empty")
         for block, k in self.counts.items():
-            if not isinstance(block, int) or not isinstance(k, int) or k < 1:
+            if bool in (type(block), type(k)) or not isinstance(block, int) or not isinstance(k, int) or k < 1:
                 raise BudgetError(f"Schedule maps block numbers to positive token counts, not {block!r}: {k!r}")
 
 
@@ -95,6 +95,8 @@ def as_budget(value: Any) -> Share | Tokens | Flops | KeepRate | Remove | Schedu
         return value
     if isinstance(value, Mapping):
         return Schedule(dict(value))
+    if isinstance(value, int) and value > 1:
+        raise BudgetError(f"budget {value} is not a share in (0, 1]; for {value} tokens write Tokens({value})")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Share(float(value))
     raise BudgetError(
