@@ -244,6 +244,7 @@ def to_plain(model: ir.Model) -> None:
         passes.InlinePass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.DeduplicateInitializersPass()(model)
+        passes.RemoveUnusedNodesPass()(model)  # as indices that no later node reads, of which onnxruntime would warn
         passes.RemoveUnusedOpsetsPass()(model)
 
 

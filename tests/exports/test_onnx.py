@@ -158,6 +158,20 @@ def test_inline_writes_plain_ops(tmp_path):
     assert [o.domain for o in written.opset_import] == [""]
 
 
+def test_inline_writes_nothing_that_is_not_read(tmp_path):
+    """No node reads the constant indices of a reduction in front of a mean."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean(1)
+
+    model, (x,) = encoder(torch.float32)
+    opt = tokcompile.optimize(torch.nn.Sequential(model, Mean()).eval(), (torch.cat([x, x]),), method="grid", where=[0])
+    opt.export_onnx(tmp_path / "m.onnx", inline=True)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert {i.name for i in graph.initializer} <= {name for node in graph.node for name in node.input}
+
+
 @pytest.mark.parametrize(("method", "opset"), [("tome", 18), ("dart", 22)])
 def test_tensorrt_ops(method, opset, tmp_path):
     report = tiny(method=method).export_onnx(tmp_path / "m.onnx", target="tensorrt", opset=opset)
