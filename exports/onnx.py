@@ -302,7 +302,9 @@ def finish(
         try:
             onnx.checker.check_model(file, full_check=True)
         except Exception as error:
-            raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
+            newer = "bfloat16" in str(error) and report.opset < target.newest_opset
+            hint = f"\n  what to do: opset={target.newest_opset}, in which more ops take bfloat16" if newer else ""
+            raise ExportError(f"onnx.checker refuses the exported model: {error}{hint}") from error
         if verify and form != PLUGIN:
             run_it(opt, flat, file, tolerance, report)
         report.bytes += os.path.getsize(file)

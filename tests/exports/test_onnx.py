@@ -261,6 +261,19 @@ def test_bfloat16_inside_is_refused_with_a_way_out(tmp_path):
     assert opt.export_onnx(tmp_path / "m.onnx", verify=False).error is None
 
 
+def test_bfloat16_that_a_newer_opset_takes(tmp_path):
+    class Patches(torch.nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).transpose(1, 2))
+
+    model, _ = encoder(torch.bfloat16)
+    model, image = Patches(torch.nn.Conv1d(3, 32, 2, 2).bfloat16(), model).eval(), torch.randn(1, 3, 100).bfloat16()
+    opt = tokcompile.optimize(model, (image,), method="random", where=[0])
+    with pytest.raises(tokcompile.ExportError, match=r"bfloat16[\s\S]*what to do: opset=22"):
+        opt.export_onnx(tmp_path / "m.onnx")
+    assert "bfloat16" in opt.export_onnx(tmp_path / "m.onnx", opset=22).note
+
+
 def test_an_addition_at_all_positions_is_an_addition(tmp_path):
     """NaFlexViT adds its position embedding by index_add_, on a view."""
     model, args, kwargs = build("timm/naflexvit_masked", 1)
