@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import Node
 
 from tokcompile.budget import Schedule
-from tokcompile.errors import BudgetError, PlanError, UnsupportedGraph
+from tokcompile.errors import BudgetError, InputError, PlanError, UnsupportedGraph
 from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.graph import shape
 from tokcompile.passes.layout import Layout
@@ -47,6 +47,16 @@ class Slot:
     def token(self, group: int) -> int:
         """The position of a group's first token."""
         return self.offset + group * self.unit
+
+
+def named_spans(spans: Any) -> list[tuple[int, int]]:
+    """What the user named. Raises: InputError for what is no list of spans, and for an empty one, which names nothing."""
+    listed = list(spans) if isinstance(spans, Iterable) else [spans]
+    if not all(isinstance(s, (tuple, list)) and len(s) == 2 and all(isinstance(at, int) for at in s) for s in listed):
+        raise InputError(f"spans={spans!r} is no list of (start, stop): write [(5, 30)]")
+    if not listed:
+        raise InputError("spans=[] names no visual tokens: leave spans out, or write [(start, stop)]")
+    return [(start, stop) for start, stop in listed]
 
 
 def choose_slots(

@@ -137,7 +137,8 @@ def test_blocks_may_be_named_in_any_order():
     (dict(spans=(5, 12)), r"spans=\(5, 12\) is no list of \(start, stop\)"),
     (dict(spans=[("1", 5)]), "is no list of"),
     (dict(spans=3), "spans=3 is no list of"),
-], ids=["where", "pair", "text", "number"])  # fmt: skip
+    (dict(spans=[]), r"spans=\[\] names no visual tokens"),
+], ids=["where", "pair", "text", "number", "none"])  # fmt: skip
 def test_places_of_another_kind(options, message):
     with pytest.raises(InputError, match=message):
         optimize(tiny(), **options)

@@ -254,8 +254,6 @@ def optimize(
     where = [where] if isinstance(where, (int, str)) else where
     if where is not None and not isinstance(where, Iterable):
         raise InputError(f"where={where!r} is no block, nor a list of blocks")
-    if spans is not None and not all(is_span(span) for span in (spans if isinstance(spans, Iterable) else [spans])):
-        raise InputError(f"spans={spans!r} is no list of (start, stop): write [(5, 30)]")
     first = model if isinstance(model, OptimizedModel) else None
     if first is not None:
         refuse_again(first, args, kwargs, plan, settings)
@@ -276,10 +274,6 @@ def refuse_beside(plan: Plan, **given: Any) -> None:
     ]
     if other:
         raise PlanError(f"a plan was passed, which says {', '.join(other)} itself: {SAY_IT_THERE}")
-
-
-def is_span(span: Any) -> bool:
-    return isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)
 
 
 def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:

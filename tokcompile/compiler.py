@@ -25,7 +25,7 @@ from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mosaic import write_mosaics
-from tokcompile.passes.places import Slot, before, choose_slots, streams
+from tokcompile.passes.places import Slot, before, choose_slots, named_spans, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
@@ -395,6 +395,6 @@ def first_tokens(tokens: Tokens, site: Site) -> Keep:
     return Keep(torch.arange(site.k, device=tokens.x.device).expand(tokens.x.shape[0], -1))
 
 
-def settings_for(method: str | Recipe, options: Mapping[str, Any], **rest: Any) -> Settings:
+def settings_for(method: str | Recipe, options: Mapping[str, Any], *, spans: Any = None, **rest: Any) -> Settings:
     recipe = get_method(method)
-    return Settings(recipe, recipe.with_options(options), **rest)
+    return Settings(recipe, recipe.with_options(options), spans=None if spans is None else named_spans(spans), **rest)
