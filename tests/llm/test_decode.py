@@ -168,6 +168,15 @@ def test_calls_that_do_not_fit(generator):
             made(**call)
 
 
+@pytest.mark.parametrize(("at", "what"), [(39, "the prompt ends in padding"), (6, "a visual token, of 5 to 30")])
+def test_padding_is_for_text_and_on_its_left(at, what, generator):
+    _, inputs, made = generator("hf/llama", "random", padded=True)
+    mask = inputs["attention_mask"].clone()
+    mask[0, at] = 0
+    with pytest.raises(InputError, match=rf"attention_mask\[0, {at}\] is 0, and .*{what}"):
+        made(**{**inputs, "attention_mask": mask})
+
+
 def test_a_cache_of_another_stage_length_is_refused(generator):
     _, inputs, made = generator("hf/llama")
     out = run(program(made.prefill), inputs)

@@ -240,7 +240,24 @@ def check_inputs(wiring: Wiring, inputs: Mapping[str, Tensor]) -> dict[str, Tens
                 f"prefill was compiled for {'x'.join(map(str, shape))} {dtype}\n"
                 "  what to do: shapes are static; optimize and export once for each prompt length"
             )
+    if (mask := feeds.get("attention_mask")) is not None and mask.ndim == 2:
+        check_padding(wiring, mask)
     return feeds
+
+
+def check_padding(wiring: Wiring, mask: Tensor) -> None:
+    """Raises: InputError for a prompt (B, L) that ends in padding, whose logits would be taken, or has some in its image."""
+    spans = {(cut.start, cut.start + cut.n * cut.unit) for stage in wiring.stages for cut in stage.cuts}
+    ends = (mask.shape[1] - 1, mask.shape[1])
+    for start, stop in (ends, *sorted(spans)):
+        hidden = (mask[:, start:stop] == 0).nonzero()
+        if len(hidden):
+            row, at = (int(i) for i in hidden[0])
+            what = "the prompt ends in padding" if (start, stop) == ends else f"it is a visual token, of {start} to {stop}"
+            raise InputError(
+                f"attention_mask[{row}, {start + at}] is 0, and {what}\n"
+                "  what to do: pad the text, on its left: visual tokens and the last token have their places"
+            )
 
 
 def next_position(wiring: Wiring, feeds: Mapping[str, Tensor], given: Tensor | None) -> Tensor:
