@@ -51,11 +51,14 @@ def test_the_published_grid():
     assert grid_positions(10, 0) == []
 
 
-def test_groups_have_no_class_token():
-    """Without a whole sequence the rows are the mean over all queries among the n tokens."""
+def test_groups_have_no_class_token_nor_has_a_prompt():
+    """Without a whole sequence, and in a language model, the rows are the mean over all queries among the n tokens."""
     taps, where = sequence(1, 30, seed=2), site(PRUMERGE, 30, 9)
-    plan = PRUMERGE.plan(Tokens(x=taps["x"], q=taps["q"], k=taps["k"]), site(PRUMERGE, 30, 9, 1))
-    assert plan.index.tolist() == run(PRUMERGE, taps, where)[0].index.tolist()
+    alone = Tokens(x=taps["x"], q=taps["q"], k=taps["k"])
+    behind = Tokens(x=alone.x, q=alone.q, k=alone.k, whole=Tokens(**{name: sequence(1, 35)[name] for name in ("x", "q", "k")}))
+    want = run(PRUMERGE, taps, where)[0].index.tolist()
+    assert PRUMERGE.plan(alone, site(PRUMERGE, 30, 9, 1)).index.tolist() == want
+    assert PRUMERGE.plan(behind, site(PRUMERGE, 30, 9, 5, text=((0, 5),))).index.tolist() == want
 
 
 def test_fewer_key_heads_than_query_heads():

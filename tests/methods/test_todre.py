@@ -47,8 +47,9 @@ def test_a_duplicate_is_never_taken_twice(kind, prefix, objective):
 
 def test_without_a_class_token_the_smallest_distance_is_divprunes():
     taps = sequence(2, 50, seed=4)
-    plan, _, _ = run(TODRE, taps, site(TODRE, 50, 20, options={"objective": "min"}))
-    assert plan.index.tolist() == [sorted(divprune(x.numpy(), 20)) for x in taps["x"]]
+    for prefix in (0, 5):  # of a prompt, whose first word is no class token
+        where = site(TODRE, 50 - prefix, 20, prefix, text=((0, prefix),) * (prefix > 0), options={"objective": "min"})
+        assert run(TODRE, taps, where)[0].index.tolist() == [sorted(divprune(x.numpy(), 20)) for x in taps["x"][:, prefix:]]
 
 
 def test_an_unknown_objective_is_refused():

@@ -18,8 +18,8 @@ def all_heads(x: Tensor) -> Tensor:
 
 def attention(tokens: Tokens, site: Site) -> Tensor:
     """How the class token attends with all heads as one of width C: softmax(q k / sqrt(C)) (B, n); without one, the mean
-    over all queries."""
-    source = tokens.whole if tokens.whole is not None else tokens
+    over all queries, in a language model over those of the image."""
+    source = tokens.whole if tokens.whole is not None and not site.text else tokens
     assert source.q is not None
     assert source.k is not None
     q = source.q[:, :, :1] if site.prefix and source is tokens.whole else source.q

@@ -13,7 +13,7 @@ from tokcompile.steps import last_block
 
 def first_pick(tokens: Tokens, site: Site, distance: Tensor) -> Tensor:
     """The token least similar to the class token; without one, the most distant from its nearest neighbour: (B,)."""
-    if site.prefix and tokens.whole is not None:
+    if site.prefix and not site.text and tokens.whole is not None:
         return first_argmax(-cosine(tokens.whole.x[:, :1], tokens.x)[:, 0])
     return first_argmax(torch.topk(distance, 2, dim=-1, largest=False).values[..., 1])
 

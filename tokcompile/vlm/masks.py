@@ -148,8 +148,9 @@ class PromptMasks(nn.Module):
             seen = seen & reach.among(positions)
         if together is not None:
             seen = seen | together
-        if attention_mask is not None:  # padding sees itself, so that its row is not empty
-            seen = (seen & attention_mask.bool()[:, None]) | self.itself
+        if attention_mask is not None:  # padding sees itself, so that its row is not empty, and has no say in what others get
+            real = attention_mask.bool()
+            seen = (seen & real[:, None] & real[:, :, None]) | self.itself
         return seen[:, None]
 
 
