@@ -266,6 +266,7 @@ def stage_blocks(structure: Structure) -> str:
 
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
     stage, unit = block.stage, layout.unit
+    refuse_others(spans or (), stage)
     spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
     offset = spans[0][0] % unit if layout.regrouped else 0
     at = 0
@@ -287,6 +288,18 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
     samples = sum(sizes) // layout.sample if layout.sample else 1
     samples = samples if samples * layout.sample == sum(sizes) and alike(sizes, samples) else 1
     return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples)
+
+
+def refuse_others(spans: Sequence[tuple[int, int]], stage: Stage) -> None:
+    """Raises: InputError for a span that the user names and that holds text beside what the graph knows to be an image's."""
+    known = {at for start, stop in stage.spans for at in range(start, stop)}
+    for start, stop in spans:
+        others = [at for at in range(start, stop) if at not in known]
+        if others and len(others) < stop - start:
+            raise InputError(
+                f"the span ({start}, {stop}) holds token {others[0]} too, which is none of the image features: those stand at "
+                f"{list(stage.spans)}\n  what to do: leave spans out, or name tokens among these"
+            )
 
 
 def alike(sizes: Sequence[int], samples: int) -> bool:
