@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,20 @@ def test_standard_errors_count_scenes_not_questions():
     doubled = tables.cluster([i // 2 for i in range(200)], [v for v in [0.0, 1.0] * 50 for _ in range(2)])
     assert alone == pytest.approx(doubled)
     assert alone[1] == pytest.approx(0.5 / 99**0.5)
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["learnt", "not learnt"])
+def test_only_a_kind_that_was_learnt_is_compared(right, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    words = [data.WORDS[i % 24] for i in range(48)]
+    (results / "questions.json").write_text(json.dumps([["canvas", i, "what is at", w] for i, w in enumerate(words)]))
+    for name, good in (("full", right), ("swapped", False), ("between-grid-28", right)):
+        (results / f"{name}.json").write_text(json.dumps([[i, "what is at", good and i > 4, True] for i in range(48)]))
+    tables.tables(tmp_path)
+    text = (tmp_path / "tiny_vlm.md").read_text()
+    assert ("| full | 48 | 0.896" in text) == ("| before the LM | grid | 48 |" in text) == right
+    assert ("This kind did not pass" in text) != right
 
 
 def test_baselines_stand_at_the_entrance():
