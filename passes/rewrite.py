@@ -144,6 +144,8 @@ class Rewriter:
         try:
             if apply is None:
                 raise NeedsFull("there is no rule for it")
+            if self.behind_blocks(node) and self.bends(node):
+                raise NeedsFull("what it does with weights that a softmax has made one is not the same for shares of them")
             result = apply(Call(self, node))
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
@@ -193,6 +195,16 @@ class Rewriter:
         """Whether a softmax over the tokens that are left made the weights of a sum one."""
         sums = self.softmaxes.sums.get(node, ())
         return any(self.over_tokens(softmax) and self.holds_tokens(operand, axis) for softmax, operand, axis in sums)
+
+    def bends(self, node: Node) -> bool:
+        """Whether an op is not linear in weights of tokens, of which those that stand for several hold the sum."""
+        sums, axes = self.softmaxes.sums.get(node, ()), self.softmaxes.axes
+        return any(
+            self.over_tokens(softmax) and self.holds_tokens(n, axis) and (softmax, n, axis) not in sums
+            for n in node.all_input_nodes
+            for softmax, axis in axes.get(n, {}).items()
+            if softmax not in axes.get(node, {})
+        )
 
     def over_tokens(self, softmax: Node) -> bool:
         return self.holds_tokens(softmax, self.softmaxes.axes[softmax][softmax])

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.passes.graph import aten
+from tokcompile.passes.graph import aten, packet
 from tokcompile.passes.renumber import as_numbered
 from tokcompile.passes.rules.core import (
     Axis,
     Call,
     Label,
+    NeedsFull,
     has_tokens,
     old,
     one_sample,
@@ -109,6 +110,8 @@ def softmax(call: Call) -> Any:
     label = call.label("self")
     dim = call["dim"] % len(label)
     one_sample(label, [dim])
+    if "log" in packet(call.node) and has_tokens(label[dim]) and call.rewriter.behind_blocks(call.node):
+        raise NeedsFull("it gives logarithms of shares of all tokens")
     bias = log_sizes(call, label, dim)
     if bias is None:
         return call.emit(label)

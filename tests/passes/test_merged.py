@@ -192,6 +192,8 @@ WEIGHTS = {
     "a softmax": lambda x: x.softmax(1),
     "of two": lambda x: 3 * x.softmax(1) - 2 * (x * 2).softmax(1),
     "times values": lambda x: x.mT.softmax(-1).mT * torch.ones(7, 1, dtype=torch.float64),
+    "a root of a square": lambda x: (x.softmax(1) * x.softmax(1)).sqrt(),
+    "logarithms": lambda x: x.log_softmax(1).exp(),
 }
 
 
