@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokcompile.passes.graph import shape
+from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, rule
 from tokcompile.passes.rules.sizes import weigh
 
@@ -17,8 +17,18 @@ def matmul(call: Call) -> Any:
     la, lb = call.label(a), call.label(b)
     if len(la) < 2 or len(lb) < 2:
         return vector(call, a, b)
+    if len(la) == len(lb) == 2 and has_batch(la[0]) and has_tokens(la[1]) and not call.labelled(b) and of_what_is_left(call):
+        return with_own_table(call, a, b)
     left, right, out = product(call, la, lb)
     return call.emit(out, **{a: call.coerce(a, left), b: weigh(call, call.coerce(b, right), right, -2)})
+
+
+def with_own_table(call: Call, a: str, b: str) -> Any:
+    """One row a sample, with a table that each sample reads at its own tokens."""
+    (batch, tokens), (_, columns) = call.label(a), call.label(b)
+    table = weigh(call, call.coerce(b, (batch, tokens, columns)), (batch, tokens, columns), -2)
+    out = call.op(aten.matmul.default, call.op(aten.unsqueeze.default, call[a], 1), table)
+    return call.typed(call.op(aten.squeeze.dim, out, 1), (batch, columns))
 
 
 def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:

@@ -210,6 +210,7 @@ CASES = {
     "max-of-tokens": (lambda x: x.amax(1), "", ""),
     "softmax-of-tokens": (lambda x: x.softmax(1), "", f"B, {S}, 16"),
     "pooled-table": (lambda x, t: x.mT.softmax(-1) @ t, "L 5", ""),
+    "pooled-table-a-row-each": (lambda x, t: x[..., 0].softmax(1) @ t, "L 5", ""),
     "pooled-table-by-einsum": (lambda x, t: torch.einsum("bnk,nc->bkc", x.softmax(1), t), "L 5", ""),
     "shared-out-table": (lambda x, t: (x.exp() / x.exp().sum(1, True)).mT @ t, "L 5", ""),
     # products
