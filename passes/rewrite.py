@@ -199,7 +199,7 @@ class Rewriter:
     def bends(self, node: Node) -> bool:
         """Whether an op is not linear in weights of tokens, of which those that stand for several hold the sum."""
         sums, axes = self.softmaxes.sums.get(node, ()), self.softmaxes.axes
-        return any(
+        return len({n for softmax, n, axis in sums if self.over_tokens(softmax) and self.holds_tokens(n, axis)}) > 1 or any(
             self.over_tokens(softmax) and self.holds_tokens(n, axis) and (softmax, n, axis) not in sums
             for n in node.all_input_nodes
             for softmax, axis in axes.get(n, {}).items()

@@ -59,7 +59,11 @@ def weights(graph: Graph) -> Weights:
                 along = (d for d in summed(node, source) if axis == d or (axis is None and shape(source)[d] == length))
                 found.sums.setdefault(node, set()).update((softmax, source, d) for d in along)
                 if goes_on(node, softmax, length, dependent):
-                    on.setdefault(node, {})[softmax] = None if axis is None else behind(node, source, axis)
+                    there = None if axis is None else behind(node, source, axis)
+                    same = on.setdefault(node, {}).setdefault(softmax, there) == there
+                    on[node][softmax] = there if same else None
+                elif name in MATMUL and axis is not None and (there := beside(node, source, axis)) is not None:
+                    on.setdefault(node, {})[softmax] = there
         linear = [n for n in sources if n in found.axes]
         if node in on and linear and (name in LINEAR or name in MATMUL) and keeps_shares(node, linear):
             axes = {s: a for s, a in on[node].items() if a is not None and any(s in found.axes[n] for n in linear)}
@@ -80,6 +84,16 @@ def summed(node: Node, source: Node) -> Iterable[int]:
         last = len(shape(source)) - 1
         return [last] * (source is left) + [max(last - 1, 0)] * (source is right)
     return []
+
+
+def beside(node: Node, source: Node, axis: int) -> int | None:
+    """Where an axis of an operand is in a product along another one; None where it is gone."""
+    if packet(node) == "aten.einsum" or len(shape(source)) < 2:
+        return None
+    left, right = operands(node)
+    end = axis - len(shape(source))
+    stays = (source is left and end == -2) or (source is right and end == -1)
+    return len(shape(node)) + end if stays else None
 
 
 def terms_of(einsum: Node, source: Node) -> list[str]:
@@ -129,7 +143,7 @@ def keeps_shares(node: Node, linear: list[Node]) -> bool:
         return len(linear) == len(tensors) and not numbers
     if name in ("aten.mul", "aten.div"):
         return len(linear) == 1 and node.args[0] is not node.args[1] and (name == "aten.mul" or node.args[0] is linear[0])
-    return len(linear) == 1
+    return len(linear) == 1 or name in MATMUL
 
 
 def shares(graph: Graph, tokens: set[Node], lengths: set[int]) -> set[Node]:
