@@ -13,7 +13,7 @@ from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.graph import aten, packet
 from tokcompile.passes.rules.core import Call
 from tokcompile.passes.rules.sizes import laid_out
-from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled, tokens_of
+from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -79,8 +79,8 @@ def given_back(rw: Rewriter, value: Node, label: Label, node: Node) -> Node:
     if not axes:
         return full
     like, call = tuple(samples_in_line(rw.gather, one) for one in label), Call(rw, node)
-    for axis, tokens in ((d, tokens_of(like[d])) for d in sorted(axes)):
-        if tokens is not None:
+    for axis, held in ((d, [a for a in like[d] if isinstance(a, Seq)]) for d in sorted(axes)):
+        for tokens in held:
             group = call.op(aten.to.dtype, rw.gather.members(tokens), full.meta["val"].dtype)
             full = call.op(aten.div.Tensor, full, laid_out(call, group, like, axis))
     return full

@@ -54,7 +54,7 @@ def mean(call: Call) -> Any:
     return call.emit(out, self=value)
 
 
-@rule("aten.amax", "aten.amin", "aten.norm", "aten.all", "aten.any", "aten.prod", "aten.frobenius_norm")
+@rule("aten.amax", "aten.amin", "aten.all", "aten.any")
 def other(call: Call) -> Any:
     """Over tokens: over those that are left."""
     name = call.tensors()[0]
@@ -62,21 +62,23 @@ def other(call: Call) -> Any:
     return call.emit(reduced(label, dims_of(call, label), bool(call.args.get("keepdim"))))
 
 
-@rule("aten.logsumexp", "aten.linalg_vector_norm")
+@rule("aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.frobenius_norm", "aten.prod")
 def sum_within(call: Call) -> Any:
-    """Sums of exponentials or powers."""
-    label = call.label("self")
-    dims = dims_of(call, label)
+    """Sums of exponentials, powers or logarithms."""
+    label, name, order = call.label("self"), packet(call.node), call.args.get("ord", call.args.get("p"))
+    dims, order = dims_of(call, label), 2 if order is None else order
     out = reduced(label, dims, bool(call.args.get("keepdim")))
-    if any(is_short(call, label[d]) for d in dims):
+    if any(is_short(call, label[d]) for d in dims) or (order == 0 and any(has_tokens(label[d]) for d in dims)):
         raise NeedsFull(SHORT)
     value = call["self"]
     for dim in (d for d in dims if sized(label[d])):
         size = sizes_like(call, value, label, dim)
-        if packet(call.node) == "aten.logsumexp":
+        if name == "aten.logsumexp":
             value = call.op(aten.add.Tensor, value, call.op(aten.log.default, size))
-        elif 0 < call.args.get("ord", 2) < inf:
-            value = call.op(aten.mul.Tensor, value, call.op(aten.pow.Tensor_Scalar, size, 1 / call.args.get("ord", 2)))
+        elif name == "aten.prod":
+            value = call.op(aten.pow.Tensor_Tensor, value, size)
+        elif abs(order) < inf:
+            value = call.op(aten.mul.Tensor, value, call.op(aten.pow.Tensor_Scalar, size, 1 / order))
     return call.emit(out, self=value)
 
 

@@ -56,9 +56,13 @@ def laid_out(call: Call, value: Node, like: Label, dim: int) -> Node:
     """(B, tokens) so that it broadcasts against a label with these tokens on axis `dim`."""
     dim = dim % len(like)
     axis = like[dim]
-    repeat = [a for a in axis if not isinstance(a, Seq)]
-    if repeat:  # groups of u rows share their token's size
-        value = call.op(aten.repeat_interleave.self_int, value, int(old(tuple(repeat))), 1)
+    if has_batch(axis):
+        raise NeedsFull("samples and their tokens lie on one axis with others")
+    at = next(i for i, a in enumerate(axis) if isinstance(a, Seq))
+    if rows := axis[at + 1 :]:  # groups of rows share their token's size
+        value = call.op(aten.repeat_interleave.self_int, value, old(rows), 1)
+    if copies := axis[:at]:
+        value = call.op(aten.repeat.default, value, [1, old(copies)])
     sizes = [1] * len(like)
     sizes[dim] = shape(value)[1]
     samples = next((d for d, one in enumerate(like) if d != dim and has_batch(one)), None)

@@ -111,6 +111,9 @@ ALL = {
     "logsumexp": lambda x: x.logsumexp(1),
     "how many": lambda x: (x > 0.5).sum(1),
     "sum without NaN": lambda x: torch.where(x > 0.5, x, torch.nan).nansum(1),
+    "norm in old words": lambda x: torch.ops.aten.norm.ScalarOpt_dim(x, 3, [1]),
+    "product of each": lambda x: x.sigmoid().prod(1),
+    "flattened": lambda x: x.mT.flatten(1).sum(1, True),
     "sum in another dtype": lambda x: x.float().sum(1, dtype=torch.float64),
     "mean in another dtype": lambda x: x.float().mean(1, dtype=torch.float64),
     "masked mean": lambda x: (x * MASK).sum(1) / MASK.sum(1),
@@ -194,6 +197,8 @@ WEIGHTS = {
     "times values": lambda x: x.mT.softmax(-1).mT * torch.ones(7, 1, dtype=torch.float64),
     "a root of a square": lambda x: (x.softmax(1) * x.softmax(1)).sqrt(),
     "logarithms": lambda x: x.log_softmax(1).exp(),
+    "mixed": lambda x: x.softmax(1) @ torch.full((16, 16), 1 / 16, dtype=torch.float64),
+    "flattened": lambda x: x[..., :1].expand(-1, -1, 16).mT.flatten(1).softmax(1).view(2, 16, 7).mT * 16,
 }
 
 
