@@ -343,6 +343,9 @@ def run_it(opt: OptimizedModel, flat: Flat, file: str, tolerance: float | None, 
 def save(model: Any, path: str, external: bool) -> str:
     import onnx_ir as ir
 
+    for value in model.graph.initializers.values():  # their data say what they are: onnxruntime's quantizers transpose weights
+        value.type = value.shape = None  # and then refuse the shape that stands beside
+        value.metadata_props.clear()
     ir.save(model, path, external_data=f"{os.path.basename(path)}.data" if external else None)
     return path
 
