@@ -110,6 +110,7 @@ def export_onnx(
     files = file_names(path, file_form(form or form_of_name(path, row), inline, row))
     if dynamic_batch and "functions" in files:
         raise ExportError("dynamic_batch=True needs form='plain' or form='plugin': functions hold the batch in their constants")
+    opt.folded.check()
     if frozen := opt.frozen:
         raise ExportError(
             f"tracing has fixed values that the model computes, and a file would take them for every input: {frozen[0]}\n"

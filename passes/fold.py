@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import count
 from typing import Any
 
@@ -9,11 +10,42 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from tokcompile.errors import UnsupportedGraph
+from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.passes.graph import get_attr, packet
 from tokcompile.passes.memory import CASTS, VIEWS, ancestors_of, influenced, mutates
 
 LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
+FOLDED = "folded_weights"  # the key in the graph module's meta
+
+
+class Folded:
+    """The weights that constants were computed from. The model still holds them, and may train them or load others into them,
+    which the constants do not follow: what is changed is refused later."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, tuple[torch.Tensor, int]] = {}  # with the version that was read
+
+    def add(self, name: str, weight: torch.Tensor) -> None:
+        if not weight.is_inference():  # those have no versions, and are changed in inference mode only
+            self.weights.setdefault(name, (weight, weight._version))
+
+    def check(self) -> None:
+        """Raises: InputError where one was changed in place."""
+        changed = [name for name, (weight, version) in self.weights.items() if weight._version != version]
+        if changed:
+            more = f" and {len(changed) - 1} more" if changed[1:] else ""
+            raise InputError(
+                f"{changed[0]}{more} changed after the model was optimized, whose graph holds constants computed from it\n"
+                "  what to do: train the original model, or load weights into it, and optimize it after that"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Folded:
+        """Versions of copies start anew; what was changed before stays so."""
+        other = Folded()
+        for name, (weight, version) in self.weights.items():
+            twin = copy.deepcopy(weight, memo)
+            other.weights[name] = (twin, twin._version - (weight._version - version))
+        return other
 
 
 def fold_constants(gm: GraphModule) -> None:
@@ -39,6 +71,9 @@ def fold_constants(gm: GraphModule) -> None:
         for n in node.all_input_nodes if node in dependent or node.op == "output" else ():
             if n in frontier and isinstance(values.get(n), torch.Tensor):
                 taken.setdefault(n, values[n].detach().clone(memory_format=torch.contiguous_format))
+    for node in ancestors_of(set(taken)):
+        if node.op == "get_attr" and isinstance(weight := get_attr(gm, node.target), torch.Tensor):
+            gm.meta.setdefault(FOLDED, Folded()).add(node.target, weight)
     for i, (node, value) in enumerate(taken.items()):
         if not torch.equal(value, values[node]) and not (value.is_floating_point() and value.isnan().any()):
             raise UnsupportedGraph("a constant is changed in place after it was used", node)

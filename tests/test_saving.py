@@ -11,6 +11,7 @@ from torch import nn
 import tokcompile
 from tests.conftest import assert_equal, run
 from tests.models import FAMILIES
+from tests.tiny import WIDTH, tiny
 from tokcompile import Recipe, Tokens
 from tokcompile.recipe import methods as known_methods
 
@@ -111,6 +112,32 @@ def test_weights_are_shared_with_the_model(budget):
     with torch.no_grad():
         model.head.bias.add_(1.0)
     torch.testing.assert_close(run(optimized, *args), before + 1.0, rtol=0, atol=1e-6)
+
+
+class Scale(nn.Module):
+    """As in Gemma's norms: 1 + weight is folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return x * (1.0 + self.weight)
+
+
+def test_weights_that_constants_were_computed_from_may_not_change(tmp_path):
+    model, args = tiny(Scale())
+    optimized, whole = (tokcompile.optimize(model, args, method="random", budget=budget) for budget in (0.5, 1.0))
+    copied = copy.deepcopy(optimized)
+    run(optimized, *args)
+    model.load_state_dict({name: weight + 1 for name, weight in model.state_dict().items()})
+    for call in (lambda: run(optimized, *args), lambda: run(copy.deepcopy(optimized), *args),
+                 lambda: optimized.exported_program, lambda: optimized.export_onnx(tmp_path / "m.onnx"),
+                 lambda: tokcompile.optimize(optimized)):  # fmt: skip
+        with pytest.raises(tokcompile.InputError, match=r"blocks.1.between.weight changed after the model was optimized"):
+            call()
+    assert torch.equal(run(whole, *args), run(model, *args))
+    run(copied, *args)  # has weights of its own
 
 
 def test_the_given_model_and_program_are_not_changed(family):

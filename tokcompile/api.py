@@ -23,6 +23,7 @@ from tokcompile.files import atomic
 from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
 from tokcompile.passes.fixed import Fixed
+from tokcompile.passes.fold import Folded
 from tokcompile.passes.graph import finished
 from tokcompile.passes.plan import OUTPUTS, RECOVER, SAY_IT_THERE, Plan
 from tokcompile.passes.renumber import Consecutive
@@ -62,6 +63,7 @@ class OptimizedModel(torch.nn.Module):
         self.kept_of = compiled.rewritten.kept_of if compiled.rewritten else {}
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
+        self.folded = analysis.folded if compiled.rewritten else Folded()
         checks: list[Fixed | Consecutive] = [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []
         self._checks = checks
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
@@ -79,6 +81,8 @@ class OptimizedModel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.folded.check()
         inputs = self._flatten(*args, **kwargs)
         if not torch.compiler.is_compiling():
             for one in self._checks:
@@ -109,7 +113,8 @@ class OptimizedModel(torch.nn.Module):
         return self.fixed_behind({b.mid.name for b in self._analysis.structure.blocks})
 
     def check_fixed(self, inputs: Sequence[Any]) -> None:
-        """Raises: InputError where flat inputs differ from the example's in what was fixed."""
+        """Raises: InputError where flat inputs differ from the example's in what was fixed, or weights have changed."""
+        self.folded.check()
         for check in self._analysis.traced.checks:
             check(inputs)
         for one in self._checks:
@@ -128,6 +133,7 @@ class OptimizedModel(torch.nn.Module):
     @one_at_a_time
     def exported_program(self) -> ExportedProgram:
         """The optimized model as a torch.export program in portable ATen (for AOTInductor, ExecuTorch and the like)."""
+        self.folded.check()
         if self._program is None:
             args, kwargs = pytree.tree_unflatten(self.example_inputs, self._in_spec)
             with torch.no_grad():
@@ -278,6 +284,7 @@ def refuse_beside(plan: Plan, **given: Any) -> None:
 
 def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | None, settings: Settings) -> None:
     """What cannot be asked of a model that is optimized already. Raises: InputError, PlanError."""
+    first.folded.check()
     if args is not None or kwargs:
         raise InputError("an optimized model brings its example inputs along: leave args and kwargs out")
     if plan is not None:

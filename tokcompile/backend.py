@@ -79,7 +79,13 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
     compiled = compile_plan(analysis, settings, own.get("budget", 0.5), own.get("where"), plan)
     result = finished(compiled.rewritten.gm if compiled.rewritten else traced.gm)
     run = inner_backend(own.get("inner", "inductor"), own.get("inner_options"))(result, traced.inputs)
-    return lambda *inputs: run(*(inputs[i] for i in user))
+
+    def call(*inputs: Any) -> Any:
+        if compiled.rewritten:
+            analysis.folded.check()
+        return run(*(inputs[i] for i in user))
+
+    return call
 
 
 def to_aten(gm: GraphModule, inputs: Sequence[Any]) -> tuple[Traced, list[int]]:

@@ -21,6 +21,7 @@ from tokcompile.passes.faithful import check_canonical
 from tokcompile.passes.find import Structure, find
 from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.flatten import flatten_grids, flatten_projector, flatten_tiles
+from tokcompile.passes.fold import FOLDED, Folded
 from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
@@ -70,6 +71,11 @@ class Analysis:
     def fixed(self) -> list[Fixed]:
         """The places of image features in a prompt, which were fixed from the example inputs."""
         return list(self.graph.meta.get(FIXED, ()))
+
+    @property
+    def folded(self) -> Folded:
+        """The weights that constants were computed from."""
+        return self.graph.meta.get(FOLDED) or Folded()
 
     @property
     def guards(self) -> list[str]:
