@@ -72,6 +72,14 @@ def check_static(written: onnx.ModelProto, opt: tokcompile.OptimizedModel) -> No
     assert not {v.name for v in written.graph.value_info} & {v.name for v in written.graph.initializer}
 
 
+def test_torch_exports_it_too(tmp_path):
+    opt = tiny(where=1)
+    torch.onnx.export(opt, tuple(opt.example_inputs), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    x = torch.randn_like(opt.example_inputs[0])
+    with torch.no_grad():
+        assert same(run(tmp_path / "m.onnx", {session(tmp_path / "m.onnx").get_inputs()[0].name: x}), [opt(x)])
+
+
 @pytest.mark.parametrize("method", ["tome", "dart"])
 def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
     """Nothing is reshaped before and after a call; several samples, and other runtimes, see the batch."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Forms:
@@ -32,6 +34,8 @@ _current = FORMS["torch"]
 
 
 def current_forms() -> Forms:
+    if _current is FORMS["torch"] and torch.onnx.is_in_onnx_export():  # not ours: one of the user's, to whom keys are no ONNX
+        return FORMS["onnxruntime"]
     return _current
 
 
