@@ -172,8 +172,9 @@ def test_samples_that_keep_other_tokens_are_not_mixed(between):
 
 
 @pytest.mark.parametrize("between", [lambda x: x + torch.rand_like(x), lambda x: nn.functional.dropout(x, 0.5, True),
-                                     lambda x: x + torch.randn(1, LENGTH, WIDTH)],
-                         ids=["rand_like", "dropout", "randn"])  # fmt: skip
+                                     lambda x: x + torch.randn(1, LENGTH, WIDTH),
+                                     lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)],
+                         ids=["rand_like", "dropout", "randn", "attention"])  # fmt: skip
 def test_random_ops_are_refused(between):
     with pytest.raises(UnsupportedGraph, match=r"the model draws random numbers at inference\n  node: \w+ = aten\.[\s\S]*"
                        r"what to do: optimize the part of the model after the random step"):  # fmt: skip
