@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import os
+import re
 import threading
 import warnings
 import zipfile
@@ -147,9 +148,10 @@ def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         raise InputError("torch.export does not read TorchScript: pass the nn.Module that this one was made from")
     if any(m.training for m in model.modules()):
         name = next(n for n, m in model.named_modules() if m.training)
+        way_out = "Pass the ExportedProgram, not its module()." if hasattr(model, "_guards_fn") else "Call model.eval() first."
         raise InputError(
             f"the model is in training mode (module {name or type(model).__name__!r}): dropout and batch norm would be "
-            "compiled in. Call model.eval() first."
+            f"compiled in. {way_out}"
         )
     if args is None and not kwargs:
         raise InputError("pass example inputs: tokcompile.optimize(model, (example,)) or kwargs={...}")
@@ -306,6 +308,13 @@ def no_fast_path() -> Iterator[None]:
 
 def refusal(error: Exception, recording: Recording) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
+    unknown = re.search(r"Found (<class .*?>) in output, which is not a known type", str(error))
+    if unknown and "Cache" not in unknown[1]:
+        return (
+            f"this call returns an object of {unknown[1]}, which torch.export does not know\n"
+            "  what to do: torch.export.register_dataclass(TheClass) if it is a dataclass, torch.utils._pytree."
+            "register_pytree_node if not; or wrap the model in a module that returns tensors"
+        )
     if "not a known type" in str(error) and "Cache" in str(error):
         return (
             "this call returns a key-value cache, which torch.export does not take\n"

@@ -1,5 +1,7 @@
 """Wrong options, budgets, models and inputs are answered in one family of errors: what, where, and what to do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -175,7 +177,7 @@ def test_what_is_not_a_model(model):
         tokcompile.optimize(model, (torch.zeros(1),))
 
 
-def test_a_program_and_inputs_of_another_form():
+def test_a_program_and_inputs_of_another_structure():
     model, args = tiny()
     program = torch.export.export(model, args)
     with pytest.raises(InputError, match=r"do not have the structure the program was exported with:\n  given"):
@@ -183,6 +185,8 @@ def test_a_program_and_inputs_of_another_form():
     for other in (torch.randn(2, LENGTH, WIDTH), args[0].double()):
         with pytest.raises(InputError, match=r"'x' is \(\d, 12, 16\) .* exported for \(1, 12, 16\) .*\n.*export it again"):
             tokcompile.optimize(program, (other,))
+    with pytest.raises(InputError, match=r"in training mode[\s\S]*Pass the ExportedProgram, not its module\(\)"):
+        tokcompile.optimize(program.module(), args)
 
 
 def test_keywords_and_modules_of_another_kind():
@@ -230,9 +234,16 @@ class Untraceable(nn.Module):
         return x
 
 
+class Wrapped(nn.Module):
+    def forward(self, x):
+        return SimpleNamespace(x=x)
+
+
 def test_what_cannot_be_traced_says_so():
     with pytest.raises(TraceError, match=r"torch.export cannot trace this model[\s\S]*read back into Python[\s\S]*what to do"):
         tokcompile.optimize(Untraceable().eval(), (torch.randn(4, 4),))
+    with pytest.raises(TraceError, match=r"returns an object of <class '\w+.SimpleNamespace'>[\s\S]*register_dataclass"):
+        tokcompile.optimize(Wrapped().eval(), (torch.zeros(1),))
 
 
 # -- later calls -------------------------------------------------------------------------------------------------------
