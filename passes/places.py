@@ -68,38 +68,19 @@ def choose_slots(
     layout: Layout,
 ) -> list[Slot]:
     """The blocks to reduce at: the ones named, or the method's own among those that hold visual tokens."""
-    blocks = structure.blocks
-    if not blocks:
+    if not structure.blocks:
         raise no_blocks(structure)
-    if isinstance(budget, Schedule):
-        where = sorted(budget.counts)
-    if where is not None:
-        chosen = [b for one in where for b in named_blocks(blocks, one)]
-        if not isinstance(budget, Schedule):  # whose counts are in the order of its blocks
-            chosen = sorted({b.index: b for b in chosen}.values(), key=lambda b: b.index)
-        if not chosen:
-            raise PlanError("where=[] names no block: leave it out to reduce at the method's own")
-        unsaid = [b for b in chosen if b.language and not (shows_patches(b.stage) or spans or b.stage.spans)]
-        if unsaid:
-            raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
+    if isinstance(budget, Schedule):  # whose counts are in the order of its blocks
+        chosen = asked_for(structure.blocks, sorted(budget.counts), spans)
+    elif where is not None:
+        chosen = sorted({b.index: b for b in asked_for(structure.blocks, where, spans)}.values(), key=lambda b: b.index)
     else:
-        candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
-        if recipe.reads_attention():
-            candidates = looking_at_themselves(candidates)
-        language = spans is not None or candidates[0].language
-        chosen = [one[i] for one in streams(candidates) for i in recipe.steps.at(len(one), language)]
-        chosen.sort(key=lambda b: b.index)
+        chosen = own_blocks(structure, recipe, spans)
+    named = where is not None or isinstance(budget, Schedule)
     place = recipe.place_in(spans is not None or chosen[0].language)
-    refused = [b for b in chosen if b.why_not]
-    if refused and (where is not None or len(refused) == len(chosen)):
-        raise UnsupportedGraph(
-            f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
-            refused[0].mid,
-            OTHER_BLOCKS if any(not b.why_not for b in blocks) else NO_OTHER_BLOCKS,
-        )
-    chosen = [b for b in chosen if not b.why_not]
+    chosen = reducible(chosen, structure, named)
     if place == "block" and recipe.reads_attention() and not recipe.ahead and not recipe.opening:
-        chosen = after_attention(chosen, structure, recipe, spans, named=where is not None)
+        chosen = after_attention(chosen, structure, recipe, spans, named)
     lengths = {b.stage.length for b in chosen}
     if len(lengths) > 1:
         raise UnsupportedGraph(
@@ -108,6 +89,39 @@ def choose_slots(
             hint=f"choose one stage: where={stage_blocks(structure)}",
         )
     return [make_slot(b, place, spans, layout) for b in chosen]
+
+
+def asked_for(blocks: list[Block], where: Sequence[int | str], spans: Sequence[tuple[int, int]] | None) -> list[Block]:
+    """The blocks of these numbers and paths. Raises: PlanError; UnsupportedGraph where their visual tokens are not known."""
+    chosen = [b for one in where for b in named_blocks(blocks, one)]
+    if not chosen:
+        raise PlanError("where=[] names no block: leave it out to reduce at the method's own")
+    unsaid = [b for b in chosen if b.language and not (shows_patches(b.stage) or spans or b.stage.spans)]
+    if unsaid:
+        raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
+    return chosen
+
+
+def own_blocks(structure: Structure, recipe: Recipe, spans: Sequence[tuple[int, int]] | None) -> list[Block]:
+    """Those that the method chooses by itself, in each stream of the blocks with visual tokens. Raises: UnsupportedGraph."""
+    candidates = visual_blocks(structure, spans, recipe.steps.language is not None)
+    if recipe.reads_attention():
+        candidates = looking_at_themselves(candidates)
+    language = spans is not None or candidates[0].language
+    chosen = [one[i] for one in streams(candidates) for i in recipe.steps.at(len(one), language)]
+    return sorted(chosen, key=lambda b: b.index)
+
+
+def reducible(chosen: list[Block], structure: Structure, named: bool) -> list[Block]:
+    """Those in which tokens can be reduced. Raises: UnsupportedGraph where the user named others, or there is none."""
+    refused = [b for b in chosen if b.why_not]
+    if refused and (named or len(refused) == len(chosen)):
+        raise UnsupportedGraph(
+            f"tokens cannot be reduced in block {refused[0].index} ({refused[0].path}): {refused[0].why_not}",
+            refused[0].mid,
+            OTHER_BLOCKS if any(not b.why_not for b in structure.blocks) else NO_OTHER_BLOCKS,
+        )
+    return [b for b in chosen if not b.why_not]
 
 
 def after_attention(
