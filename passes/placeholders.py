@@ -21,6 +21,7 @@ from tokcompile.passes.memory import CASTS, ancestors_of
 
 Spans = tuple[tuple[int, int], ...]
 SPANS = "placeholder_spans"  # the key in a node's meta
+APART = "placeholders_apart"  # the key of a write whose rows differ: how, in words
 SAMPLES = "samples"  # the key of a view that gives each sample of the batch its features
 WRITES = {"aten.masked_scatter", "aten.index_put"}
 FILLS = ("aten.zeros_like", "aten.zeros", "aten.full")
@@ -47,6 +48,8 @@ def fix_placeholders(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
             program = program_of(gm, mask_node)
             mask = value_of(program, inputs)
             spans = None if mask is None else spans_of_mask(as_rows(mask, node), shape(node))
+            if mask is not None and spans is None:
+                node.meta[APART] = apart(as_rows(mask, node), shape(node))
             if mask is not None and spans and numel(features) == written(spans, shape(node)):
                 joined(gm, node, base, features, spans)
                 if read_by(program, inputs):
@@ -199,6 +202,13 @@ def spans_of_mask(mask: Tensor, sizes: tuple[int, ...]) -> Spans | None:
         return None
     rows = rows.reshape(-1, sizes[-2])
     return runs(rows[0]) if bool((rows == rows[0]).all()) else None
+
+
+def apart(mask: Tensor, sizes: tuple[int, ...]) -> str:
+    """Which row of a prompt holds its image elsewhere than the first one, in words; empty where none does."""
+    rows = mask.expand(sizes).all(-1).reshape(-1, sizes[-2])
+    other = next((i for i, row in enumerate(rows) if not torch.equal(row, rows[0])), 0)
+    return f"sample {other} has its image at {runs(rows[other])}, and sample 0 at {runs(rows[0])}" if other else ""
 
 
 def spans_of_positions(positions: Sequence[Tensor | None], sizes: tuple[int, ...]) -> Spans | None:

@@ -96,6 +96,7 @@ def asked_for(blocks: list[Block], where: Sequence[int | str], spans: Sequence[t
     chosen = [b for one in where for b in named_blocks(blocks, one)]
     if not chosen:
         raise PlanError("where=[] names no block: leave it out to reduce at the method's own")
+    refuse_apart(chosen)
     unsaid = [b for b in chosen if b.language and not (shows_patches(b.stage) or spans or b.stage.spans)]
     if unsaid:
         raise UnsupportedGraph(NOT_SAID, unsaid[0].mid, NAME_THEM)
@@ -109,6 +110,7 @@ def own_blocks(structure: Structure, recipe: Recipe, spans: Sequence[tuple[int, 
         candidates = looking_at_themselves(candidates)
     language = spans is not None or candidates[0].language
     chosen = [one[i] for one in streams(candidates) for i in recipe.steps.at(len(one), language)]
+    refuse_apart(chosen)
     return sorted(chosen, key=lambda b: b.index)
 
 
@@ -302,6 +304,16 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
     samples = sum(sizes) // layout.sample if layout.sample else 1
     samples = samples if samples * layout.sample == sum(sizes) and alike(sizes, samples) else 1
     return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples)
+
+
+def refuse_apart(chosen: Sequence[Block]) -> None:
+    """Raises: InputError where the samples of a batch have their images at other places: one span cannot name them."""
+    found = next((b.stage.apart for b in chosen if b.stage.apart), "")
+    if found:
+        raise InputError(
+            f"{found}, and which tokens may be dropped is static\n"
+            "  what to do: pad the texts on their left so that the images stand at the same places, or pass one prompt"
+        )
 
 
 def refuse_others(spans: Sequence[tuple[int, int]], stage: Stage) -> None:

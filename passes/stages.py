@@ -9,14 +9,15 @@ from torch.fx import Node
 
 from tokcompile.passes.graph import packet, shape
 from tokcompile.passes.origin import PATCHES, origin
-from tokcompile.passes.placeholders import SPANS, WRITES
+from tokcompile.passes.placeholders import APART, SPANS, WRITES
 
 
 @dataclass
 class Stage:
     """A run of blocks over the same tokens: `length` in all, of which `n` between prefix and suffix are visual.
 
-    text: whether it is the stream of a language model; spans: where image features were written into it, if anywhere.
+    text: whether it is the stream of a language model; spans: where image features were written into it, if anywhere; apart:
+    how samples differ in that, in words, if they do.
     """
 
     length: int
@@ -26,6 +27,7 @@ class Stage:
     visual: bool
     text: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    apart: str = ""
 
     @property
     def n(self) -> int:
@@ -47,7 +49,8 @@ def make_stage(
     # in a language model that image features were written into, nothing says which positions are visual
     text = packet(found.node) == "aten.embedding" or bool(above & WRITES)
     visual = not text and not queries and (features or bool(above & PATCHES))
-    return Stage(length, found.prefix, found.suffix, found.grid if fits else None, visual, text)
+    apart = max((n.meta[APART] for n in upstream if APART in n.meta and shape(n)[-2] == length), default="")
+    return Stage(length, found.prefix, found.suffix, found.grid if fits else None, visual, text, apart=apart)
 
 
 def placeholder_spans(upstream: set[Node], length: int) -> tuple[tuple[int, int], ...]:

@@ -211,6 +211,14 @@ def test_placeholders_elsewhere_are_refused(family, program):
     assert error(run(whole, *args, **moved)["logits"], run(model, *args, **moved)["logits"]) < 1e-5
 
 
+def test_samples_with_their_images_at_other_places_are_refused(family):
+    """A span would hold an image's tokens in one of them, and text in the other."""
+    model, args, kwargs = family("hf/llava", 2)
+    ids = torch.stack([kwargs["input_ids"][0], kwargs["input_ids"][1].roll(1)])
+    with pytest.raises(tokcompile.InputError, match=r"sample 1 has its image at \(\(6, 55\),\), and sample 0 at \(\(5, 54"):
+        tokcompile.optimize(model, args, {**kwargs, "input_ids": ids}, method="dart", spans=[(5, 54)])
+
+
 def test_a_language_block_without_an_image_is_refused(family):
     with pytest.raises(tokcompile.UnsupportedGraph, match="which positions are visual") as refusal:
         tokcompile.optimize(family("hf/llama").model, kwargs=family("hf/llama").kwargs, method="random", where=[1])
