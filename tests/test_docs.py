@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import tokcompile
 from tokcompile import recipe
 from tokcompile.cli.arguments import parse
 from tokcompile.passes.rules import RULES
@@ -28,6 +29,7 @@ MODULES = (
 NOT_RUN, OUTPUT = "<!-- not run -->", "<!-- output -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+WAYS_OUT = ("exported_program", "export_onnx", "build_engine", "bundle", "save")
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what export_onnx imports when it is called
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -120,6 +122,11 @@ def test_relative_links_lead_somewhere(page):
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_the_reference_names_all_that_is_public():
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert not [name for name in (*tokcompile.__all__, *WAYS_OUT) if f"`{name}" not in reference]
 
 
 @pytest.mark.parametrize("name", MODULES)
