@@ -4,7 +4,7 @@ reduced axis are gathered on demand."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -144,9 +144,9 @@ class Rewriter:
         try:
             if apply is None:
                 raise NeedsFull("there is no rule for it")
+            result = apply(Call(self, node))
             if self.behind_blocks(node) and self.bends(node):
                 raise NeedsFull("what it does with weights that a softmax has made one is not the same for shares of them")
-            result = apply(Call(self, node))
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
             return
@@ -214,11 +214,16 @@ class Rewriter:
         return label is not None and has_tokens(label[axis])
 
     @cached_property
-    def shares(self) -> Set[Node]:
+    def shares(self) -> Mapping[Node, Set[Node]]:
         lengths = {shape(b.mid)[b.token_axis] for b in self.structure.blocks}
         for s in self.structure.stages:  # with and without what stands around the patches
             lengths |= {s.n, s.n + s.prefix, s.n + s.suffix}
         return shares(self.old.graph, reachable_from(set(self.splices)), lengths)
+
+    def divided(self, node: Node) -> bool:
+        """Whether what a sum is divided by, or divides, is short of the same tokens."""
+        walked = [n for n in self.shares.get(node, ()) if all(i in self.env for i in n.all_input_nodes)]
+        return node in self.shares and all(any(map(self.is_labelled, n.all_input_nodes)) for n in walked)
 
     def behind_blocks(self, node: Node) -> bool:
         """Whether no block depends on it: recovering tokens here costs nothing that was gained."""

@@ -17,12 +17,15 @@ from tokcompile.passes.origin import LAYOUT, moved
 
 SUMS = {"aten.sum", "aten.mean", "aten.nansum"}
 # what else may stand between the softmax and the sum: choices of heads, and norms over them
-AFTER = {"aten.unbind", "aten.stack", "aten.layer_norm", "aten.index_select", "aten.relu"} | BETWEEN - {"aten.add"}
+AFTER = {
+    "aten.unbind", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.stack", "aten.layer_norm", "aten.index_select",
+    "aten.relu",
+} | BETWEEN - {"aten.add"}  # fmt: skip
 # of these, what weights that are shared out among more tokens come through as such
 LINEAR = RESHAPES | LAYOUT | SUMS | {
     "aten.mul", "aten.div", "aten.neg", "aten.add", "aten.sub", "aten.to", "aten._to_copy", "aten.type_as", "aten.expand",
     "aten.expand_as", "aten.unsqueeze", "aten.squeeze", "aten.select", "aten.slice", "aten.index_select", "aten.unbind",
-    "aten.stack", "aten.dropout", "getitem",
+    "aten.stack", "aten.dropout", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.nan_to_num", "getitem",
 }  # fmt: skip
 ORDER = RESHAPES | {"aten.unsqueeze", "aten.squeeze", "aten.contiguous", "aten.clone"}  # values in the order that they had
 
@@ -146,18 +149,28 @@ def keeps_shares(node: Node, linear: list[Node]) -> bool:
     return len(linear) == 1 or name in MATMUL
 
 
-def shares(graph: Graph, tokens: set[Node], lengths: set[int]) -> set[Node]:
+def shares(graph: Graph, tokens: set[Node], lengths: set[int]) -> dict[Node, set[Node]]:
     """Sums over tokens that are divided by another sum over the same ones, before or after it, as in linear attention: what is
-    gone is missing in both. tokens: what depends on those that are left; lengths: of axes of tokens."""
+    gone is missing in both; and these others. tokens: what depends on those that are left; lengths: of axes of tokens."""
     sums = [n for n in graph.nodes if n in tokens and packet(n) in NORMS | MATMUL and lengths & lengths_summed(n)]
     reached = {one: scaled(one) for one in sums}
     over = {one: {n for n, upside_down in states if not upside_down} for one, states in reached.items()}
     under = {one: {n for n, upside_down in states if upside_down} for one, states in reached.items()}
-    found: set[Node] = set()
-    for norm in (one for one in sums if packet(one) in NORMS and under[one]):
+    norms = [one for one in sums if packet(one) in NORMS and under[one]]
+    roots = set().union(*(under[one] for one in norms if is_root(one)))
+    found: dict[Node, set[Node]] = {}
+    for norm in norms:
         divided = {one for one in sums if one is not norm and (one in under[norm] or over[one] & under[norm])}
-        found |= {norm, *divided} if divided else set()
+        if is_root(norm):  # of which it takes two to divide a sum
+            divided = {one for one in divided if packet(one) in MATMUL and roots.issuperset(operands(one))}
+        for one in divided:
+            found.setdefault(one, set()).add(norm)
+            found.setdefault(norm, set()).add(one)
     return found
+
+
+def is_root(norm: Node) -> bool:
+    return packet(norm) == "aten.linalg_vector_norm" and bind(norm)["ord"] != 1
 
 
 def lengths_summed(node: Node) -> set[int]:
@@ -176,7 +189,9 @@ def scaled(node: Node) -> set[tuple[Node, bool]]:
             if name not in PROPORTIONAL | MATMUL and not alone:
                 continue
             inverts = name == "aten.reciprocal" or (name == "aten.div" and user.args[1] is one)
-            inverts |= name == "aten.pow" and isinstance(user.args[1], (int, float)) and user.args[1] < 0
+            if name == "aten.pow" and user.args[1] != -1:
+                continue
+            inverts |= name == "aten.pow"
             state = user, upside_down != inverts
             if state not in seen:
                 seen.add(state)

@@ -35,7 +35,7 @@ def sized(axis: Axis) -> bool:
 def is_short(call: Call, axis: Axis) -> bool:
     """Whether a sum over an axis, outside of the blocks, would miss tokens that are gone, and is no share of one that does."""
     gone = any(space.short for space in spaces_on(axis))
-    return gone and call.node not in call.rewriter.structure.inside and call.node not in call.rewriter.shares
+    return gone and call.node not in call.rewriter.structure.inside and not call.rewriter.divided(call.node)
 
 
 def sizes_like(call: Call, value: Node, label: Label, dim: int) -> Node:
