@@ -109,6 +109,7 @@ def convolution(call: Call) -> Any:
     out = call.old_shape
     if has_tokens(label[1]) or (any(has_tokens(axis) for axis in label[2:]) and not is_one_by_one(call)):
         raise NeedsFull("it convolves over the token grid")
+    one_sample(label, [1])
     channels = (out[1],) if out[1] != 1 else ()
     spatial = [axis if old(axis) == size else ((size,) if size != 1 else ()) for axis, size in zip(label[2:], out[2:])]
     return call.emit((label[0], channels, *spatial))

@@ -309,6 +309,12 @@ def test_samples_in_another_order_have_their_tokens_back():
     assert [r.reason for r in out.recoveries] == ["it puts samples together"]
 
 
+def test_samples_that_are_channels_have_their_tokens_back():
+    x, weight = extra("B L 16", 2, 11, 1), torch.ones(4, 16, 1, dtype=torch.float64)  # of its own for each sample
+    out = reduced(lambda x, w: F.conv1d(x.mT.reshape(1, 32, 11), w, groups=2), (x, weight), subset(2, 11, KEPT), 11)
+    assert [r.reason for r in out.recoveries] == ["it mixes samples that keep other tokens"]
+
+
 NEED_ALL = {
     "smallest": (lambda x: x.mT.topk(3, largest=False).values, "it gives positions of tokens"),
     "median": (lambda x: x.mT.kthvalue(3).values, "it gives positions of tokens"),
