@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def free_batch(model: ir.Model, batch: int) -> None:
     for value in edges:
         assert value.shape is not None
         value.shape = ir.Shape([NAME, *list(value.shape)[1:]])
+    passes.RemoveUnusedNodesPass()(model)  # the constants that held the number: onnxruntime warns of each
 
 
 def leads(value: ir.Value, batch: int) -> bool:

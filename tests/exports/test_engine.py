@@ -9,6 +9,7 @@ import os
 import shutil
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from tests.tiny import WIDTH, Tiny, optimize
 from tokcompile.cli import main
 from tokcompile.errors import EngineError, ExportError
 from tokcompile.exports import process, tensorrt_api, tensorrt_rtx
+from tokcompile.exports.batch import free_batch
 from tokcompile.exports.network import check_network
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.plugins import build, torch_ops
@@ -197,6 +199,15 @@ def test_refused_profiles(method, batch, profiles, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         vit(method, batch).build_engine(tmp_path / "m.engine", backend="tensorrt_rtx", profiles=profiles)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_free_batch_leaves_no_constants_behind():
+    text = """<ir_version: 10, opset_import: ["": 20]>
+    g (float[2,3,4] x) => (float[2,12] y) <int64[2] old = {2, 12}> { y = Reshape(x, old) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    free_batch(model, 2)
+    (shape,) = model.graph.initializers.values()
+    assert shape.const_value.numpy().tolist() == [-1, 12]
 
 
 def test_a_free_batch_that_gives_other_numbers_is_refused(tmp_path):
