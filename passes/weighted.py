@@ -91,7 +91,9 @@ def summed(node: Node, source: Node) -> Iterable[int]:
 
 def beside(node: Node, source: Node, axis: int) -> int | None:
     """Where an axis of an operand is in a product along another one; None where it is gone."""
-    if packet(node) == "aten.einsum" or len(shape(source)) < 2:
+    if packet(node) == "aten.einsum":
+        return behind(node, source, axis)
+    if len(shape(source)) < 2:
         return None
     left, right = operands(node)
     end = axis - len(shape(source))

@@ -193,12 +193,17 @@ def test_a_norm_that_divides_what_no_sum_is_made_of_is_one_of_all():
         assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"] * count
 
 
+def chained(attention):
+    return torch.einsum("bij,bjk->bik", attention, attention)
+
+
 WEIGHTS = {
     "a softmax": lambda x: x.softmax(1),
     "of two": lambda x: 3 * x.softmax(1) - 2 * (x * 2).softmax(1),
     "times values": lambda x: x.mT.softmax(-1).mT * torch.ones(7, 1, dtype=torch.float64),
     "a root of a square": lambda x: (x.softmax(1) * x.softmax(1)).sqrt(),
     "logarithms": lambda x: x.log_softmax(1).exp(),
+    "map of a map": lambda x: chained((x @ x.mT).softmax(-1)).mT[..., :1].expand(-1, -1, 16),
     "mixed": lambda x: x.softmax(1) @ torch.full((16, 16), 1 / 16, dtype=torch.float64),
     "flattened": lambda x: x[..., :1].expand(-1, -1, 16).mT.flatten(1).softmax(1).view(2, 16, 7).mT * 16,
 }
