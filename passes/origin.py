@@ -55,6 +55,8 @@ class Origin:
             start, end = slice_bounds(a["start"], a["end"], size)
             self.node = a["self"]
             self.grow(-start, end - size)
+        elif name == "aten.gather" and a["dim"] % rank == self.axis:  # in an order of each sample's own, as after masking
+            return False
         elif name == "aten.flip":
             self.node, self.turned = a["self"], self.turned != (self.axis in [d % rank for d in a["dims"]])
         elif name == "aten.unsqueeze" and a["dim"] % rank != self.axis:

@@ -345,6 +345,12 @@ def rows(x):
     return x.flatten(2).transpose(1, 2)
 
 
+def put_back(x):
+    """Tokens and masks for others in an order of each sample's own, as a masked autoencoder has them."""
+    x = torch.cat([x, torch.ones(2, 6, D)], 1)
+    return x.gather(1, x.argsort(1))
+
+
 # name: (patches to tokens, prefix, suffix, grid)
 LAYOUTS = {
     "flat": (rows, 0, 0, (3, 5)),
@@ -371,6 +377,7 @@ LAYOUTS = {
     "rows-of-all": (lambda x: (torch.cat([torch.ones(2, 1, D), rows(x)], 1).view(-1, D) * 2).view(2, 16, D), 1, 0, (3, 5)),
     "one-of-a-batch": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[0][None], 1, 0, (3, 5)),
     "squeezed": (lambda x: torch.cat([torch.ones(2, 1, D), rows(x)], 1)[:, None].squeeze(1), 1, 0, (3, 5)),
+    "put-back": (lambda x: torch.cat([torch.ones(2, 1, D), put_back(rows(x)[:, :9])], 1), 1, 0, None),
     "class-token-in-the-middle": (lambda x: torch.cat([rows(x)[:, :8], torch.ones(2, 1, D), rows(x)[:, 8:]], 1), 0, 8, None),
 }
 
