@@ -67,9 +67,10 @@ class OptimizedModel(torch.nn.Module):
         checks: list[Fixed | Consecutive] = [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []
         self._checks = checks
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
-        self._source, self._spec = traced.program, spec
-        self._analysis, self._compiled, self._recipes = analysis, compiled, recipes or {}
+        self._source, self.spec = traced.program, spec
+        self._analysis, self._compiled, self.recipes = analysis, compiled, recipes or {}
         self._program: ExportedProgram | None = None
+        self.original: tuple[torch.nn.Module, dict[str, Any]] | None = None  # a vision-language model and its example call
         super().train(False)
 
     def over(self, graph_module: GraphModule) -> OptimizedModel:
@@ -108,6 +109,11 @@ class OptimizedModel(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     @property
+    def example_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that it was compiled for."""
+        return pytree.tree_unflatten(self.example_inputs, self._in_spec)
+
+    @property
     def frozen(self) -> list[str]:
         """What tracing fixed of values that are computed in the blocks: later calls check it, a file cannot."""
         return self.fixed_behind({b.mid.name for b in self._analysis.structure.blocks})
@@ -135,15 +141,23 @@ class OptimizedModel(torch.nn.Module):
         """The optimized model as a torch.export program in portable ATen (for AOTInductor, ExecuTorch and the like)."""
         self.folded.check()
         if self._program is None:
-            args, kwargs = pytree.tree_unflatten(self.example_inputs, self._in_spec)
+            args, kwargs = self.example_call
             with torch.no_grad():
                 self._program = torch.export.export(self, tuple(args), dict(kwargs), strict=False)
         return self._program
 
     def export_onnx(self, path: str | os.PathLike[str], **options: Any) -> Any:
-        """Writes and verifies an ONNX file; see `tokcompile.exports.onnx.export_onnx`."""
+        """Writes and verifies an ONNX file; see `tokcompile.exports.onnx.export_onnx`.
+
+        A vision-language model that was optimized as a whole is written to a folder, in the parts that generate, where the path
+        does not end in .onnx; see `tokcompile.vlm.export_whole`.
+        """
         from tokcompile.exports.onnx import export_onnx
 
+        if self.original is not None and not os.fspath(path).endswith(".onnx"):
+            from tokcompile.vlm import export_whole
+
+            return export_whole(self, path, **options)
         return export_onnx(self, path, **options)
 
     def build_engine(self, path: str | os.PathLike[str], **options: Any) -> Any:
@@ -185,7 +199,7 @@ class OptimizedModel(torch.nn.Module):
             )
         erase_marks(self._source.graph)
         spell_casts(self._source.graph)
-        data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self._spec})
+        data = json.dumps({"format": FORMAT, "plan": json.loads(self.plan.json()), **self.spec})
         with atomic(path) as temporary:
             try:
                 torch.export.save(self._source, temporary, extra_files={"tokcompile.json": data})
@@ -263,11 +277,23 @@ def optimize(
     first = model if isinstance(model, OptimizedModel) else None
     if first is not None:
         refuse_again(first, args, kwargs, plan, settings)
-        settings.recipes = first._recipes
+        settings.recipes = first.recipes
     analysis = first._analysis if first is not None else analyse(model, args, kwargs)
     compiled = compile_plan(analysis, settings, budget, where, plan, first._compiled if first is not None else None)
     recipes = {**(settings.recipes), settings.recipe.name: settings.recipe}
-    return OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+    made = OptimizedModel(compiled, {"size_weighted_mean": size_weighted_mean}, recipes)
+    made.original = first.original if first is not None else call_of(model, args, kwargs)
+    return made
+
+
+def call_of(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> Any:
+    """A vision-language model and the tensors of its example call by name, by which it is taken apart; None for others."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
+        return None
+    given = inspect.signature(model.forward).bind(*args or (), **kwargs or {})
+    named = {**given.arguments, **given.arguments.get("kwargs", {})}
+    tensors = {name: v for name, v in named.items() if isinstance(v, torch.Tensor)}
+    return (model, tensors) if "input_ids" in tensors and any(v.is_floating_point() for v in tensors.values()) else None
 
 
 def refuse_beside(plan: Plan, **given: Any) -> None:
@@ -289,13 +315,13 @@ def refuse_again(first: OptimizedModel, args: Any, kwargs: Any, plan: Plan | Non
         raise InputError("an optimized model brings its example inputs along: leave args and kwargs out")
     if plan is not None:
         raise PlanError("a plan is for the original model: pass that one, not an optimized one")
-    if first.plan.reductions and (first.plan.outputs, first._spec["size_weighted_mean"]) != (
+    if first.plan.reductions and (first.plan.outputs, first.spec["size_weighted_mean"]) != (
         settings.outputs,
         settings.size_weighted_mean,
     ):
         raise InputError(
             f"the model was optimized with outputs={first.plan.outputs!r} and size_weighted_mean="
-            f"{first._spec['size_weighted_mean']}: pass the same again"
+            f"{first.spec['size_weighted_mean']}: pass the same again"
         )
 
 

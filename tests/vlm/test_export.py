@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tokcompile
-from tests.conftest import error
+from tests.conftest import error, layer
 from tests.exports.models import DYNAMIC, all_nodes
 from tests.shared import shared
 from tests.vlm.models import parts_of, reduced_parts, vlm
@@ -20,6 +20,7 @@ from tokcompile import ExportError, InputError, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
 from tokcompile.vlm import Generator, Patches, Preprocess, export, load, split
+from tokcompile.vlm.whole import check_same
 
 WORDS = ["<pad>", "what", "is", "this", "?", "a", "cat", "user", ":", "answer"]
 
@@ -179,6 +180,24 @@ def test_half_precision(tmp_path):
     want = Generator(parts, prefill, max_new_tokens=8)(*given, eos=(), keep_logits=True)
     assert got.tokens.tolist() == want.tokens.tolist()
     assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
+
+
+def test_a_model_that_was_optimized_as_a_whole(tmp_path):
+    """The folder holds the reductions of both places, with room for more text, and gives what the whole model gives."""
+    model, inputs = vlm("llava")
+    tower = tokcompile.optimize(model, kwargs=inputs, method="divprune", budget=0.5, where=[2], outputs="reduced")
+    both = tokcompile.optimize(
+        tower, method="dart", budget=Tokens(4), where=[layer(tower, 2)], outputs="reduced", text_pivots=2
+    )
+    report = both.export_onnx(tmp_path / "folder", max_new_tokens=3, room=(6, 10), template="{image} {prompt}")
+    assert [(s["first"], s["length"], s["capacity"]) for s in report.stages] == [(0, 41, 44), (2, 20, 23)]
+    assert json.loads((tmp_path / "folder" / "generate.json").read_text())["images"]["template"] == "{image} {prompt}"
+    parts, prefill = reduced("llava", 6, 10)
+    with pytest.raises(ExportError, match=r"give other logits than the whole one, off by .*\n  what to do: .*vlm.split"):
+        check_same(tower, parts, prefill)
+    with pytest.raises(InputError, match=r"room=\[1, 1\], and the example has"):
+        both.export_onnx(tmp_path / "other", room=(1, 1))
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_nothing_is_left_behind_where_it_fails(tmp_path):

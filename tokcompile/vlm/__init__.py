@@ -5,5 +5,6 @@ from tokcompile.vlm.folder import load
 from tokcompile.vlm.generate import Generator
 from tokcompile.vlm.image import Patches, Preprocess
 from tokcompile.vlm.split import Part, Parts, split
+from tokcompile.vlm.whole import export_whole
 
-__all__ = ["Generator", "Part", "Parts", "Patches", "Preprocess", "export", "load", "split"]
+__all__ = ["Generator", "Part", "Parts", "Patches", "Preprocess", "export", "export_whole", "load", "split"]

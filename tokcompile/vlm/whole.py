@@ -1,0 +1,104 @@
+"""`opt.export_onnx(folder)`: a whole vision-language model that `optimize` reduced, as the files that generate.
+
+The model is taken apart, and each reduction of its plan is made again in the part that holds its block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tokcompile.api import OptimizedModel, ReducedOutput
+from tokcompile.compiler import analyse, compile_plan, settings_for
+from tokcompile.errors import ExportError
+from tokcompile.llm.export import FolderReport
+from tokcompile.passes.faithful import worst
+from tokcompile.passes.plan import Reduction
+from tokcompile.vlm.checks import CLOSE
+from tokcompile.vlm.export import export
+from tokcompile.vlm.split import Part, Parts, split
+
+APART = "\n  what to do: optimize the parts of tokcompile.vlm.split one by one, and write them with tokcompile.vlm.export"
+
+
+def export_whole(
+    opt: OptimizedModel,
+    folder: str | os.PathLike[str],
+    *,
+    max_new_tokens: int = 128,
+    room: Sequence[int] | None = None,
+    **options: Any,
+) -> FolderReport:
+    """Writes vision.onnx, prefill.onnx, decode.onnx, the embeddings and generate.json of a whole model into a new folder.
+
+    opt: what `tokcompile.optimize(model, kwargs=inputs, ...)` gave, where inputs are a call with pixels and ids. room: as of
+    `tokcompile.vlm.split`. max_new_tokens, options: as of `tokcompile.vlm.export`.
+
+    Raises: InputError, UnsupportedGraph, ExportError; nothing is left behind then.
+
+    Example:
+        >>> fast = tokcompile.optimize(model, kwargs=inputs, method="dart", budget=tokcompile.Tokens(64))  # doctest: +SKIP
+        >>> fast.export_onnx("folder", tokenizer="tokenizer.json")                                         # doctest: +SKIP
+    """
+    assert opt.original is not None
+    model, inputs = opt.original
+    parts = split(model, inputs, room=room)
+    decoder = f"{parts.seen.language}."
+    tower = [r for r in opt.plan.reductions if not r.path.startswith(decoder)]
+    if tower:
+        parts = parts.after(again(opt, parts.vision, tower), renumber=opt.renumbered)
+    inside = [r for r in opt.plan.reductions if r not in tower]
+    if room is not None:
+        inside = with_room(inside, parts)
+    prefill = again(opt, parts.language, [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside], parts)
+    check_same(opt, parts, prefill)
+    return export(parts, prefill, folder, max_new_tokens=max_new_tokens, **options)
+
+
+def with_room(reductions: Sequence[Reduction], parts: Parts) -> list[Reduction]:
+    """The same where the images stand with room for more text around them. Raises: ExportError."""
+    starts = sorted({r.prefix for r in reductions})
+    if starts and len(starts) != len(parts.spans):
+        raise ExportError(f"{len(starts)} of {len(parts.spans)} spans are reduced, and which is not known with room={APART}")
+    there = dict(zip(starts, parts.spans))
+    return [replace(r, prefix=there[r.prefix][0], suffix=parts.prompt.length - there[r.prefix][1]) for r in reductions]
+
+
+def again(opt: OptimizedModel, part: Part, reductions: Sequence[Reduction], whole: Parts | None = None) -> OptimizedModel:
+    """A part with these reductions, in its blocks of the same paths. whole: for the language part."""
+    analysis = analyse(*part)
+    left: dict[str, list[int]] = {}
+    for block in analysis.structure.blocks:
+        left.setdefault(block.path, []).append(block.index)
+    numbers: dict[int, int] = {}
+    for r in reductions:  # a tower that is called for each of several images has blocks of one path
+        if r.block not in numbers:
+            path = next((p for p in left if left[p] and (p == r.path or p.endswith(f".{r.path}"))), None)
+            if path is None:
+                raise ExportError(f"the block {r.path} of the whole model is in none of its parts {APART}")
+            numbers[r.block] = left[path].pop(0)
+    plan = opt.plan.replace(reductions=tuple(replace(r, block=numbers[r.block]) for r in reductions), outputs="reduced")
+    settings = settings_for(
+        opt.recipes.get(plan.method, plan.method), plan.options, outputs="reduced", recover=plan.recover,
+        spans=whole.spans if whole is not None else None, **opt.spec,
+    )  # fmt: skip
+    settings.recipes = opt.recipes
+    return OptimizedModel(compile_plan(analysis, settings, None, None, plan), opt.spec, opt.recipes)
+
+
+def check_same(opt: OptimizedModel, parts: Parts, prefill: OptimizedModel) -> None:
+    """Raises: ExportError where the parts do not give the last logits of the model that was optimized as a whole."""
+    args, kwargs = opt.example_call
+    ids, mask = parts.embeddings.kwargs["input_ids"], parts.prompt.mask if parts.padded else None
+    with torch.no_grad():
+        whole = opt(*args, **kwargs)
+        seen = parts.see(*parts.vision.args, **parts.vision.kwargs)
+        made = prefill(**parts.language_inputs(ids, seen, mask))
+    whole, made = (one.output if isinstance(one, ReducedOutput) else one for one in (whole, made))
+    off = worst([made["logits"][:, -1]], [whole["logits"][:, -1]])
+    if off > 10 * CLOSE:
+        raise ExportError(f"the parts of this model give other logits than the whole one, off by {off:.1e}{APART}")
