@@ -77,7 +77,7 @@ ROUNDING = {"hf/clipseg": 1e-3, "hf/depth_anything": 1e-4}
 
 SUPPORTED = [name for name in FAMILIES if name not in REFUSED]
 
-# At batch 3 one block of a sixth of the families, and of those where samples are hard to tell apart.
+# At batch 3 one block of a sixth of the families, and of those where samples are hard to tell apart; the others with -m matrix.
 HARD = [
     "timm/cait",
     "timm/convit",
@@ -134,8 +134,15 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
     record_property("support", row)
 
 
-@pytest.mark.parametrize(("name", "batch"), [(n, 1) for n in SUPPORTED] + [(n, 3) for n in AT_BATCH_3],
-                         ids=lambda v: f"batch{v}" if isinstance(v, int) else v)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        *((n, 1) for n in SUPPORTED),
+        *((n, 3) for n in AT_BATCH_3),
+        *(pytest.param(n, 3, marks=pytest.mark.matrix) for n in SUPPORTED if n not in AT_BATCH_3),
+    ],
+    ids=lambda v: f"batch{v}" if isinstance(v, int) else v,
+)
 def test_the_oracles_agree(name, batch, record_property):
     program, _ = traced(name, batch)
     blocks = None if batch == 1 else [FIRST_SITE.get(name, 0)]
