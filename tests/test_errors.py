@@ -8,7 +8,7 @@ from torch import nn
 
 import tokcompile
 from tests.tiny import LENGTH, WIDTH, Tiny, optimize, tiny
-from tokcompile import Flops, KeepRate, Recipe, Remove, Schedule, Share, Tokens
+from tokcompile import Flops, KeepRate, Plan, Recipe, Remove, Schedule, Share, Tokens
 from tokcompile.errors import (
     BudgetError,
     ExportError,
@@ -43,10 +43,19 @@ def test_an_unknown_method_is_answered_with_the_nearest(method, message):
     (dict(method="random", sead=1), r"method 'random' has no option 'sead'; did you mean seed\?"),
     (dict(method="divprune", seed=1), r"method 'divprune' has no option 'seed'; it has none"),
     (dict(method="pitome", depth=1), r"method 'pitome' has no option 'depth'; it has margin, alpha, variant, proportional"),
-], ids=["near", "none", "far"])  # fmt: skip
-def test_an_unknown_option_is_answered_with_the_known_ones(options, message):
+    (dict(method="random", seed="a"), r"random's seed takes an int \(0 by default\), not 'a'"),
+    (dict(method="dart", pivots=2.5), r"dart's pivots takes an int \(4 by default\), not 2.5"),
+    (dict(plan=Plan("random", options={"seed": True})), r"random's seed takes an int \(0 by default\), not True"),
+], ids=["near", "none", "far", "text", "float", "plan"])  # fmt: skip
+def test_a_wrong_option_is_answered_with_the_right_ones(options, message):
     with pytest.raises(MethodError, match=message):
         optimize(tiny(), **options)
+
+
+def test_options_of_the_same_kind_are_taken():
+    made = Recipe("made", lambda tokens, site: None, options={"rate": 0.5, "grid": (2, 2), "shape": None, "norm": torch.norm})
+    given = {"rate": 1, "grid": [3, 3], "shape": "any", "norm": torch.sum, "renumber": True}
+    assert made.with_options(given) == given
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -136,12 +145,13 @@ def test_blocks_may_be_named_in_any_order():
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(where=1.5), "where=1.5 is no block"),
+    (dict(size_weighted_mean="x"), "size_weighted_mean='x' is neither True nor False"),
     (dict(spans=(5, 12)), r"spans=\(5, 12\) is no list of \(start, stop\)"),
     (dict(spans=[("1", 5)]), "is no list of"),
     (dict(spans=3), "spans=3 is no list of"),
     (dict(spans=[]), r"spans=\[\] names no visual tokens"),
-], ids=["where", "pair", "text", "number", "none"])  # fmt: skip
-def test_places_of_another_kind(options, message):
+], ids=["where", "mean", "pair", "text", "number", "none"])  # fmt: skip
+def test_places_and_switches_of_another_kind(options, message):
     with pytest.raises(InputError, match=message):
         optimize(tiny(), **options)
 

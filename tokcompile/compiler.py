@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.budget import as_budget, to_data
-from tokcompile.errors import BudgetError, PlanError, TokcompileError, UnsupportedGraph
+from tokcompile.errors import BudgetError, InputError, PlanError, TokcompileError, UnsupportedGraph
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.convolutions import write_convolutions
 from tokcompile.passes.cost import Term, terms, total
@@ -402,5 +402,8 @@ def first_tokens(tokens: Tokens, site: Site) -> Keep:
 
 
 def settings_for(method: str | Recipe, options: Mapping[str, Any], *, spans: Any = None, **rest: Any) -> Settings:
+    """Raises: InputError, MethodError."""
+    if not isinstance(weighted := rest.get("size_weighted_mean", True), bool):
+        raise InputError(f"size_weighted_mean={weighted!r} is neither True nor False")
     recipe = get_method(method)
     return Settings(recipe, recipe.with_options(options), spans=None if spans is None else named_spans(spans), **rest)

@@ -17,6 +17,12 @@ TAPS = (
     "text_attention", "scores", "embeds", "text_embeds",
 )  # fmt: skip
 
+# what options take, by the type of their default: plans are JSON, which makes lists of tuples
+KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"), int: (int, "an int"), float: ((int, float), "a number"), str: (str, "text"),
+    tuple: ((tuple, list), "a tuple"), list: ((tuple, list), "a list"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Site:
@@ -138,8 +144,9 @@ class Recipe:
     renumber(step, options): whether, in a language model, tokens get new positions without gaps after that reduction, if
     the user does not say by renumber=True or False. together(site): what `plan` looks at of the place of a segment (images or
     windows in one sequence); those side by side for which it is equal go through `plan` as one batch. None where each goes
-    by itself, as it has to where `plan` reads `whole`. options: names and defaults of the method's own options;
-    `least(n, options)` says how few of n tokens one step may leave. paper: the source.
+    by itself, as it has to where `plan` reads `whole`. options: names and defaults of the method's own options, which take
+    values of the same kind (any where the default is None); `least(n, options)` says how few of n tokens one step may leave.
+    paper: the source.
 
     Example:
         >>> import torch, tokcompile
@@ -188,14 +195,19 @@ class Recipe:
         return (language and self.language_place) or self.place
 
     def with_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options with defaults filled in. Raises: MethodError for names the method does not have."""
+        """The options with defaults filled in. Raises: MethodError for names that the method does not have, and for values of
+        another kind than the default."""
         if not isinstance(given.get("renumber", True), bool):
             raise MethodError(f"renumber={given['renumber']!r} is neither True nor False")
-        for name in given:
+        for name, value in given.items():
             if name not in (*self.options, "renumber"):
                 near = difflib.get_close_matches(name, self.options, 3)
                 known = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.options) or 'none'}"
                 raise MethodError(f"method {self.name!r} has no option {name!r}; {known}")
+            default = self.options.get(name)
+            allowed, text = KINDS.get(type(default), (object, ""))
+            if not isinstance(value, allowed) or (text and isinstance(value, bool) != isinstance(default, bool)):
+                raise MethodError(f"{self.name}'s {name} takes {text} ({default!r} by default), not {value!r}")
         return {**self.options, **given}
 
 

@@ -67,7 +67,7 @@ def optimize_as_asked(args: Namespace) -> tokcompile.OptimizedModel:
         wanted["plan"] = tokcompile.Plan.load(args.plan)
     else:
         recipe = get_method(args.method or "tome")
-        values.check_types(recipe, values.options(args.option))
+        recipe.with_options(values.options(args.option))  # refuses what is wrong before the model is loaded
         wanted |= {"method": recipe, "budget": values.budget(args.budget or "0.5")}
     return tokcompile.optimize(*named(args), **wanted)
 
@@ -236,7 +236,7 @@ def bench(args: Namespace) -> Result:
     chosen = [get_method(name) for name in split(args.method or ["tome"])]
     given = values.options(args.option)
     for recipe in chosen:
-        values.check_types(recipe, {k: v for k, v in given.items() if k in recipe.options})
+        recipe.with_options({k: v for k, v in given.items() if k in recipe.options})
     found = run_bench(
         *named(args), methods=chosen, budgets=budgets, runtimes=split(args.runtime or ["eager"]), pairs=args.pairs,
         threads=args.threads, options=given, say=note, **common(args),

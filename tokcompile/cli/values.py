@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.errors import BudgetError, ExportError, InputError, MethodError
-from tokcompile.recipe import Recipe
 
 BUDGETS = """\
   0.5                  half the patch tokens are left after the last reduction
@@ -100,17 +99,6 @@ def options(texts: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             out[key] = value
     return out
-
-
-def check_types(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Refuses values of another type than the default. Raises: MethodError."""
-    for name, value in recipe.with_options(given).items():
-        default = recipe.options.get(name)
-        allowed = (int, float) if isinstance(default, float) else type(default)
-        right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
-        if default is not None and not right:
-            kind = {"int": "an int", "bool": "true or false,", "str": "text"}.get(type(default).__name__, "a number")
-            raise MethodError(f"{recipe.name}'s {name} takes {kind} such as {json.dumps(default)}, not {value!r}")
 
 
 def check_folder(path: str, overwrite: bool) -> None:

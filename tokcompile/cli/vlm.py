@@ -150,7 +150,7 @@ def written_beside(args: argparse.Namespace, parts: tokcompile.vlm.Parts, exampl
 def reduction(method: str, budget: str | None, where: str | None, option: list[str]) -> dict[str, Any]:
     """The arguments of `tokcompile.optimize`. Raises: MethodError, BudgetError, InputError."""
     recipe, options = get_method(method), values.options(option)
-    values.check_types(recipe, options)
+    recipe.with_options(options)  # refuses what is wrong before any work is done
     made = {"method": recipe, "budget": values.budget(budget or "0.5"), **options}
     return made | ({"where": values.blocks(where)} if where else {})
 
