@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +17,7 @@ from torch.fx import GraphModule
 from tokcompile.errors import ExportError
 from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN, Target, check_opset, file_form, get_target
 from tokcompile.files import atomic
+from tokcompile.passes.trace import quiet
 from tokcompile.primitives.forms import use_forms
 
 if TYPE_CHECKING:
@@ -159,19 +158,6 @@ def require_onnx() -> None:
             __import__(name)
         except ImportError as error:
             raise ExportError(f'ONNX export needs {name}: pip install "tokcompile[onnx]" ({error})') from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch.onnx reports on every step; what matters is raised or stands in the report."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def build(flat: Flat, target: Target, opset: int, report: ExportReport) -> Any:

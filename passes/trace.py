@@ -25,7 +25,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from tokcompile.errors import ExportError, InputError, TokcompileError, TraceError, UnsupportedGraph
+from tokcompile.errors import ExportError, InputError, TokcompileError, TraceError, UnsupportedGraph, first_line
 from tokcompile.passes.calls import CALLS, MixerCall, watched
 from tokcompile.passes.faithful import check_faithful
 from tokcompile.passes.functionalise import replace_overwritten
@@ -199,7 +199,7 @@ def attempt(
 ) -> ExportedProgram | None:
     """The program where torch.export gives a static one. What it raises, of many kinds, is added to failures."""
     try:
-        with context, quiet():
+        with context, quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program = plain_export(model, args, kwargs)
         return None if data_dependent(program) else program
     except Exception as error:
@@ -241,11 +241,12 @@ def one_at_a_time(fn: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export prints the whole graph when it gives up; what matters is in the exception."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    """Torch, when it gives up, logs tracebacks of its own, and torch.onnx every step; what matters is in the exception. What
+    a user asked for by TORCH_LOGS stays, and so do the logs of models."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir", "onnx")]
+    levels = [one.level for one in loggers]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
-        levels = [one.level for one in loggers]
         try:
             for one in loggers:
                 one.setLevel(logging.CRITICAL)
@@ -353,13 +354,28 @@ def load_program(path: str, extra_files: dict[str, Any] | None = None) -> Export
         raise ExportError(f"no such file: {path}")
     if not zipfile.is_zipfile(path):
         raise ExportError(f"{path} is not a torch.export archive (.pt2)")
+    names: list[str] = []
+    reasons: list[Exception] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        """Takes what torch logs with a traceback: the error that it raises after says no more than to look above."""
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        reasons.extend([error] if isinstance(error, Exception) else [])
+        return error is None
+
+    log = logging.getLogger("torch.export")
+    log.addFilter(hold)
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums, and would give other weights
-            damaged = archive.testzip()
+            names, damaged = archive.namelist(), archive.testzip()
         if damaged is None:
             return torch.export.load(path, extra_files=extra_files)
     except Exception as error:
-        raise ExportError(f"{path} cannot be read as a torch.export archive: {error}") from error
+        written = any(name == "version" or name.endswith("archive_format") for name in names)
+        reason = first_line(next(iter(reasons), error)) if written or not names else "torch.export.save did not write it"
+        raise ExportError(f"{path} cannot be read as a torch.export archive: {reason}") from error
+    finally:
+        log.removeFilter(hold)
     raise ExportError(f"{path} is damaged: {damaged} in it does not have its checksum\n  what to do: copy or save it again")
 
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +117,14 @@ def traces():
 def seeds():
     """The same random numbers in every test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The warnings and errors that any library logs during the test."""
+    records = []
+    monkeypatch.setattr(logging.Logger, "callHandlers", lambda self, r: r.levelno < logging.WARNING or records.append(r.msg))
+    return records
 
 
 @pytest.fixture(scope="session")

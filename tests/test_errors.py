@@ -165,20 +165,26 @@ def test_spans_out_of_range(spans):
 # -- models and inputs -------------------------------------------------------------------------------------------------
 
 
+def linear(model):
+    model.before = nn.Linear(WIDTH, WIDTH).eval()
+
+
 @pytest.mark.parametrize(("change", "args", "message"), [
     (None, None, r"pass example inputs: tokcompile.optimize\(model, \(example,\)\) or kwargs=\{...\}"),
     (None, torch.randn(1, LENGTH, WIDTH), r"args must be a tuple of example inputs, not Tensor: write \(x,\) for a single one"),
     (None, (torch.randn(1, LENGTH, 7),), r"the model does not run on the example inputs: RuntimeError[\s\S]*what to do"),
     (None, (torch.randn(1, LENGTH, WIDTH), 3), r"the model does not run on the example inputs: TypeError"),
+    (linear, (torch.randn(1, LENGTH, 7),), r"the model does not run on the example inputs: RuntimeError: mat1 and mat2 shapes"),
     (nn.Module.train, (torch.randn(1, LENGTH, WIDTH),), r"training mode \(module 'Tiny'\)[\s\S]*Call model.eval\(\) first"),
     (lambda m: m.blocks[1].train(), (torch.randn(1, LENGTH, WIDTH),), r"training mode \(module 'blocks.1'\)"),
-], ids=["missing", "not-a-tuple", "wrong-shape", "too-many", "training", "partly-training"])  # fmt: skip
-def test_inputs_that_do_not_fit(change, args, message):
+], ids=["missing", "not-a-tuple", "wrong-shape", "too-many", "wrong-product", "training", "partly-training"])  # fmt: skip
+def test_inputs_that_do_not_fit(change, args, message, logged):
     model = Tiny().eval()
     if change:
         change(model)
     with pytest.raises(InputError, match=message):
         tokcompile.optimize(model, args)
+    assert logged == []
 
 
 @pytest.mark.parametrize("model", [3, None, {}, lambda x: x], ids=["int", "none", "dict", "function"])

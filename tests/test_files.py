@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 
 import pytest
@@ -149,6 +150,17 @@ def foreign(path):
         archive.writestr("hello.txt", "hello")
 
 
+def newer(path):
+    """Of a version that this torch does not know."""
+    model, args = tiny()
+    torch.export.save(torch.export.export(model, args), path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, re.sub(rb'"schema_version": {"major": \d+', b'"schema_version": {"major": 999', data))
+
+
 def truncated(path):
     model, args = tiny()
     buffer = io.BytesIO()
@@ -170,16 +182,18 @@ def damaged(path):
     (corrupt, r"is not a torch.export archive \(.pt2\)"),
     (empty, r"is not a torch.export archive \(.pt2\)"),
     (truncated, r"is not a torch.export archive|cannot be read as a torch.export archive"),
-    (foreign, "cannot be read as a torch.export archive"),
+    (foreign, "cannot be read as a torch.export archive: torch.export.save did not write it"),
+    (newer, r"cannot be read as a torch.export archive: SerializeError: .*major=999.* does not match our current schema"),
     (damaged, r"is damaged: .*weights.* does not have its checksum"),
-], ids=["missing", "corrupt", "empty", "truncated", "foreign", "damaged"])  # fmt: skip
-def test_a_file_that_is_no_program(write, message, tmp_path):
+], ids=["missing", "corrupt", "empty", "truncated", "foreign", "newer", "damaged"])  # fmt: skip
+def test_a_file_that_is_no_program(write, message, tmp_path, logged):
     path = tmp_path / "model.pt2"
     write(path)
     with pytest.raises(ExportError, match=message):
         tokcompile.optimize(path)
     with pytest.raises(ExportError, match=message):
         tokcompile.load(path)
+    assert logged == []
 
 
 def test_load_of_a_plain_program(tmp_path):
