@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from tokcompile.errors import TokcompileError, TraceError, UnsupportedGraph
+from tokcompile.errors import InputError, TokcompileError, TraceError, UnsupportedGraph
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 KERNELS = 2e-2  # between a model's own kernels and those of its traced form, after many layers
@@ -25,7 +25,8 @@ def check_faithful(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gm: GraphModule, inputs: Sequence[Any]
 ) -> list[Any] | None:
     """Compares with a call of the model, where it has weights and gives the same twice. inputs: those of the graph, which may
-    stand in another order than args and kwargs. Returns: what the graph gave. Raises: TraceError."""
+    stand in another order than args and kwargs. Returns: what the graph gave. Raises: TraceError; InputError where the call
+    fails, as what is traced has neither values nor, for some ops, a check of dtypes."""
     if not has_values(model, inputs):
         return None
 
@@ -34,8 +35,13 @@ def check_faithful(
         with torch.no_grad():
             return pytree.tree_leaves(model(*given, **named))
 
-    wanted, got = own(), outputs(gm, inputs)
-    allowed = between_kernels(wanted)
+    try:
+        wanted = own()
+    except TokcompileError:
+        raise
+    except Exception as error:
+        raise does_not_run(error) from error
+    got, allowed = outputs(gm, inputs), between_kernels(wanted)
     try:
         if len(got) != len(wanted) or (off := worst(got, wanted)) <= allowed or worst(own(), wanted) > allowed:
             return got
@@ -46,6 +52,14 @@ def check_faithful(
         "  its code takes another way while it is exported (torch.compiler.is_exporting() or is_compiling())\n"
         "  what to do: make it compute the same there; or, if the traced form is right, torch.export it yourself and pass "
         "the program"
+    )
+
+
+def does_not_run(error: Exception) -> InputError:
+    """What to raise where a call of the model fails."""
+    return InputError(
+        f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
+        "  what to do: pass inputs that model(*args, **kwargs) accepts"
     )
 
 

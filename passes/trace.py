@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, InputError, TokcompileError, TraceError, UnsupportedGraph, first_line
 from tokcompile.passes.calls import CALLS, MixerCall, watched
-from tokcompile.passes.faithful import check_faithful
+from tokcompile.passes.faithful import check_faithful, does_not_run
 from tokcompile.passes.functionalise import replace_overwritten
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
@@ -64,7 +64,7 @@ class Traced:
 def trace(model: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Traced:
     """Traces `model` (nn.Module, ExportedProgram, or the path of a `.pt2`) on example inputs.
 
-    Raises: InputError, TraceError, ExportError, UnsupportedGraph.
+    Raises: InputError, TokcompileError, TraceError, ExportError, UnsupportedGraph.
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_program(os.fspath(model))
@@ -175,10 +175,7 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 continue
             if isinstance(error, TokcompileError):
                 raise
-            raise InputError(
-                f"the model does not run on the example inputs: {type(error).__name__}: {error}\n"
-                "  what to do: pass inputs that model(*args, **kwargs) accepts"
-            ) from error
+            raise does_not_run(error) from error
         program = attempt(model, args, kwargs, failures, replay(recording)) if recording.reads else None
         if program is not None:
             guards = collect(unlift(program))

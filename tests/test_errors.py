@@ -174,10 +174,11 @@ def linear(model):
     (None, torch.randn(1, LENGTH, WIDTH), r"args must be a tuple of example inputs, not Tensor: write \(x,\) for a single one"),
     (None, (torch.randn(1, LENGTH, 7),), r"the model does not run on the example inputs: RuntimeError[\s\S]*what to do"),
     (None, (torch.randn(1, LENGTH, WIDTH), 3), r"the model does not run on the example inputs: TypeError"),
-    (linear, (torch.randn(1, LENGTH, 7),), r"the model does not run on the example inputs: RuntimeError: mat1 and mat2 shapes"),
+    (linear, (torch.randn(1, LENGTH, 7),), r"the model does not run on the example inputs: RuntimeError: mat1 and mat2 sh"),
+    (linear, (torch.randn(1, LENGTH, WIDTH).double(),), r"does not run on the example inputs: RuntimeError: .*dtype"),
     (nn.Module.train, (torch.randn(1, LENGTH, WIDTH),), r"training mode \(module 'Tiny'\)[\s\S]*Call model.eval\(\) first"),
     (lambda m: m.blocks[1].train(), (torch.randn(1, LENGTH, WIDTH),), r"training mode \(module 'blocks.1'\)"),
-], ids=["missing", "not-a-tuple", "wrong-shape", "too-many", "wrong-product", "training", "partly-training"])  # fmt: skip
+], ids=["missing", "not-a-tuple", "wrong-shape", "too-many", "product", "dtype", "training", "partly-training"])  # fmt: skip
 def test_inputs_that_do_not_fit(change, args, message, logged):
     model = Tiny().eval()
     if change:
