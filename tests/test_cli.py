@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ from tests.models.family import seeded
 from tests.shared import shared
 from tokcompile import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.cli import commands, main, show, values
+from tokcompile.files import atomic
 from tokcompile.recipe import methods as known_methods
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,11 @@ def broken():
 
 def interrupted():
     raise KeyboardInterrupt
+
+
+def terminated():
+    with atomic("half.onnx"):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
 
 def run(capsys, *argv):
@@ -381,9 +388,12 @@ def test_unexpected_errors_keep_their_traceback():
         main(["inspect", "tests.test_cli:broken"])
 
 
-def test_an_interrupt_is_no_traceback(cli):
-    code, out, err = cli("inspect", "tests.test_cli:interrupted")
-    assert (code, out, err) == (130, "", "tokcompile inspect: interrupted\n")
+@pytest.mark.parametrize(("code", "how"), [(130, "interrupted"), (143, "terminated")])
+def test_a_signal_is_no_traceback_and_leaves_no_files(cli, tmp_path, monkeypatch, code, how):
+    monkeypatch.chdir(tmp_path)
+    assert cli("inspect", f"tests.test_cli:{how}") == (code, "", f"tokcompile inspect: {how}\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_what_a_model_prints_stays_out_of_the_json():
