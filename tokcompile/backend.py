@@ -67,6 +67,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
         spans=own.get("spans"),
         size_weighted_mean=own.get("size_weighted_mean", True),
     )
+    compile_inner = inner_backend(own.get("inner", "inductor"), own.get("inner_options"))
     traced, user = to_aten(gm, example_inputs)
     analysis = understand(traced, canonicalise(traced.gm, traced.inputs), {})
     if not analysis.structure.blocks:
@@ -78,7 +79,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], given: dict[str, Any])
         )
     compiled = compile_plan(analysis, settings, own.get("budget", 0.5), own.get("where"), plan)
     result = finished(compiled.rewritten.gm if compiled.rewritten else traced.gm)
-    run = inner_backend(own.get("inner", "inductor"), own.get("inner_options"))(result, traced.inputs)
+    run = compile_inner(result, traced.inputs)
 
     def call(*inputs: Any) -> Any:
         if compiled.rewritten:
