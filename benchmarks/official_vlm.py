@@ -3,6 +3,7 @@
 git clone https://github.com/Cooperx521/PyramidDrop       repos/PyramidDrop
 git clone https://github.com/Gumpest/SparseVLMs           repos/SparseVLMs
 git clone https://github.com/Danielement321/HiPrune       repos/HiPrune
+git clone https://github.com/THU-MIG/VTC-CLS              repos/VTC-CLS
 git clone https://github.com/LaVi-Lab/AIM                 repos/AIM
 git clone https://github.com/MouxiaoHuang/PPE             repos/PPE
 python -m benchmarks.official_vlm --repos repos
@@ -26,7 +27,7 @@ from benchmarks.official import Row, compare_all, official, randn, run
 from tokcompile.methods.aim import importance, merge_to
 from tokcompile.methods.ppe import last_members
 from tokcompile.methods.sparsevlm import kept, recycled
-from tokcompile.passes.gather import channel_shares
+from tokcompile.passes.rotary import channel_shares
 from tokcompile.primitives import density_peaks, members
 from tokcompile.recipe import Tokens
 
@@ -168,6 +169,27 @@ def hiprune(repos: Path) -> Iterator[Row]:
         yield Row("hiprune", f"N=576 k={k}", differ, 5, error)
 
 
+def vtc_cls(repos: Path) -> Iterator[Row]:
+    """CLIPVisionTower.cls_token_only behind a tower of 24 layers of random attention, and the choice of encode_images."""
+    file = repos / "VTC-CLS/llava/model/multimodal_encoder/clip_encoder.py"
+    code = official(file, "CLIPVisionTower.cls_token_only")
+    for first in (16, 8, 22):
+        differ, error = 0, 0.0
+        for seed in range(5):
+            maps = [randn(1, 4, 577, 577, seed=100 * seed + layer).softmax(-1) for layer in range(24)]
+            x = randn(1, 576, 32, seed=seed)
+            out = SimpleNamespace(attentions=maps)
+            self = SimpleNamespace(vision_tower=lambda *a, out=out, **k: out, feature_select=lambda _, x=x: x, device="cpu")
+            self.dtype = torch.float32
+            score, features = code["cls_token_only"](self, x, start_layer=first)
+            index = score.topk(64).indices.sort().values
+            rows = torch.stack([maps[layer][:, :, 0, 1:].mean(1) for layer in range(first, 23)], 1)
+            plan, ours, _ = run("vtc_cls", Tokens(x=x, earlier_cls_attention=rows), 64, 1)
+            differ += not torch.equal(plan.index[0], index)
+            error = max(error, float((ours - features[:, index]).abs().max()))
+        yield Row("vtc_cls", f"N=576 k=64 from layer {first}", differ, 5, error)
+
+
 def aim(repos: Path) -> Iterator[Row]:
     """bipartite_soft_matching_merge in one and two rounds, and get_importance."""
     merge = official(repos / "AIM/llava/model/token_merge.py", "bipartite_soft_matching_merge")["bipartite_soft_matching_merge"]
@@ -232,7 +254,7 @@ def rotary_tables(repos: Path) -> Row:
     return Row("ppe", "rotary embedding, head 128, sections 16 24 24", int(error > 1e-4), 1, error)
 
 
-COMPARISONS = (pyramiddrop, sparsevlm, hiprune, aim, ppe)
+COMPARISONS = (pyramiddrop, sparsevlm, hiprune, vtc_cls, aim, ppe)
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers, of the mask that PyramidDrop makes

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.attentions import SDPA, Attention
+from tokcompile.passes.find import Block
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, head_by_head, keys_last, side_by_side, token_length
 from tokcompile.passes.samples import heads_first, samples_first
@@ -166,14 +167,27 @@ def one_attention(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
 
 def earlier_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): attention received in the block that the recipe names, over the same tokens."""
+    return received_attention(rw, replace(s, tap_block=earlier_blocks(rw, s)[0]))
+
+
+def earlier_cls_attention(rw: Rewriter, s: Splice) -> Node:
+    """(B, E, L): how the class token attends, mean over heads in float32, in each block from the one that the recipe names to
+    the one computed last. As in `cls_attention`, only its row is computed of each."""
+    maps = [cls_attention(rw, replace(s, tap_block=block)) for block in earlier_blocks(rw, s)]
+    return joined(rw, [rw.builder.emit(aten.mean.dim, one, [1], True, dtype=torch.float32) for one in maps], 1)
+
+
+def earlier_blocks(rw: Rewriter, s: Splice) -> list[Block]:
+    """The blocks from the one that the recipe names to that whose attention was computed last. Raises: UnsupportedGraph where
+    the first of them had other tokens."""
     blocks = [b for b in rw.structure.blocks if b.stage is s.block.stage]
     assert s.recipe.earlier is not None
     last = blocks.index(s.tap_block) if s.tap_block in blocks else 0
-    chosen = blocks[min(s.recipe.earlier(len(blocks), s.site.options), last)]
-    if rw.labels.get(chosen.mid) != rw.labels.get(s.tap_block.mid if s.tap_block else s.at):
+    chosen = blocks[min(s.recipe.earlier(len(blocks), s.site.options), last) : last + 1]
+    if rw.labels.get(chosen[0].mid) != rw.labels.get(s.tap_block.mid if s.tap_block else s.at):
         raise UnsupportedGraph(
-            f"method {s.recipe.name!r} reads the attention of block {chosen.index}, which had more tokens than come in here",
+            f"method {s.recipe.name!r} reads the attention of block {chosen[0].index}, which had more tokens than come in here",
             s.at,
             "reduce once: where=[...] with one block",
         )
-    return received_attention(rw, replace(s, tap_block=chosen))
+    return chosen

@@ -118,6 +118,7 @@ READERS: dict[str, Any] = {
     "received_attention": attention_maps.received_attention,
     "last_attention": attention_maps.last_attention,
     "earlier_attention": attention_maps.earlier_attention,
+    "earlier_cls_attention": attention_maps.earlier_cls_attention,
     "text_attention": attention_maps.text_attention,
     "scores": attention_maps.scores,
     "embeds": embeds,

@@ -17,6 +17,7 @@ inputs, in the order that the attribute `inputs` names:
     last_attention      (B, H, L)       the softmax row of the last token
     received_attention  (B, H, L)       mean over all queries
     earlier_attention   (B, H, L)       the same in an earlier block
+    earlier_cls_attention (B, E, L)     float32, the row of the class token in each of E blocks, mean over heads
     text_attention      (B, H, T, L)    the softmax rows of the T text tokens after the reduced ones; without text their mean
     scores              (B, H, L, L)    before the softmax, scaled and masked
     embeds, text_embeds (B, n0, D), (B, T', D)  the reduced tokens and the text as they came into the first block
@@ -50,7 +51,7 @@ PLUGIN_VERSION = "1"
 PLUGINS = frozenset({"Dart", "Topk", "Fastv", "Fastervlm", "Fopru", "Pyramiddrop", "Evit", "Tome", "Pitome", "Divprune"})
 INPUTS = (
     "x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention",
-    "earlier_attention", "text_attention", "scores", "embeds", "text_embeds",
+    "earlier_attention", "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds",
 )  # fmt: skip
 OUTPUTS = ("x", "index", "size", "assign", "positions")
 ATTRIBUTES: Mapping[str, type] = {

@@ -14,7 +14,7 @@ from tokcompile.steps import Steps
 
 TAPS = (
     "x", "normed", "q", "k", "v", "rotated_k", "cls_attention", "received_attention", "last_attention", "earlier_attention",
-    "text_attention", "scores", "embeds", "text_embeds",
+    "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds",
 )  # fmt: skip
 
 # what options take, by the type of their default: plans are JSON, which makes lists of tuples
@@ -64,6 +64,7 @@ class Tokens:
     attention last computed, before any rotary embedding; rotated_k: (B, H, n, d) the keys after it. cls_attention:
     (B, H, n) the softmax row of the class token; last_attention: (B, H, n) that of the last token. received_attention:
     (B, H, n) mean over all queries; earlier_attention: the same of the block that `Recipe.earlier` names.
+    earlier_cls_attention: (B, E, n) the row of the class token, mean over heads in float32, of each block from that one on.
     text_attention: (B, H, T, n) rows of the T text tokens after these; where there is no text one row, the mean over all
     queries. scores: (B, H, L, L) before the softmax, scaled and masked. embeds: (B, n0, D) these tokens as they came into
     the first block, before any reduction; text_embeds: (B, T', D) all text tokens there; both None where there is no text.
@@ -82,6 +83,7 @@ class Tokens:
     rotated_k: Tensor | None = None
     last_attention: Tensor | None = None
     earlier_attention: Tensor | None = None
+    earlier_cls_attention: Tensor | None = None
     text_attention: Tensor | None = None
     scores: Tensor | None = None
     embeds: Tensor | None = None
@@ -139,14 +141,14 @@ class Recipe:
     a block's entrance); language_place: the same in a language model, where it differs there. ahead: at a block's
     entrance, whether attention is that of this block, computed beforehand, instead of the block before's. opening:
     whether it may stand before any attention; `plan` then gets `x` alone. earlier(depth, options): the block whose
-    attention is `earlier_attention`. steps: at which blocks, and how the budget spreads over them. track_size: whether
-    tokens carry how many original ones they hold. proportional: whether attention weighs keys by that size.
-    renumber(step, options): whether, in a language model, tokens get new positions without gaps after that reduction, if
-    the user does not say by renumber=True or False. together(site): what `plan` looks at of the place of a segment (images or
-    windows in one sequence); those side by side for which it is equal go through `plan` as one batch. None where each goes
-    by itself, as it has to where `plan` reads `whole`. options: names and defaults of the method's own options, which take
-    values of the same kind (any where the default is None); `least(n, options)` says how few of n tokens one step may leave.
-    paper: the source.
+    attention is `earlier_attention`, or the first of those of `earlier_cls_attention`. steps: at which blocks, and how the
+    budget spreads over them. track_size: whether tokens carry how many original ones they hold. proportional: whether
+    attention weighs keys by that size. renumber(step, options): whether, in a language model, tokens get new positions
+    without gaps after that reduction, if the user does not say by renumber=True or False. together(site): what `plan` looks
+    at of the place of a segment (images or windows in one sequence); those side by side for which it is equal go through
+    `plan` as one batch. None where each goes by itself, as it has to where `plan` reads `whole`. options: names and defaults
+    of the method's own options, which take values of the same kind (any where the default is None); `least(n, options)` says
+    how few of n tokens one step may leave. paper: the source.
 
     Example:
         >>> import torch, tokcompile
@@ -179,8 +181,8 @@ class Recipe:
         for place in (self.place, self.language_place or self.place):
             if place not in ("attention", "block"):
                 raise MethodError(f"recipe {self.name!r} has place {place!r}; it is 'attention' or 'block'")
-        if ("earlier_attention" in self.taps) != (self.earlier is not None):
-            raise MethodError(f"recipe {self.name!r} must have both the tap 'earlier_attention' and `earlier`, or neither")
+        if any(t.startswith("earlier_") for t in self.taps) != (self.earlier is not None):
+            raise MethodError(f"recipe {self.name!r} must have both a tap 'earlier_' and `earlier`, or neither")
 
     def taps_read(self) -> tuple[str, ...]:
         """The taps beside the residual stream itself."""

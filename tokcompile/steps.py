@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
+from typing import Any
+
+from tokcompile.errors import MethodError
 
 Blocks = Callable[[int], Sequence[int]]
 Counts = Callable[[int, int, int], Sequence[int]]
@@ -85,3 +88,10 @@ def last_block(language: int | None = None) -> Steps:
 
 def at_layer(layer: int | None) -> Blocks | None:
     return None if layer is None else (lambda depth: (min(layer, depth - 1),))
+
+
+def layer_of(method: str, depth: int, layer: Any) -> int:
+    """The block that an option `layer` means: its number, or a share of the depth. Raises: MethodError for any other value."""
+    if not isinstance(layer, (int, float)) or not 0 <= layer < (depth if isinstance(layer, int) else 1):
+        raise MethodError(f"{method}'s layer is one of the {depth} blocks, or a share of the depth below 1, not {layer!r}")
+    return layer if isinstance(layer, int) else round(depth * layer)

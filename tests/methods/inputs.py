@@ -37,6 +37,7 @@ def sequence(batch, length, *, seed=0, kind="normal", d=16, heads=2, dtype=torch
     taps = dict(x=x, normed=normed, q=q, k=k, v=v, rotated_k=k)
     taps |= dict(cls_attention=attention, received_attention=attention, last_attention=attention)
     taps |= dict(text_attention=attention[:, :, None], earlier_attention=attention.roll(1, 1), scores=scores)
+    taps |= dict(earlier_cls_attention=attention.float())
     return {name: tap.to(dtype) for name, tap in taps.items()} | {"size": size}
 
 

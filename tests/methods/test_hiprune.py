@@ -6,7 +6,7 @@ import torch
 from tests.methods.inputs import LENGTHS, run, sequence, site
 from tests.reference.hiprune import hiprune
 from tokcompile.errors import MethodError
-from tokcompile.methods.hiprune import HIPRUNE, object_layer
+from tokcompile.methods.hiprune import HIPRUNE
 
 
 def compare(taps, where, width):
@@ -54,12 +54,12 @@ def test_duplicated_tokens_go_to_the_lower_index(kind):
 
 @pytest.mark.parametrize(("depth", "layer", "block"), [(24, 1 / 3, 8), (23, 1 / 3, 8), (12, 1 / 3, 4), (12, 7, 7), (4, 0.5, 2)])
 def test_the_middle_layer(depth, layer, block):
-    assert object_layer(depth, {"layer": layer}) == block
+    assert HIPRUNE.earlier(depth, {"layer": layer}) == block
 
 
 def test_senseless_options_are_refused():
     for wrong in (12, -1, 1.5, "last"):
         with pytest.raises(MethodError, match="hiprune's layer is one of the 12 blocks"):
-            object_layer(12, {"layer": wrong})
+            HIPRUNE.earlier(12, {"layer": wrong})
     with pytest.raises(MethodError, match="alpha is a share from 0 to 1"):
         run(HIPRUNE, sequence(1, 8), site(HIPRUNE, 8, 4, options={"alpha": 2}))

@@ -37,6 +37,22 @@ def test_hiprune_reads_a_middle_layer_and_the_one_before(layer, family, program)
         assert kept[b].tolist() == hiprune(middle[b], deep[b], 20, 0.6, 7)
 
 
+@pytest.mark.parametrize(("name", "layer"), [("hf/clip_vision", 0), ("hf/clip_vision", 0.25), ("hf/siglip_vision", 1)])
+def test_vtc_cls_adds_up_the_rows_of_several_layers(name, layer, family, program, tmp_path):
+    model, args, kwargs = family(name, 2)
+    optimized = tokcompile.optimize(program(name, 2), method="vtc_cls", budget=Tokens(20), outputs="reduced", layer=layer)
+    kept = run(optimized, *args, **kwargs).kept["s0_index"]
+    maps = maps_of(model, kwargs)[int(layer * 4) if layer < 1 else 1 : 3]
+    has_class = name == "hf/clip_vision"
+    rows = torch.stack([m.mean(1)[:, 0, 1:] if has_class else m.mean((1, 2)) for m in maps], 1)
+    for b in range(2):
+        assert kept[b].tolist() == sorted(topk(rows[b].numpy(), 20))
+    beside = [n.meta["val"].shape[-2] for n in optimized.graph_module.graph.nodes if n.target is torch.ops.aten.softmax.int]
+    assert beside[: len(maps)] == [1 if has_class else 49] * len(maps)  # of a class token its row alone
+    if has_class:
+        assert optimized.export_onnx(tmp_path / "model.onnx").error < 1e-4  # the indices are outputs, and equal
+
+
 @pytest.mark.parametrize("name", ["hf/clip_vision", "hf/vit_eager"])
 @pytest.mark.parametrize("block", [0, 2])
 def test_pyramiddrop_reads_the_block_that_follows(block, name, family, program):
@@ -60,13 +76,14 @@ def test_what_stands_for_the_text_where_there_is_none(family, program):
 
 
 def test_a_middle_layer_with_other_tokens_is_refused(program):
-    with pytest.raises(tokcompile.UnsupportedGraph, match=r"(?s)reads the attention of block 0, which had more tokens.*where="):
-        tokcompile.optimize(program("hf/clip_vision"), method="hiprune", where=[1, 3], layer=0)
+    for method in ("hiprune", "vtc_cls"):
+        with pytest.raises(tokcompile.UnsupportedGraph, match=r"(?s)attention of block 0, which had more tokens.*where="):
+            tokcompile.optimize(program("hf/clip_vision"), method=method, where=[1, 3], layer=0)
 
 
 def test_a_recipe_says_which_layer_it_means():
     for wrong in (dict(taps=("x", "earlier_attention")), dict(earlier=lambda depth, options: 0)):
-        with pytest.raises(MethodError, match="must have both the tap 'earlier_attention' and `earlier`, or neither"):
+        with pytest.raises(MethodError, match="must have both a tap 'earlier_' and `earlier`, or neither"):
             Recipe("wrong", lambda tokens, site: None, **wrong)
     with pytest.raises(MethodError, match="has place 'mlp'"):
         Recipe("wrong", lambda tokens, site: None, language_place="mlp")

@@ -21,7 +21,7 @@ HIDDEN = ((), tuple(range(6)), tuple(range(18, 24)), tuple(range(0, 24, 3)), tup
 def taps(batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     drawn = lambda *size: torch.randn(batch, *size, generator=generator)  # noqa: E731
-    rows = {f"{name}_attention": drawn(2, N).softmax(-1) for name in ("cls", "received", "last", "earlier")}
+    rows = {f"{name}_attention": drawn(2, N).softmax(-1) for name in ("cls", "received", "last", "earlier", "earlier_cls")}
     heads = {name: drawn(2, N, 4) for name in ("q", "k", "v", "rotated_k")}
     return Tokens(drawn(N, WIDTH), normed=drawn(N, WIDTH), text_attention=drawn(2, 3, N).softmax(-1), **rows, **heads)
 

@@ -25,4 +25,5 @@ from tokcompile.methods import (  # noqa: F401
     topk,
     vatp,
     visionzip,
+    vtc_cls,
 )

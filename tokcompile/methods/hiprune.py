@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isqrt
-from typing import Any
 
 import torch
 
 from tokcompile.errors import MethodError
 from tokcompile.primitives import constant, identity, keep_best, top_k
 from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, register_method
-from tokcompile.steps import last_block
-
-
-def object_layer(depth: int, options: Mapping[str, Any]) -> int:
-    """The middle layer: a block's number, or a share of the depth; 1/3 of 24 is the published block 8, of 12 block 4."""
-    layer = options["layer"]
-    if not isinstance(layer, (int, float)) or not 0 <= layer < (depth if isinstance(layer, int) else 1):
-        raise MethodError(f"hiprune's layer is one of the {depth} blocks, or a share of the depth below 1, not {layer!r}")
-    return layer if isinstance(layer, int) else round(depth * layer)
+from tokcompile.steps import last_block, layer_of
 
 
 def neighbours(site: Site) -> list[int]:
@@ -54,7 +44,8 @@ HIPRUNE = register_method(
         plan,
         taps=("x", "earlier_attention", "received_attention"),
         place="block",
-        earlier=object_layer,
+        # 1/3 of 24 is the published block 8, of 12 block 4
+        earlier=lambda depth, options: layer_of("hiprune", depth, options["layer"]),
         steps=last_block(),
         options={"alpha": 0.1, "layer": 1 / 3},
         together=anywhere,
