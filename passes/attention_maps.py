@@ -13,6 +13,7 @@ from tokcompile.passes.attentions import SDPA, Attention
 from tokcompile.passes.find import Block
 from tokcompile.passes.graph import aten, bind, packet, shape
 from tokcompile.passes.heads import attentions_of, head_by_head, keys_last, side_by_side, token_length
+from tokcompile.passes.last_token import check_last_token
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.splice import Splice, body, text_ranges
 from tokcompile.passes.tokens import make_seq, plain
@@ -136,7 +137,10 @@ def received_attention(rw: Rewriter, s: Splice) -> Node:
 
 
 def last_attention(rw: Rewriter, s: Splice) -> Node:
-    """(B, H, L): how the last token attends, which sees everything under a causal mask."""
+    """(B, H, L): how the last token attends, which sees everything under a causal mask. Raises: UnsupportedGraph where it is
+    padding."""
+    for attention in attentions_of(s):
+        check_last_token(rw, s, attention)
     return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, -1), 2, 0) for a in attentions_of(s)])
 
 

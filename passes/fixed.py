@@ -39,10 +39,17 @@ def read_by(program: GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 
 def value_of(program: GraphModule, inputs: Sequence[Any]) -> Tensor | None:
-    """What it gives on the example inputs; None where it would need weights or inputs that are not there."""
+    """What it gives for these inputs; None where it would need weights or inputs that are not there. Its constants are where
+    the example was, also when the model has been moved since, so that inputs go there."""
     attributes = [get_attr(program, n.target) for n in program.graph.find_nodes(op="get_attr")]
     if any(absent(v) for v in [*read_by(program, inputs), *attributes]):
         return None
+    devices = {v.device for v in attributes if isinstance(v, Tensor)}
+    devices |= {n.kwargs["device"] for n in program.graph.nodes if n.kwargs.get("device") is not None}
+    if len(devices) == 1:
+        (device,) = devices
+        placeholders = program.graph.find_nodes(op="placeholder")
+        inputs = [v.to(device) if n.users and isinstance(v, Tensor) else v for n, v in zip(placeholders, inputs)]
     with torch.no_grad():
         value = program(*inputs)
     return value.detach().cpu() if isinstance(value, Tensor) else None

@@ -20,6 +20,7 @@ from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.graph import Builder, device_of, packet, shape, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
+from tokcompile.passes.last_token import LastTokenSeen
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
@@ -46,7 +47,7 @@ class Rewritten:
     extra_outputs: list[str] = field(default_factory=list)
     kept_of: dict[str, Run] = field(default_factory=dict)  # what the indices among the extra outputs are indices of
     overhead_flops: int = 0  # of the reductions themselves
-    checks: list[Consecutive] = field(default_factory=list)  # what is right only for some inputs
+    checks: list[Consecutive | LastTokenSeen] = field(default_factory=list)  # what is right only for some inputs
     mixed: dict[Node, Axis] = field(default_factory=dict)  # old nodes of mixers that were traced again, see mixers.py,
     again: list[str] = field(default_factory=list)  # and the paths of these
 
@@ -89,7 +90,7 @@ class Rewriter:
         self.reduced: dict[tuple[Any, ...], Seen] = {}  # reductions of segments that are alike
         self.positioned: set[Space] = set()  # whose several positions, or new numbers, a rotary table was read at
         self.in_sequence: dict[Node, bool] = {}  # rotary tables: whether their positions go on by one
-        self.checks: dict[Node, Consecutive] = {}
+        self.checks: dict[Node, Consecutive | LastTokenSeen] = {}
         self.mixers = mixers  # whose calls are traced again over fewer tokens
         self.mixed: dict[Node, Axis] = {}  # what stood there, with the token axis that it has now
         self.again: list[str] = []  # their paths

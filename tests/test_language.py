@@ -105,3 +105,20 @@ def test_sinks_take_their_share_of_the_attention_that_is_read():
     want = own[:, :, -1, slice(*SPAN)].mean(1).topk(9).indices.sort().values
     fast = tokcompile.optimize(model, args, kwargs, method="fastv", budget=Tokens(9), spans=[SPAN], outputs="reduced")
     assert torch.equal(fast(*args, **kwargs).kept["s0_index"], want)
+
+
+def test_a_last_token_that_is_padding_ranks_nothing():
+    """As an example of a model that writes attention out, and later in one with fused attention."""
+    left, right = torch.ones(2, 2, 40, dtype=torch.long)
+    left[0, :3] = right[1, -2:] = 0
+    options = dict(budget=Tokens(9), spans=[SPAN])
+    model, _, kwargs = build("hf/llama", 2)
+    fast = tokcompile.optimize(model, kwargs={**kwargs, "attention_mask": left}, method="vatp", **options)
+    run(fast, **kwargs, attention_mask=left)
+    match = r"the mask from attention_mask hides the last token.*'vatp' ranks\n  what to do: pad prompts on the left"
+    with pytest.raises(tokcompile.InputError, match=match):
+        run(fast, **kwargs, attention_mask=right)
+    match = "(?s)in the example the mask from attention_mask.*'fastv'.*node: .*layers.1.*source: .*left"
+    eager = build("hf/llama_eager", 2).model
+    with pytest.raises(tokcompile.UnsupportedGraph, match=match):
+        tokcompile.optimize(eager, kwargs={**kwargs, "attention_mask": right}, method="fastv", **options)

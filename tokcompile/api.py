@@ -25,6 +25,7 @@ from tokcompile.passes.cost import terms
 from tokcompile.passes.fixed import Fixed
 from tokcompile.passes.fold import Folded
 from tokcompile.passes.graph import finished
+from tokcompile.passes.last_token import LastTokenSeen
 from tokcompile.passes.plan import OUTPUTS, RECOVER, SAY_IT_THERE, Plan
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.trace import flat_caller, one_at_a_time
@@ -64,7 +65,9 @@ class OptimizedModel(torch.nn.Module):
         self.output_names = [*traced.output_names, *self.extra_outputs]
         self._flatten = flat_caller(traced)
         self.folded = analysis.folded if compiled.rewritten else Folded()
-        checks: list[Fixed | Consecutive] = [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []
+        checks: list[Fixed | Consecutive | LastTokenSeen] = (
+            [*analysis.fixed, *compiled.rewritten.checks] if compiled.rewritten else []
+        )
         self._checks = checks
         self._in_spec, self._out_spec = traced.in_spec, traced.out_spec
         self._source, self.spec = traced.program, spec
