@@ -15,7 +15,9 @@ from tests.exports.models import DYNAMIC, all_nodes
 from tests.shared import shared
 from tokcompile import ExportError, InputError
 from tokcompile.cli import main
-from tokcompile.llm import Generator, Prefill, export, load
+from tokcompile.llm import Generator, Prefill, export, load, short_text
+from tokcompile.llm.layout import layout
+from tokcompile.llm.modules import Decode
 
 COUNT = 32
 
@@ -206,10 +208,14 @@ def test_half_precision(generator, tmp_path):
         assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
 
 
-def test_bfloat16_is_refused_unless_nothing_is_to_run(generator, tmp_path):
+def test_bfloat16_is_refused_unless_nothing_is_to_run(generator, tmp_path, monkeypatch):
     model, _, prefill = half(generator, torch.bfloat16)
     with pytest.raises(ExportError, match=r"model.half\(\) or model.float\(\) before it is optimized; or verify_tokens=0"):
         export(prefill, model, tmp_path / "folder", max_new_tokens=4)
     assert not (tmp_path / "folder").exists()
     report = export(prefill, model, tmp_path / "folder", max_new_tokens=4, verify_tokens=0)
     assert "not verified" in str(report)
+    for off in (1, 4):  # of five texts that are decoded as a check, so many give other logits: one may do so by rounding
+        close = iter([True, False] * off)
+        monkeypatch.setattr(short_text, "close", lambda *args, close=close: next(close, True))
+        assert short_text.decodes(Decode, model, layout(prefill, 4)) is (off == 1)
