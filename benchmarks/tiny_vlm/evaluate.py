@@ -236,12 +236,12 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     run("swapped", ask(lambda: swapped(shown), canvas))
     run("check", within(None, 0, few))
     run("check-divprune-28", within("divprune", 28, few, 0))
-    for k in reduce.TOKENS:
-        for method in reduce.BETWEEN:
-            run(f"between-{method}-{k}", ask(between(method, k)))
-        for method in reduce.TOWER:
+    for k in reduce.TOKENS + reduce.EVEN:
+        for method in reduce.BETWEEN[k]:  # m3 makes other tokens than those there are, so that its answers are single prefills
+            run(f"between-{method}-{k}", within(method, k, layer=0) if method == "m3" else ask(between(method, k)))
+        for method in reduce.TOWER[k]:
             run(f"tower-{method}-{k}", ask(in_tower(method, k)))
-        for method in reduce.INSIDE:
+        for method in reduce.INSIDE.get(k, ()):
             run(f"inside-{method}-{k}", within(method, k))
     for grid in reduce.SMALLER:
         run(f"smaller-input-{grid * grid}", ask(small(grid)))

@@ -19,14 +19,18 @@ import tokcompile
 from benchmarks.tiny_vlm.data import GRID, PATCH, Scene
 from benchmarks.tiny_vlm.tower import Tower, features, pixels_of
 from tokcompile.recipe import Recipe, get_method
+from tokcompile.steps import last_block
 
 TOKENS = (28, 57, 14, 85)  # of 256: 89.1, 77.7, 94.5 and 66.8 % removed, in the order in which they are measured
-TOWER = ("visionzip", "fastervlm", "prumerge", "tome", "m3")
-BETWEEN = ("divprune", "random", "grid")
-INSIDE = ("dart", "fastv", "random")
+EVEN = (64, 16)  # 8 x 8 and 4 x 4, to which pooling is published
+# the methods at each place, by how many tokens they leave
+IN_TOWER = ("visionzip", "fastervlm", "prumerge", "tome", "m3", "hiprune", "holov", "fopru", "todre", "random")
+TOWER = dict.fromkeys(TOKENS, IN_TOWER) | dict.fromkeys(EVEN, ("m3",))
+BETWEEN = dict.fromkeys(TOKENS, ("divprune", "random", "grid")) | dict.fromkeys(EVEN, ("m3", "divprune", "random"))
+INSIDE = dict.fromkeys(TOKENS, ("dart", "fastv", "random"))
 SMALLER = (8, 6, 4)  # grids of a smaller input: 64, 36 and 16 tokens
 BATCH = 8
-DRAWN = 32  # scenes a batch between tower and language model; random selection draws another set for each of them
+DRAWN = 32  # scenes a batch where random selection draws another set for each of them
 
 
 @dataclasses.dataclass
@@ -63,15 +67,16 @@ def smaller(scenes: Sequence[Scene], grid: int, folder: Path) -> Reduced:
 
 @torch.no_grad()
 def tower(scenes: Sequence[Scene], method: str, tokens: int, folder: Path) -> Reduced:
-    """The tower optimized by a method, at the blocks the method names itself; the class token is left out."""
+    """The tower optimized by a method, at the blocks `in_tower` names; the class token is left out."""
+    batch = DRAWN if method == "random" else BATCH
 
     def make() -> Reduced:
-        pixels = pixels_of(list(scenes[:BATCH]))
-        opt = tokcompile.optimize(Tower(), (pixels,), method=method, budget=tokcompile.Tokens(tokens), outputs="reduced")
+        pixels, budget = pixels_of(list(scenes[:batch])), tokcompile.Tokens(tokens)
+        opt = tokcompile.optimize(Tower(), (pixels,), method=in_tower(method), budget=budget, outputs="reduced")
         made, cells = [], []
-        for at in range(0, len(scenes), BATCH):
+        for at in range(0, len(scenes), batch):
             with torch.autocast("cpu", torch.bfloat16):
-                out = opt(pixels_of(list(scenes[at : at + BATCH])))
+                out = opt(pixels_of(list(scenes[at : at + batch])))
             made.append(out.output[:, 1:].bfloat16())
             cells.append(next(v for name, v in reversed(out.kept.items()) if name.endswith("index")))
         return Reduced(torch.cat(made), torch.cat(cells))
@@ -100,8 +105,17 @@ def between(prompts: Tensor, first_layer: nn.Module, method: str, tokens: int, s
 
 
 def at_entrance(method: str) -> Recipe:
-    """The method at the entrance of a block; random and grid stand between attention and MLP otherwise."""
-    return dataclasses.replace(get_method(method), place="block")
+    """The method at the entrance of a block; random and grid stand between attention and MLP otherwise.
+
+    Pooling is told the grid, which a language model's prompt does not have.
+    """
+    recipe = dataclasses.replace(get_method(method), place="block")
+    return dataclasses.replace(recipe, options={"shape": (GRID, GRID)}) if method == "m3" else recipe
+
+
+def in_tower(method: str) -> Recipe:
+    """The method at the blocks it names itself; random selection at the entrance of the last one, where most of them stand."""
+    return dataclasses.replace(at_entrance(method), steps=last_block()) if method == "random" else get_method(method)
 
 
 def _kept(path: Path, make: Any) -> Reduced:

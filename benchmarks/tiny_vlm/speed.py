@@ -47,7 +47,8 @@ class Front(nn.Module):
 def fronts(projector: parts.Projector, method: str | None, tokens: int, side: int = SIZE) -> Any:
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     budget: Any = 1.0 if method is None else tokcompile.Tokens(tokens)
-    return tokcompile.optimize(Front(projector), (pixels,), method=method or "random", budget=budget, outputs="reduced")
+    recipe = reduce.in_tower(method or "random")
+    return tokcompile.optimize(Front(projector), (pixels,), method=recipe, budget=budget, outputs="reduced")
 
 
 def prefills(lm: Any, length: int, method: str | None = None, tokens: int = 0, layer: int = 0) -> Any:
@@ -65,12 +66,12 @@ def prefills(lm: Any, length: int, method: str | None = None, tokens: int = 0, l
 
 def conditions() -> Iterator[tuple[str, Callable[..., Any] | None, Callable[..., Any]]]:
     """Name, the front (None: the full one) and the prefill of each condition."""
-    for k in reduce.TOKENS:
-        for m in reduce.TOWER:
+    for k in reduce.TOKENS + reduce.EVEN:
+        for m in reduce.TOWER[k]:
             yield f"tower-{m}-{k}", partial(fronts, method=m, tokens=k), partial(prefills, length=k)
-        for m in reduce.BETWEEN:
+        for m in reduce.BETWEEN[k]:
             yield f"between-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k)
-        for m in reduce.INSIDE:
+        for m in reduce.INSIDE.get(k, ()):
             yield f"inside-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k, layer=2)
     for grid in reduce.SMALLER:
         front = partial(fronts, method=None, tokens=0, side=grid * PATCH)
@@ -108,7 +109,7 @@ def speed(build: Path, only: str = "") -> None:
         return sum(r.flops + r.overhead_flops for _, r in pair)
 
     for name, front, prefill in [("A/A", None, partial(prefills, length=FULL)), *conditions()]:
-        if name in rows or only not in name:
+        if name in rows or not any(part in name for part in only.split(",")):
             continue
         try:
             pair = engine(front or whole, projector), engine(prefill, lm)
