@@ -139,9 +139,10 @@ def received_attention(rw: Rewriter, s: Splice) -> Node:
 def last_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, H, L): how the last token attends, which sees everything under a causal mask. Raises: UnsupportedGraph where it is
     padding."""
-    for attention in attentions_of(s):
+    attentions = attentions_of(s)
+    for attention in attentions:
         check_last_token(rw, s, attention)
-    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, -1), 2, 0) for a in attentions_of(s)])
+    return side_by_side(rw, s, [rw.builder.emit(aten.select.int, rows(rw, s, a, -1), 2, 0) for a in attentions])
 
 
 def text_attention(rw: Rewriter, s: Splice) -> Node:

@@ -80,5 +80,9 @@ def lower_triangular(value: torch.Tensor, marks_hidden: bool) -> bool:
     sizes = value.shape
     if len(sizes) < 2 or sizes[-1] != sizes[-2] or sizes[-1] < 2 or value.is_meta:
         return False
-    visible = value > HIDDEN if value.is_floating_point() else value != 0
-    return not bool((visible ^ marks_hidden).reshape(-1, *sizes[-2:])[0].triu(1).any())
+    return not bool(visible(value, marks_hidden).reshape(-1, *sizes[-2:])[0].triu(1).any())
+
+
+def visible(mask: torch.Tensor, marks_hidden: bool) -> torch.Tensor:
+    """What a mask or bias leaves to be seen; marks_hidden: whether true entries hide."""
+    return (mask > HIDDEN if mask.is_floating_point() else mask != 0) ^ marks_hidden

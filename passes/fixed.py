@@ -26,7 +26,8 @@ class Fixed:
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raises: InputError where these inputs have them elsewhere."""
-        if not torch.equal(self.program(*inputs).expand(self.value.shape).to(self.value.device), self.value):
+        found = computed_by(self.program, inputs)
+        if not torch.equal(found.expand(self.value.shape).to(self.value.device), self.value):
             raise InputError(
                 f"these inputs have tokens at other positions than the example, in which {self.guard}: positions are static, "
                 "optimize once per layout"
@@ -39,20 +40,28 @@ def read_by(program: GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 
 def value_of(program: GraphModule, inputs: Sequence[Any]) -> Tensor | None:
-    """What it gives for these inputs; None where it would need weights or inputs that are not there. Its constants are where
-    the example was, also when the model has been moved since, so that inputs go there."""
-    attributes = [get_attr(program, n.target) for n in program.graph.find_nodes(op="get_attr")]
-    if any(absent(v) for v in [*read_by(program, inputs), *attributes]):
+    """What it gives for these inputs; None where it would need weights or inputs that are not there."""
+    if any(absent(v) for v in [*read_by(program, inputs), *constants_of(program)]):
         return None
-    devices = {v.device for v in attributes if isinstance(v, Tensor)}
+    with torch.no_grad():
+        value = computed_by(program, inputs)
+    return value.detach().cpu() if isinstance(value, Tensor) else None
+
+
+def constants_of(program: GraphModule) -> list[Any]:
+    return [get_attr(program, n.target) for n in program.graph.find_nodes(op="get_attr")]
+
+
+def computed_by(program: GraphModule, inputs: Sequence[Any]) -> Any:
+    """What a program gives for these inputs. Its constants are where the example was, also when the model has been moved since,
+    so that inputs go there."""
+    devices = {v.device for v in constants_of(program) if isinstance(v, Tensor)}
     devices |= {n.kwargs["device"] for n in program.graph.nodes if n.kwargs.get("device") is not None}
     if len(devices) == 1:
         (device,) = devices
         placeholders = program.graph.find_nodes(op="placeholder")
         inputs = [v.to(device) if n.users and isinstance(v, Tensor) else v for n, v in zip(placeholders, inputs)]
-    with torch.no_grad():
-        value = program(*inputs)
-    return value.detach().cpu() if isinstance(value, Tensor) else None
+    return program(*inputs)
 
 
 def absent(value: Any) -> bool:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.passes.attentions import Attention
-from tokcompile.passes.causal import HIDDEN, SAME_MASK, hiding
+from tokcompile.passes.causal import SAME_MASK, hiding, visible
 from tokcompile.passes.fixed import program_of, read_by, value_of
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.memory import reachable_from
@@ -49,10 +49,7 @@ class LastTokenSeen:
     def hides(self, inputs: Sequence[Any]) -> bool:
         """Whether the mask hides it; of inputs without data there is no telling."""
         mask = value_of(self.program, inputs)
-        if mask is None:
-            return False
-        seen = mask > HIDDEN if mask.is_floating_point() else mask != 0
-        return not bool((seen ^ self.marks_hidden).all())
+        return mask is not None and not bool(visible(mask, self.marks_hidden).all())
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raises: InputError."""

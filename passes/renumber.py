@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import InputError
-from tokcompile.passes.fixed import program_of, read_by, value_of
+from tokcompile.passes.fixed import computed_by, program_of, read_by, value_of
 from tokcompile.passes.gather import Gatherer, samples
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import is_table, rotates
@@ -47,7 +47,7 @@ class Consecutive:
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raises: InputError."""
-        if not without_gaps(self.program(*inputs), self.start, self.stop):
+        if not without_gaps(computed_by(self.program, inputs), self.start, self.stop):
             raise InputError(
                 f"{self.name} has gaps between the tokens {self.start} and {self.stop}, and here tokens are numbered anew, as "
                 "if there were none\n  what to do: optimize with renumber=False, which keeps positions as they are"

@@ -293,8 +293,7 @@ def call_of(model: Any, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | N
     """A vision-language model and the tensors of its example call by name, by which it is taken apart; None for others."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
         return None
-    given = inspect.signature(model.forward).bind(*args or (), **kwargs or {})
-    named = {**given.arguments, **given.arguments.get("kwargs", {})}
+    named = {**dict(zip(inspect.signature(model.forward).parameters, args or ())), **(kwargs or {})}
     tensors = {name: v for name, v in named.items() if isinstance(v, torch.Tensor)}
     return (model, tensors) if "input_ids" in tensors and any(v.is_floating_point() for v in tensors.values()) else None
 

@@ -20,9 +20,10 @@ from tokcompile.passes.faithful import worst
 from tokcompile.passes.plan import Reduction
 from tokcompile.vlm.checks import CLOSE
 from tokcompile.vlm.export import export
+from tokcompile.vlm.masks import Span
 from tokcompile.vlm.split import Part, Parts, split
 
-APART = "\n  what to do: optimize the parts of tokcompile.vlm.split one by one, and write them with tokcompile.vlm.export"
+BY_PARTS = "\n  what to do: optimize the parts of tokcompile.vlm.split one by one, and write them with tokcompile.vlm.export"
 
 
 def export_whole(
@@ -51,10 +52,11 @@ def export_whole(
     tower = [r for r in opt.plan.reductions if not r.path.startswith(decoder)]
     if tower:
         parts = parts.after(again(opt, parts.vision, tower), renumber=opt.renumbered)
-    inside = [r for r in opt.plan.reductions if r not in tower]
+    inside = [r for r in opt.plan.reductions if r.path.startswith(decoder)]
     if room is not None:
         inside = with_room(inside, parts)
-    prefill = again(opt, parts.language, [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside], parts)
+    inside = [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside]
+    prefill = again(opt, parts.language, inside, parts.spans)
     check_same(opt, parts, prefill)
     return export(parts, prefill, folder, max_new_tokens=max_new_tokens, **options)
 
@@ -63,13 +65,15 @@ def with_room(reductions: Sequence[Reduction], parts: Parts) -> list[Reduction]:
     """The same where the images stand with room for more text around them. Raises: ExportError."""
     starts = sorted({r.prefix for r in reductions})
     if starts and len(starts) != len(parts.spans):
-        raise ExportError(f"{len(starts)} of {len(parts.spans)} spans are reduced, and which is not known with room={APART}")
+        raise ExportError(f"{len(starts)} of {len(parts.spans)} spans are reduced, and which is not known with room={BY_PARTS}")
     there = dict(zip(starts, parts.spans))
     return [replace(r, prefix=there[r.prefix][0], suffix=parts.prompt.length - there[r.prefix][1]) for r in reductions]
 
 
-def again(opt: OptimizedModel, part: Part, reductions: Sequence[Reduction], whole: Parts | None = None) -> OptimizedModel:
-    """A part with these reductions, in its blocks of the same paths. whole: for the language part."""
+def again(
+    opt: OptimizedModel, part: Part, reductions: Sequence[Reduction], spans: Sequence[Span] | None = None
+) -> OptimizedModel:
+    """A part with these reductions, in its blocks of the same paths. spans: of the language part. Raises: ExportError."""
     analysis = analyse(*part)
     left: dict[str, list[int]] = {}
     for block in analysis.structure.blocks:
@@ -79,12 +83,12 @@ def again(opt: OptimizedModel, part: Part, reductions: Sequence[Reduction], whol
         if r.block not in numbers:
             path = next((p for p in left if left[p] and (p == r.path or p.endswith(f".{r.path}"))), None)
             if path is None:
-                raise ExportError(f"the block {r.path} of the whole model is in none of its parts {APART}")
+                raise ExportError(f"the block {r.path} of the whole model is in none of its parts{BY_PARTS}")
             numbers[r.block] = left[path].pop(0)
     plan = opt.plan.replace(reductions=tuple(replace(r, block=numbers[r.block]) for r in reductions), outputs="reduced")
     settings = settings_for(
-        opt.recipes.get(plan.method, plan.method), plan.options, outputs="reduced", recover=plan.recover,
-        spans=whole.spans if whole is not None else None, **opt.spec,
+        opt.recipes.get(plan.method, plan.method), plan.options, outputs=plan.outputs, recover=plan.recover, spans=spans,
+        **opt.spec,
     )  # fmt: skip
     settings.recipes = opt.recipes
     return OptimizedModel(compile_plan(analysis, settings, None, None, plan), opt.spec, opt.recipes)
@@ -101,4 +105,4 @@ def check_same(opt: OptimizedModel, parts: Parts, prefill: OptimizedModel) -> No
     whole, made = (one.output if isinstance(one, ReducedOutput) else one for one in (whole, made))
     off = worst([made["logits"][:, -1]], [whole["logits"][:, -1]])
     if off > 10 * CLOSE:
-        raise ExportError(f"the parts of this model give other logits than the whole one, off by {off:.1e}{APART}")
+        raise ExportError(f"the parts of this model give other logits than the whole one, off by {off:.1e}{BY_PARTS}")
