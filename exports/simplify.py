@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from tokcompile.exports.batch_one import drop_batch
 from tokcompile.exports.head_mean import head_mean
+from tokcompile.exports.hidden_rows import hidden_rows
 from tokcompile.exports.indices import look_up
 from tokcompile.exports.rewriting import constant, is_full, maker, named, only_user, replace
 from tokcompile.exports.row_bias import row_bias_channel
@@ -201,6 +202,7 @@ def lp_norm(graph: ir.Graph) -> int:
 
 
 RULES: Mapping[str, Callable[[ir.Graph], int]] = {
+    "hidden_rows": hidden_rows,
     "split_qkv": split_qkv,
     "transpose_whole": transpose_whole,
     "lp_norm": lp_norm,

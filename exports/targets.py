@@ -44,13 +44,19 @@ class Target:
 SCATTERS = frozenset(f"{op}:{how}" for op in ("ScatterElements", "ScatterND") for how in ("add", "mul", "max", "min"))
 # from 10.7 on a registered plugin is preferred to the function of the same name: one file serves with and without
 TENSORRT = Target(
-    "tensorrt", FORMS["tensorrt"], forbidden=DYNAMIC | SCATTERS, top_k=3840, tensorrt="10.7", sm=(80, 86, 89, 90, 100, 120)
+    "tensorrt",
+    FORMS["tensorrt"],
+    forbidden=DYNAMIC | SCATTERS,
+    top_k=3840,
+    rules=("hidden_rows",),
+    tensorrt="10.7",
+    sm=(80, 86, 89, 90, 100, 120),
 )
 
 # in this order: head_mean, row_bias_channel and look_up pass by the reshapes that the others leave and reshape_once takes out
 RULES = (
-    "split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "head_mean", "row_bias_channel",
-    "look_up",
+    "hidden_rows", "split_qkv", "transpose_whole", "lp_norm", "slice_last", "drop_batch", "reshape_once", "head_mean",
+    "row_bias_channel", "look_up",
 )  # fmt: skip
 
 TARGETS = {

@@ -18,7 +18,7 @@ from tokcompile.passes.faithful import relative_error
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-PADDING = "rows of attention that are masked as a whole (padding) differ in any case"
+PADDING = "rows of attention that a mask of -inf hides as a whole (padding) differ in any case"
 TIES = f"near ties between tokens fall either way under other rounding, so try other example inputs; {PADDING}"
 OTHERWISE = f"torch.onnx or onnxruntime computes this model otherwise; {PADDING}"
 NO_KERNEL = (

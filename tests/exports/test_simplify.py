@@ -78,7 +78,25 @@ class Indices(nn.Module):
         return whole, first + 3 + 4, best + 7
 
 
+class Masked(nn.Module):
+    """Causal attention of which no query sees the first `hidden` keys, nor, where told, those whose first entry is negative."""
+
+    def __init__(self, hidden=0, given=False):
+        super().__init__()
+        self.given = given
+        places = torch.arange(5)
+        self.register_buffer("mask", (places <= places[:, None]) & (places >= hidden))
+
+    def forward(self, x):
+        q = x.reshape(*x.shape[:2], 3, 4).transpose(1, 2)
+        mask = self.mask & (x[:, None, None, :, 0] > 0) if self.given else self.mask
+        return nn.functional.scaled_dot_product_attention(q, q, q * 2, mask)
+
+
 CASES = {
+    "hidden_rows": (Masked(), {"IsNaN": (1, 0), "Where": (1, 0)}),
+    "hidden_rows with queries that see nothing": (Masked(hidden=2), {"IsNaN": (1, 0), "Where": (1, 1)}),
+    "hidden_rows of a given mask": (Masked(given=True), {"IsNaN": (1, 0), "Where": (2, 2)}),
     "split_qkv": (Packed(True), {"MatMul": (3, 5)}),
     "split_qkv without bias": (Packed(False), {"MatMul": (3, 5)}),
     "slice_last": (Metric(), {"ReduceMean": (1, 1)}),

@@ -155,7 +155,7 @@ def test_prompts_by_number_are_looked_up(written):
 
 
 def test_text_through_the_tokenizer_of_the_folder(generator, tmp_path, capsys):
-    """Shorter texts are padded on the left: the model's own generation from the text alone, as nothing is removed."""
+    """Shorter texts are padded on the left, as the example is: the model's own generation from the text alone."""
     tokenizers = pytest.importorskip("tokenizers")
     words = {f"w{i}": i for i in range(64)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
@@ -163,7 +163,7 @@ def test_text_through_the_tokenizer_of_the_folder(generator, tmp_path, capsys):
     made.post_processor = tokenizers.processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
     made.save(str(tmp_path / "t.json"))
     model, inputs, _ = generator("hf/llama")
-    inputs = {**inputs, "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    inputs = {**inputs, "attention_mask": (torch.arange(40)[None] > 2).long()}
     prefill = tokcompile.optimize(Prefill(model), kwargs=inputs, method="random", budget=1.0, spans=[(5, 30)])
     folder = tmp_path / "folder"
     export(prefill, model, folder, max_new_tokens=6, tokenizer=tmp_path / "t.json")
