@@ -14,11 +14,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from torch.export import ExportedProgram
+from torch.fx import proxy
 from torch.onnx._internal.exporter._registration import onnxscript_apis
 from torch.utils import _pytree as pytree
 
 from tests.models import FAMILIES, shake
-from tests.shared import analysed, compared, remembered, shared
+from tests.shared import Stack, analysed, compared, remembered, shared
 from tokcompile import api
 from tokcompile.passes import trace
 
@@ -106,6 +107,7 @@ def traces():
     gc.freeze()
     gc.set_threshold(50_000)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxy, "CapturedTraceback", Stack)
         patch.setattr(trace, "export", remembered(trace.export))
         patch.setattr(trace, "check_faithful", compared(trace.check_faithful))
         patch.setattr(api, "analyse", analysed(api.analyse))
