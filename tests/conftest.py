@@ -13,8 +13,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from torch._export import utils as export_utils
 from torch.export import ExportedProgram
 from torch.fx import proxy
+from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import onnxscript_apis
 from torch.utils import _pytree as pytree
 
@@ -26,6 +28,10 @@ from tokcompile.passes import trace
 torch.set_num_threads(1)
 TOLD = {"evs": {"frames": 7}}  # what a method has to be told about 49 patches: here each row of them is a frame
 BOTH_MASKS = pytest.mark.skipif(torch.__version__ >= (2, 14), reason="torch takes no mask beside is_causal any more")
+TABLES = (  # of torch's ops, which each export to ONNX makes anew
+    (onnxscript_apis, "get_torchlib_ops"), (_schemas, "op_signature_from_function"),
+    (export_utils, "_materialize_cpp_cia_ops"),
+)  # fmt: skip
 SUPPORT = Path(__file__).parent.parent / "build" / "support.json"
 
 
@@ -111,7 +117,8 @@ def traces():
         patch.setattr(trace, "export", remembered(trace.export))
         patch.setattr(trace, "check_faithful", compared(trace.check_faithful))
         patch.setattr(api, "analyse", analysed(api.analyse))
-        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        for place, name in TABLES:
+            patch.setattr(place, name, functools.cache(getattr(place, name)))
         yield
 
 
