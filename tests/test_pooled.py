@@ -12,6 +12,7 @@ import tokcompile
 from tests.conftest import counts, error, run
 from tests.models import shake
 from tests.models.hf_pooled import gemma4, hunyuan, kimi, pooled, video_llama
+from tests.shared import shared
 from tokcompile.vlm import split
 
 
@@ -37,7 +38,7 @@ def made(name):
         model, _, inputs = pooled(MODELS[name][0], 1)
     except AttributeError as error:  # an older version of transformers
         pytest.skip(str(error))
-    return shake(model), inputs
+    return shared(shake(model)), inputs
 
 
 @contextmanager

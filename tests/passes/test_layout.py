@@ -1,5 +1,6 @@
 """What a graph demands of the tokens is learnt in few tries, however many windows it has; windows alike are one batch."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import tokcompile
+from tests.models.family import seeded
+from tests.shared import shared
 from tokcompile import UnsupportedGraph, compiler
 from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
 from tokcompile.passes.reduction import ReductionModule
@@ -42,7 +45,7 @@ def test_all_windows_are_found_at_once(sliced, monkeypatch):
     tries = []
     rewrite = compiler.rewrite
     monkeypatch.setattr(compiler, "rewrite", lambda *a: tries.append(1) or rewrite(*a))
-    model, x = Windows([8, 4, 8, 4, 8, 8], sliced).eval(), torch.randn(2, 40, 16)
+    model, x = shared(Windows([8, 4, 8, 4, 8, 8], sliced).eval()), torch.randn(2, 40, 16)
     made = tokcompile.optimize(model, (x,), method="random", where=[0], budget=0.5)
     assert [(r.prefix, r.n, r.k) for r in made.plan.reductions] == [
         (0, 8, 4), (8, 4, 2), (12, 8, 4), (20, 4, 2), (24, 8, 4), (32, 8, 4),
@@ -87,6 +90,13 @@ def test_where_no_layout_helps_tokens_are_given_back_on_demand():
 # -- windows alike are reduced together --------------------------------------------------------------------------------
 
 
+@functools.cache
+def alike(batch):
+    """(model, x)"""
+    with seeded():
+        return shared(Windows([8, 8, 8, 4, 4, 8], False).eval()), torch.randn(batch, 40, 16)
+
+
 def batches(made):
     """How many windows each reduction takes, and of how many tokens."""
     modules = [m for m in made.graph_module.modules() if isinstance(m, ReductionModule)]
@@ -97,7 +107,7 @@ def batches(made):
 @pytest.mark.parametrize("method", ["divprune", "evit", "grid", "pitome", "random", "tome", "topk"])
 def test_windows_alike_are_reduced_as_one_batch(method, outputs, batch):
     """As if each were reduced by itself, with the same plan; the second block reduces further what the first one left."""
-    model, x = Windows([8, 8, 8, 4, 4, 8], False).eval(), torch.randn(batch, 40, 16)
+    model, x = alike(batch)
     alone = replace(get_method(method), together=None)
     one, many = (
         tokcompile.optimize(model, (x,), method=m, where=[0, 1], budget=0.5, outputs=outputs, **dict(recover="anywhere"))
@@ -141,7 +151,7 @@ def test_each_window_draws_what_it_draws_by_itself():
 
 
 def test_a_file_of_windows_has_one_node_for_those_alike(tmp_path):
-    x = torch.randn(1, 40, 16)
-    made = tokcompile.optimize(Windows([8, 8, 8, 4, 4, 8], False).eval(), (x,), method="divprune", where=[0], budget=0.5)
+    model, x = alike(1)
+    made = tokcompile.optimize(model, (x,), method="divprune", where=[0], budget=0.5)
     report = made.export_onnx(tmp_path / "m.onnx")
     assert [row["shape"][0] for row in report.reductions][:2] == [3, 2]
