@@ -29,7 +29,7 @@ from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, has_tokens, is_labelled
-from tokcompile.passes.weighted import Weights, shares, weights
+from tokcompile.passes.weighted import Weights, shares, summed, weights
 
 WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
 
@@ -224,7 +224,9 @@ class Rewriter:
     def divided(self, node: Node) -> bool:
         """Whether what a sum is divided by, or divides, is short of the same tokens."""
         walked = [n for n in self.shares.get(node, ()) if all(i in self.env for i in n.all_input_nodes)]
-        return node in self.shares and all(any(map(self.is_labelled, n.all_input_nodes)) for n in walked)
+        return node in self.shares and all(
+            any(self.holds_tokens(i, d) for i in n.all_input_nodes for d in summed(n, i)) for n in walked
+        )
 
     def behind_blocks(self, node: Node) -> bool:
         """Whether no block depends on it: recovering tokens here costs nothing that was gained."""

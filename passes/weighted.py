@@ -180,6 +180,15 @@ def lengths_summed(node: Node) -> set[int]:
     return {shape(n)[d] for n in node.all_input_nodes if is_tensor(n) for d in summed(node, n)}
 
 
+def keeps_from_zero(node: Node) -> bool:
+    """Whether an op only keeps a divisor from being zero, as no number that counts does."""
+    if packet(node) not in ("aten.add", "aten.clamp", "aten.clamp_min") or len(node.all_input_nodes) > 1:
+        return False
+    number = bind(node)["other" if packet(node) == "aten.add" else "min"]
+    most = 1e-3 if packet(node) == "aten.add" else 1  # which no count is less than
+    return isinstance(number, int | float) and number <= most and bind(node).get("max") is None
+
+
 def scaled(node: Node) -> set[tuple[Node, bool]]:
     """What is proportional to a value, or to one over it."""
     seen, todo = {(node, False)}, [(node, False)]
@@ -187,8 +196,7 @@ def scaled(node: Node) -> set[tuple[Node, bool]]:
         one, upside_down = todo.pop()
         for user in one.users:
             name = packet(user)
-            alone = name in ("aten.add", "aten.clamp", "aten.clamp_min") and len(user.all_input_nodes) == 1
-            if name not in PROPORTIONAL | MATMUL and not alone:
+            if name not in PROPORTIONAL | MATMUL and not keeps_from_zero(user):
                 continue
             inverts = name == "aten.reciprocal" or (name == "aten.div" and user.args[1] is one)
             if name == "aten.pow" and user.args[1] != -1:

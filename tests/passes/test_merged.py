@@ -124,6 +124,7 @@ ALL = {
     "slots": lambda x: (x.softmax(-1) / x.softmax(-1).sum(1, True)).mT @ x,
     "a gate": lambda x: torch.einsum("bn,bnd->bd", x[..., 0].sigmoid(), x) / x[..., 0].sigmoid().sum(1, True),
 }
+QUERIES = extra("L 16", 1, 7, 2)
 MASK = torch.ones(2, 7, 1, dtype=torch.float64)
 
 
@@ -191,6 +192,18 @@ def test_a_norm_that_divides_what_no_sum_is_made_of_is_one_of_all():
     for fn, count in (lambda x: x / x.norm(dim=1, keepdim=True), 1), (lambda x: x.sum(1) / x.norm(dim=1), 2):
         out = reduced(fn, (x,), index, 6, prefix=1)  # a root grows otherwise than a sum
         assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"] * count
+
+
+@pytest.mark.parametrize(("divide", "count"), [
+    (lambda x: x.sum(1) / ((x > -9).sum(1) + 1), 2),  # counts one too many, however few are left
+    (lambda x: x.sum(1) / (x > -9).sum(1).clamp(min=5), 2),
+    (lambda x: x.sum(1) / ((x > -9).sum(1).clamp(min=1) + 1e-6), 0),
+    (lambda x: ((weights := (QUERIES @ x.mT).exp()) / weights.sum(1, True)) @ x, 1),  # as many queries, by chance
+    (lambda x: ((weights := (QUERIES @ x.mT).exp()) / weights.sum(2, True)) @ x, 0),
+])  # fmt: skip
+def test_shares_are_what_sums_over_the_same_tokens_divide(divide, count):
+    out = reduced(divide, (extra("B L 16", 2, 7, 1),), subset(2, 6, 3, True), 6, prefix=1)
+    assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"] * count
 
 
 def chained(attention):
