@@ -26,11 +26,14 @@ from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
+from tokcompile.passes.rules.sizes import each, mean_of_each, reaches, weighs
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, has_tokens, is_labelled
+from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, has_tokens, is_labelled, old, spaces_on
 from tokcompile.passes.weighted import Weights, shares, summed, weights
 
+BENDS = "what it does with weights that a softmax has made one is not the same for shares of them"
+ADDS = {"aten.add", "aten.sub", "aten.rsub"}
 WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
 
 
@@ -44,6 +47,7 @@ class Rewritten:
     recoveries: list[Recovery]
     recovered: set[Node]
     output_labels: list[Label | None]
+    averaged: set[Node] = field(default_factory=set)  # sums that a number of tokens divides: means of those that are left
     extra_outputs: list[str] = field(default_factory=list)
     kept_of: dict[str, Run] = field(default_factory=dict)  # what the indices among the extra outputs are indices of
     overhead_flops: int = 0  # of the reductions themselves
@@ -84,6 +88,8 @@ class Rewriter:
         self.hidden: Hidden = ()
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
+        self.averaged: set[Node] = set()
+        self.single: dict[Node, set[Node]] = {}  # behind a softmax: its weights of groups that have become those of members
         self.spaces: list[Space] = []
         self.kept_of: dict[str, Run] = {}
         self.overhead_flops = 0
@@ -119,6 +125,7 @@ class Rewriter:
             self.recoveries,
             self.recovered,
             output_labels,
+            self.averaged,
             extra,
             self.kept_of,
             self.overhead_flops,
@@ -145,9 +152,9 @@ class Rewriter:
         try:
             if apply is None:
                 raise NeedsFull("there is no rule for it")
-            result = apply(Call(self, node))
-            if self.behind_blocks(node) and self.bends(node):
-                raise NeedsFull("what it does with weights that a softmax has made one is not the same for shares of them")
+            result = apply(Call(self, node, None if self.behind_blocks(node) else self.of_members(node)))
+            if self.behind_blocks(node) and (self.several_summed(node) or self.bent(node)):
+                raise NeedsFull(BENDS)
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
             return
@@ -197,15 +204,45 @@ class Rewriter:
         sums = self.softmaxes.sums.get(node, ())
         return any(self.over_tokens(softmax) and self.holds_tokens(operand, axis) for softmax, operand, axis in sums)
 
-    def bends(self, node: Node) -> bool:
-        """Whether an op is not linear in weights of tokens, of which those that stand for several hold the sum."""
+    def one_by_one(self, node: Node) -> bool:
+        """Whether these weights are those of single tokens again, see `of_members`."""
+        sums = self.softmaxes.sums.get(node, ())
+        return not any(softmax in self.softmaxes.axes.get(operand, ()) for softmax, operand, _ in sums)
+
+    def several_summed(self, node: Node) -> list[Axis]:
+        """The axes along which an op sums products of several weights of one token; none where it sums those of one."""
+        sums = self.softmaxes.sums.get(node, ())
+        held = {n: axis for softmax, n, axis in sums if self.over_tokens(softmax) and self.holds_tokens(n, axis)}
+        return [self.labels[n][axis] for n, axis in held.items()] if len(held) > 1 else []
+
+    def bent(self, node: Node) -> list[tuple[Node, int]]:
+        """Where an op is not linear in weights of tokens, of which those that stand for several hold the sum: the operands that
+        hold them, and their axes there."""
         sums, axes = self.softmaxes.sums.get(node, ()), self.softmaxes.axes
-        return len({n for softmax, n, axis in sums if self.over_tokens(softmax) and self.holds_tokens(n, axis)}) > 1 or any(
-            self.over_tokens(softmax) and self.holds_tokens(n, axis) and (softmax, n, axis) not in sums
-            for n in node.all_input_nodes
-            for softmax, axis in axes.get(n, {}).items()
-            if softmax not in axes.get(node, {})
-        )
+        held = ((softmax, n, axis) for n in node.all_input_nodes for softmax, axis in axes.get(n, {}).items())
+        return [
+            (n, axis)
+            for softmax, n, axis in held
+            if self.over_tokens(softmax) and self.holds_tokens(n, axis)
+            if (softmax, n, axis) not in sums and softmax not in axes.get(node, {})
+        ]
+
+    def of_members(self, node: Node) -> dict[Node, tuple[Node, Label]]:
+        """What such an op is given in front of the last block: weights of single tokens, and of a table that is added the mean
+        over those that one holds. Raises: NeedsFull where it cannot be."""
+        if any(weighs(axis) for axis in self.several_summed(node)):
+            raise NeedsFull(BENDS)
+        out: dict[Node, tuple[Node, Label]] = {}
+        for n, axis in self.bent(node):
+            label = self.labels[n]
+            if any(space.short for space in spaces_on(label[axis])) and self.softmaxes.counted(n, old(label[axis])):
+                raise NeedsFull("it weighs tokens by a share times how many there were")
+            if weighs(label[axis]):
+                value, _ = out.get(n, (self.env[n], label))
+                out[n] = each(Call(self, node), value, label, axis), label
+                tables = [t for t in node.all_input_nodes if packet(node) in ADDS and not self.is_labelled(t)]
+                out |= {t: mean_of_each(Call(self, node), t, label, axis) for t in tables if reaches(t, label, axis)}
+        return out
 
     def over_tokens(self, softmax: Node) -> bool:
         return self.holds_tokens(softmax, self.softmaxes.axes[softmax][softmax])

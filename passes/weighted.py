@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
+from math import isclose, prod
 
 from torch.fx import Graph, Node
 
@@ -44,6 +44,10 @@ class Weights:
 
     sums: dict[Node, set[tuple[Node, Node, int]]] = field(default_factory=dict)
     axes: dict[Node, dict[Node, int]] = field(default_factory=dict)
+
+    def counted(self, node: Node, count: int) -> bool:
+        """Whether weights are multiplied with a number."""
+        return isclose(factor(node), count) or any(self.counted(n, count) for n in node.all_input_nodes if n in self.axes)
 
 
 def weights(graph: Graph) -> Weights:
@@ -169,6 +173,34 @@ def shares(graph: Graph, tokens: set[Node], lengths: set[int]) -> dict[Node, set
             found.setdefault(one, set()).add(norm)
             found.setdefault(norm, set()).add(one)
     return found
+
+
+def factor(node: Node) -> float:
+    """The number that an op multiplies its first operand by; 1 for other ops."""
+    by = node.args[1] if packet(node) in ("aten.mul", "aten.div") else None
+    return 1 if not isinstance(by, int | float) or not by else by if packet(node) == "aten.mul" else 1 / by
+
+
+def averaged(total: Node, count: int) -> bool:
+    """Whether a sum is divided by the number of its tokens, before or behind it."""
+    return divides(total, count) or any(divided_before(n, count) for n in total.all_input_nodes)
+
+
+def divides(value: Node, count: int) -> bool:
+    """Whether all that becomes of a value is divided by a number."""
+
+    def goes(user: Node) -> bool:
+        once = sum(a is value for a in user.args[:2]) == 1 or packet(user) == "aten.einsum"
+        inverts = packet(user) in ("aten.reciprocal", "aten.pow") or (packet(user) == "aten.div" and user.args[0] is not value)
+        return packet(user) in PROPORTIONAL | MATMUL and once and not inverts and divides(user, count)
+
+    return bool(value.users) and all(isclose(factor(u) * count, 1) or goes(u) for u in value.users)
+
+
+def divided_before(value: Node, count: int) -> bool:
+    if isclose(factor(value) * count, 1):
+        return True
+    return packet(value) in PROPORTIONAL - {"aten.reciprocal", "aten.pow", "aten.sum"} and divided_before(value.args[0], count)
 
 
 def is_root(norm: Node) -> bool:

@@ -36,6 +36,7 @@ class MaskedRun(Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.labels, self.recovered, self.mixed = rewritten.labels, rewritten.recovered, rewritten.mixed
+        self.averaged = rewritten.averaged
         self.kept = kept
         self.reduced: set[Node] = set()  # what depends on a reduction
         self.outputs: list[Any] = []
@@ -75,7 +76,7 @@ class MaskedRun(Interpreter):
             left = next(k for k, v in args.items() if (isinstance(v, Node) and k not in ("self",)) or name != "aten.baddbmm")
             left = "batch1" if name == "aten.baddbmm" else left
             if self.tokens(args[left], -1):
-                return self.call(n, args, value, **{left: value[left] * self.visible(args[left], -1)})
+                return self.call(n, args, value, **{left: value[left] * self.weights(n, args[left], -1).to(value[left].dtype)})
         if name == "aten.einsum":
             return self.einsum(n, args)
         return None
@@ -87,7 +88,7 @@ class MaskedRun(Interpreter):
         for i, (term, operand) in enumerate(zip(inputs.split(","), args["tensors"])):
             for d, letter in enumerate(term):
                 if letter not in seen and self.tokens(operand, d):
-                    values[i] = values[i] * self.visible(operand, d)
+                    values[i] = values[i] * self.weights(n, operand, d).to(values[i].dtype)
                     seen.add(letter)
         return self.call(n, args, {}, tensors=values)
 
@@ -114,10 +115,7 @@ class MaskedRun(Interpreter):
         x = value["self"]
         if name in FILLED:
             return self.call(n, args, value, self=x.masked_fill(~visible, FILLED[name]))
-        if name == "aten.mean":
-            share = visible.expand(x.shape).to(x.dtype).mean(dims[0], keepdim=True)
-            return self.call(n, args, value, self=x * visible / share)
-        return self.call(n, args, value, self=x * visible)
+        return self.call(n, args, value, self=x * self.weights(n, args["self"], dims[0]).to(x.dtype))
 
     def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], /, **changed: Any) -> Any:
         args = {**{k: value.get(k, v) for k, v in args.items()}, **changed}
@@ -147,6 +145,12 @@ class MaskedRun(Interpreter):
         want = [int(s) if d in (dim, batch_at) else 1 for d, s in enumerate(shape(node))]
         full = [old((a,)) if d in (dim, batch_at) else 1 for d, axis in enumerate(label) for a in (axis or (1,))]
         return out & mask.expand(full).reshape(want)
+
+    def weights(self, n: Node, node: Node, dim: int) -> Tensor:
+        """The same, where `n` is a mean as factors that leave it one."""
+        visible = self.visible(node, dim)
+        mean = packet(n) == "aten.mean" or n in self.averaged
+        return visible * (visible.shape[dim] / visible.sum(dim, keepdim=True)) if mean else visible
 
     def atom_sizes(self, axis: Axis, is_tokens: bool) -> list[int]:
         return [a.size if isinstance(a, Batch) else a.old if is_tokens and isinstance(a, Seq) else 1 for a in (axis or (1,))]

@@ -21,8 +21,8 @@ from tokcompile.passes.rules.core import (
     rule,
     tokens_of,
 )  # fmt: skip
-from tokcompile.passes.rules.sizes import sizes_along
-from tokcompile.passes.tokens import new, spaces_on
+from tokcompile.passes.rules.sizes import sizes_along, weighs
+from tokcompile.passes.tokens import new
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -93,7 +93,7 @@ def sorted_tokens(scores: Label) -> bool:
 
 def log_sizes(call: Call, scores: Label, dim: int = -1) -> Node | None:
     """log(size) of each key along axis `dim` of scores, which it can be added to; None where all sizes are 1."""
-    if not any(s.size is not None and s.proportional for s in spaces_on(scores[dim])):
+    if not weighs(scores[dim]):
         return None
     return sizes_along(call, scores, dim, log=True)
 

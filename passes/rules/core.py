@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,10 +82,11 @@ class Call:
     A label types every axis; `call.label(name)` types a tensor that holds no reduced tokens by its plain sizes.
     """
 
-    def __init__(self, rewriter: Rewriter, node: Node):
-        self.rewriter, self.node = rewriter, node
+    def __init__(self, rewriter: Rewriter, node: Node, instead: Mapping[Node, tuple[Node, Label]] | None = None):
+        """instead: what is taken for operands in place of what the new graph has for them."""
+        self.rewriter, self.node, self.instead = rewriter, node, instead or {}
         self.old_args = bind(node)
-        self.args = torch.fx.node.map_aggregate(self.old_args, lambda a: rewriter.env[a] if isinstance(a, Node) else a)
+        self.args = torch.fx.node.map_aggregate(self.old_args, lambda a: self.given(a) if isinstance(a, Node) else a)
         self.gather = rewriter.gather
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -101,7 +102,12 @@ class Call:
     def is_tensor(self, name: str) -> bool:
         return is_tensor(self.old_args.get(name))
 
+    def given(self, old_node: Node) -> Any:
+        return self.instead[old_node][0] if old_node in self.instead else self.rewriter.env[old_node]
+
     def label_of(self, old_node: Node) -> Label:
+        if old_node in self.instead:
+            return self.instead[old_node][1]
         return self.rewriter.labels.get(old_node) or plain(shape(old_node))
 
     def label(self, name: str) -> Label:

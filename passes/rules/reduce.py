@@ -6,11 +6,9 @@ import operator
 from math import inf, prod
 from typing import Any
 
-import torch
-
 from tokcompile.passes.graph import aten, packet
 from tokcompile.passes.rules.core import Axis, Call, Label, NeedsFull, has_tokens, old, one_sample, rule, tokens_of
-from tokcompile.passes.rules.sizes import SHORT, is_short, sized, sizes_along, sizes_like, weigh
+from tokcompile.passes.rules.sizes import SHORT, by_share, is_short, sized, sizes_like, weigh
 from tokcompile.passes.tokens import new
 
 
@@ -43,14 +41,14 @@ def mean(call: Call) -> Any:
     out = reduced(label, dims, bool(call.args.get("keepdim")))
     if call.rewriter.weighted(call.node):  # divided by how many there were
         left = prod(new(label[d]) / old(label[d]) for d in dims if has_tokens(label[d]))
-        value, _ = call.emit(out)
+        value = call["self"]
+        for dim in dims:
+            value = weigh(call, value, label, dim)
+        value, _ = call.emit(out, self=value)
         return call.typed(value if left == 1 else call.op(aten.mul.Scalar, value, left), out)
     value = call["self"]
-    dtype = value.meta["val"].dtype
-    for dim in (d for d in dims if sized(label[d]) and call.rewriter.size_weighted_mean):
-        size = call.op(aten.to.dtype, sizes_along(call, label, dim), torch.promote_types(dtype, torch.float32))
-        share = call.op(aten.div.Tensor, size, call.op(aten.mean.dim, size, [dim], True))
-        value = call.op(aten.mul.Tensor, value, call.op(aten.to.dtype, share, dtype))
+    for dim in (d for d in dims if has_tokens(label[d])):
+        value = by_share(call, value, label, dim)
     return call.emit(out, self=value)
 
 

@@ -83,16 +83,18 @@ def rewriter(
     unit: int = 1,
     axis: int = 1,
     batch_axis: int | None = 0,
+    leading: bool = False,
     **options: Any,
 ) -> Rewriter:
-    """A Rewriter that reduces the first input of the graph; no block follows it."""
+    """A Rewriter that reduces the first input of the graph; no block follows it, unless what it gives is to lead to one."""
     x = gm.graph.find_nodes(op="placeholder")[0]
     stage = Stage(prefix + n * unit + suffix, prefix, suffix, None, True)
     block = Block(0, "blocks.0", [], x, x, None, axis, batch_axis, stage)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     site = Site(n, k, prefix // unit, suffix // unit)
     splice = Splice(recipe, block, x, k, site, prefix, unit)
-    return Rewriter(gm, Structure([block], [stage], [], order), [splice], **{"outputs": "reduced", **options})
+    blocks = [block, Block(1, "blocks.1", [], x, gm.graph.output_node().args[0][0], None, axis, batch_axis, stage)]
+    return Rewriter(gm, Structure(blocks[: 1 + leading], [stage], [], order), [splice], **{"outputs": "reduced", **options})
 
 
 def reduced(fn: Any, inputs: Sequence[Tensor], index: Tensor, n: int, **options: Any) -> Rewritten:

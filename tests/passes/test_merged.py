@@ -131,15 +131,68 @@ MASK = torch.ones(2, 7, 1, dtype=torch.float64)
 @pytest.mark.parametrize("name", ALL)
 def test_sums_over_merged_tokens_are_sums_over_all(name):
     """Each counts as often as it holds tokens: as if all of these were there, equal to it."""
+    as_if_all_were_there(ALL[name])
+
+
+def as_if_all_were_there(fn, **options):
     x = extra("B L 16", 2, 7, 1).abs()
     rows, counts = merged_rows(x), SIZES.long()
-    got = merge(ALL[name], x)
+    got = merge(fn, x, **options)
     for b in range(2):
         every = rows[b].repeat_interleave(counts[b], 0)[None]
-        want = ALL[name](every.expand(2, -1, -1))[:1]
+        want = fn(every.expand(2, -1, -1))[:1]
         if want.shape[1] == 7:  # a result for each token
             want = want[:, counts[b].cumsum(0) - counts[b]]
         torch.testing.assert_close(got[b : b + 1], want, rtol=0, atol=2e-6)
+
+
+def columns(x):
+    weights = (x @ x.mT).softmax(-1)
+    return (weights / (1e-9 + weights.sum(-2, True))) @ x
+
+
+@pytest.mark.parametrize("fn", [
+    lambda x: x + x * x.softmax(1) * 7,
+    lambda x: x.softmax(1).sqrt(),
+    lambda x: ((x @ x.mT).softmax(-1) - 0.1).relu() @ x,
+    lambda x: (x.softmax(1).square() * x).mean(1, True),
+    columns,
+    lambda x: (0.3 * (x @ x.mT).softmax(-1) + torch.eye(7, dtype=x.dtype)) @ x,
+])  # fmt: skip
+def test_in_front_of_a_block_weights_of_groups_become_those_of_members(fn):
+    """Where what is done with weights of a softmax is not linear in them."""
+    as_if_all_were_there(fn, leading=True)
+
+
+def test_in_front_of_a_block_products_of_weights_are_not_summed():
+    with pytest.raises(tokcompile.UnsupportedGraph, match="is not the same for shares of them"):
+        as_if_all_were_there(lambda x: x.softmax(1) @ (x.softmax(1).mT @ x.softmax(1)), leading=True)
+
+
+@pytest.mark.parametrize("fn", [
+    lambda x, n: x * (x.sum(1, True) / n),
+    lambda x, n: x * (x * (1 / n)).sum(1, True),
+    lambda x, n: x * ((x > 0).sum(1, True) / n),
+    lambda x, n: x @ (x.mT @ x).mul(2).div(n),
+    lambda x, n: torch.einsum("bnc,bnd->bcd", x / n, x),
+])  # fmt: skip
+def test_in_front_of_a_block_sums_that_their_number_divides_are_means(fn):
+    x, index = extra("B L 16", 2, 7, 1), subset(2, 6, 3, True)
+    got = run(reduced(lambda x: fn(x, 7), (x,), index, 6, prefix=1, leading=True).gm, x)[0]
+    for b in range(2):
+        kept = x[b : b + 1, torch.cat([torch.zeros(1, dtype=torch.int64), index[b] + 1])]
+        torch.testing.assert_close(got[b : b + 1], fn(kept, 4), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("fn", "reason"), [
+    (lambda x: x * x.sum(1, True), "it adds up all tokens"),
+    (lambda x: x * x.sum(1, True).square() / 7, "it adds up all tokens"),
+    (lambda x: x + x * x.softmax(1) * 7, "it weighs tokens by a share times how many there were"),
+])  # fmt: skip
+def test_in_front_of_a_block_sums_that_miss_tokens_are_refused(fn, reason):
+    x = extra("B L 16", 2, 7, 1)
+    with pytest.raises(tokcompile.UnsupportedGraph, match=reason):
+        reduced(fn, (x,), subset(2, 6, 3, True), 6, prefix=1, leading=True)
 
 
 @pytest.mark.parametrize("name", ["product", "einsum", "norm", "logsumexp", "masked mean", "clusters", "clusters by einsum"])
