@@ -18,10 +18,10 @@ from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, device_of, packet, shape, without_dead_code
+from tokcompile.passes.graph import Builder, device_of, packet, shape, user_dependent, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
 from tokcompile.passes.last_token import LastTokenSeen
-from tokcompile.passes.memory import reachable_from
+from tokcompile.passes.memory import ancestors_of, reachable_from
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
@@ -264,6 +264,11 @@ class Rewriter:
         return node in self.shares and all(
             any(self.holds_tokens(i, d) for i in n.all_input_nodes for d in summed(n, i)) for n in walked
         )
+
+    @cached_property
+    def reduced_later(self) -> Set[Node]:
+        """Of what is computed from the inputs, what has all its tokens, and loses some further down."""
+        return ancestors_of(set(self.splices)) & user_dependent(self.old.graph)
 
     def behind_blocks(self, node: Node) -> bool:
         """Whether no block depends on it: recovering tokens here costs nothing that was gained."""

@@ -142,6 +142,21 @@ def test_samples_joined_after_the_last_block_get_their_tokens_back():
         optimize((tiny(lambda x: torch.cat([x, x])[: len(x)])[0], args), where=0)
 
 
+@pytest.mark.parametrize("join", [torch.stack, lambda features: torch.cat(features, -1).unflatten(-1, (3, -1)).movedim(2, 0)])
+def test_features_of_several_depths_keep_the_tokens_that_they_have(join):
+    class Depths(Tiny):
+        def forward(self, x):
+            return join([x := block(x) for block in self.blocks])
+
+    model, (x,) = Depths().eval(), (torch.randn(2, LENGTH, WIDTH),)
+    fast, want = tokcompile.optimize(model, (x,), method="random", where=[1]), model(x)
+    torch.testing.assert_close(fast(x)[0], want[0])
+    assert [r["reason"][:40] for r in fast.report.recoveries] == ["it puts features of several depths side "]
+    reduced = tokcompile.optimize(model, (x,), method="random", where=[1], outputs="reduced")(x)
+    rows = reduced.kept["s0_index"][..., None].expand(-1, -1, WIDTH)
+    torch.testing.assert_close(reduced.output[0], want[0].gather(1, rows))
+
+
 def across_time(x):
     """Attention of each token to the tokens at its place in the other samples, as video models write it."""
     y = x.transpose(0, 1)

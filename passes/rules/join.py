@@ -25,6 +25,7 @@ def cat(call: Call) -> Any:
     if any(has_batch(one[dim]) for one in labels):
         raise NeedsFull("it puts samples together")
     joined = call.join([with_axis(one, dim, ()) for one in labels])
+    keep_depths(call, [with_axis(one, dim, ()) for one in labels], joined)
     if not any(has_tokens(one[dim]) for one in labels):
         out = with_axis(joined, dim, plain(call.old_shape[dim : dim + 1])[0])
     else:
@@ -38,6 +39,18 @@ def cat(call: Call) -> Any:
         out = with_axis(joined, dim, normal((make_seq(parts), unit)))
     operands = [call.coerce_node(v, one, with_axis(joined, dim, one[dim])) for v, one in zip(values, labels)]
     return call.emit(out, tensors=[widened(call, v, joined, dim) for v in operands])
+
+
+def keep_depths(call: Call, labels: Sequence[Label], joined: Label) -> None:
+    """Raises: NeedsFull behind the blocks where features of several depths are put side by side, and the first ones still have
+    tokens that are given back at the end: each is given back those that it lacks."""
+    rw = call.rewriter
+    if rw.outputs != "keep" or rw.recover == "never" or not rw.behind_blocks(call.node):
+        return
+    for node, label in zip(call.old_args["tensors"], labels):
+        earlier = any(has_tokens(want) and old(own) == old(want) and own != want for own, want in zip(label, joined))
+        if earlier and (rw.is_labelled(node) or node in rw.reduced_later):
+            raise NeedsFull("it puts features of several depths side by side, of which the first have more tokens")
 
 
 def put_back(call: Call, labels: Sequence[Label], dim: int) -> Label | None:
@@ -81,6 +94,7 @@ def with_axis(label: Label, dim: int, axis: Axis) -> Label:
 @rule("aten.stack")
 def stack(call: Call) -> Any:
     label = call.join(call.labels("tensors"))
+    keep_depths(call, call.labels("tensors"), label)
     operands = [call.coerce_node(v, one, label) for v, one in zip(call["tensors"], call.labels("tensors"))]
     dim = call["dim"] % (len(label) + 1)
     out = (*label[:dim], plain((len(operands),))[0], *label[dim:])
