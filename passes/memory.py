@@ -10,20 +10,29 @@ VIEWS = RESHAPES | {
     "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice", "aten.select",
     "aten.expand_as", "aten.view_as", "aten.narrow", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind",
     "aten.movedim", "aten.swapaxes", "aten.diagonal", "aten.alias", "aten.detach", "aten.numpy_T", "aten.mT", "getitem",
+    "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
 }  # fmt: skip
 TRUE_VIEWS = {  # never a copy
     "aten.view", "aten.expand", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.slice",
     "aten.select", "aten.expand_as", "aten.narrow", "aten.diagonal",
 }  # fmt: skip
+COPIES = {"aten.contiguous", "aten.to"}  # as far as they are not dropped for doing nothing
 CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
 
 
 def is_view(node: Node) -> bool:
     """Whether a node may look at the memory of its first argument; of several results only those of an op that gives views."""
     if packet(node) != "getitem":
-        return packet(node) in VIEWS
+        return packet(node) in VIEWS or (packet(node) not in COPIES and shares_memory(node))
     source = node.args[0]
-    return not isinstance(source, Node) or source.op != "call_function" or packet(source) in VIEWS
+    return not isinstance(source, Node) or source.op != "call_function" or is_view(source)
+
+
+def shares_memory(node: Node) -> bool:
+    """Whether an op says that it gives what its argument holds, and writes nothing: unfold, complex numbers as pairs."""
+    schema = getattr(node.target, "_schema", None)
+    given = [r.alias_info for r in schema.returns if r.alias_info] if node.op == "call_function" and schema else []
+    return any(not alias.is_write for alias in given)
 
 
 def base_of(node: Node) -> Node:

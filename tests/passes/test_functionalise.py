@@ -228,10 +228,42 @@ def write_a_row_whose_view_is_read(x):
     return row, y
 
 
+def through(view, read=False):
+    """A write through a view, or the view read after a write."""
+
+    def fn(x):
+        y = x * 1
+        seen = view(y)
+        (y if read else seen).mul_(2)
+        return seen * 2 if read else y
+
+    fn.__name__ = f"{'read' if read else 'write'}_{view.__name__}"
+    return fn
+
+
+def windows(y):
+    return y.unfold(1, 2, 2)
+
+
+def strides(y):
+    return y.as_strided((2, 6), (48, 8))
+
+
+def complex_numbers(y):
+    return torch.view_as_complex(y.unflatten(-1, (4, 2))).real
+
+
+def halves(y):
+    return y.tensor_split(2, 1)[1]
+
+
+WAYS = [through(view, read) for view in (windows, strides, complex_numbers, halves) for read in (False, True)]
+
+
 @pytest.mark.parametrize("fn", [
     write_through_a_transpose, write_through_a_view_seen_later, write_through_contiguous, write_through_reshape,
     write_through_a_cast_to_the_same_type, write_through_dropout, write_through_an_identity_slice, write_through_expand,
-    write_through_unbind, write_and_read_the_old_view, write_a_row_whose_view_is_read,
+    write_through_unbind, write_and_read_the_old_view, write_a_row_whose_view_is_read, *WAYS,
 ], ids=lambda f: f.__name__)  # fmt: skip
 def test_writes_into_shared_memory_are_right_or_refused(fn):
     try:
