@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.passes.graph import get_attr, packet
 from tokcompile.passes.memory import CASTS, VIEWS, ancestors_of, influenced, mutates
 
 LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
+LARGEST_COMPARED = 1 << 16
 FOLDED = "folded_weights"  # the key in the graph module's meta
 
 
@@ -23,15 +25,14 @@ class Folded:
     which the constants do not follow: what is changed is refused later."""
 
     def __init__(self) -> None:
-        self.weights: dict[str, tuple[torch.Tensor, int]] = {}  # with the version that was read
+        self.weights: dict[str, Read] = {}
 
     def add(self, name: str, weight: torch.Tensor) -> None:
-        if not weight.is_inference():  # those have no versions, and are changed in inference mode only
-            self.weights.setdefault(name, (weight, weight._version))
+        self.weights.setdefault(name, Read(weight))
 
-    def check(self) -> None:
-        """Raises: InputError where one was changed in place."""
-        changed = [name for name, (weight, version) in self.weights.items() if weight._version != version]
+    def check(self, call: bool = False) -> None:
+        """Raises: InputError where one was changed in place. call: whether it has to be quick."""
+        changed = [name for name, read in self.weights.items() if read.changed(call)]
         if changed:
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
             raise InputError(
@@ -39,12 +40,32 @@ class Folded:
                 "  what to do: train the original model, or load weights into it, and optimize it after that"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Folded:
+
+class Read:
+    """A weight as it was read. What is written through `weight.data` leaves no other trace than values, which are compared for
+    small ones; in each call only on the CPU, since elsewhere that would wait for the device."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.version = None if weight.is_inference() else weight._version  # those have no versions
+        small = weight.numel() <= LARGEST_COMPARED and weight.layout is torch.strided and not weight.is_quantized
+        self.values = weight.detach().clone() if small else None
+
+    def changed(self, call: bool) -> bool:
+        if self.version is not None and self.weight._version != self.version:
+            return True
+        if self.values is None or (call and self.weight.device.type != "cpu"):
+            return False
+        with _disable_current_modes():  # while it is traced once more
+            now, before = self.weight.detach(), self.values.to(self.weight.device)
+            return now.dtype != before.dtype or not (torch.equal(now, before) or bool(before.isnan().any()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Read:
         """Versions of copies start anew; what was changed before stays so."""
-        other = Folded()
-        for name, (weight, version) in self.weights.items():
-            twin = copy.deepcopy(weight, memo)
-            other.weights[name] = (twin, twin._version - (weight._version - version))
+        other = copy.copy(self)
+        other.weight = copy.deepcopy(self.weight, memo)
+        if self.version is not None:
+            other.version = other.weight._version - (self.weight._version - self.version)
         return other
 
 

@@ -130,6 +130,11 @@ def test_weights_that_constants_were_computed_from_may_not_change(tmp_path):
     optimized, whole = (tokcompile.optimize(model, args, method="random", budget=budget) for budget in (0.5, 1.0))
     copied = copy.deepcopy(optimized)
     run(optimized, *args)
+    model.blocks[1].between.weight.data[0] = 1.0  # of which no version tells
+    with pytest.raises(tokcompile.InputError, match=r"blocks.1.between.weight changed after the model was optimized"):
+        run(optimized, *args)
+    model.blocks[1].between.weight.data[0] = 0.0
+    run(optimized, *args)
     model.load_state_dict({name: weight + 1 for name, weight in model.state_dict().items()})
     for call in (lambda: run(optimized, *args), lambda: run(copy.deepcopy(optimized), *args),
                  lambda: optimized.exported_program, lambda: optimized.export_onnx(tmp_path / "m.onnx"),

@@ -86,7 +86,7 @@ class OptimizedModel(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: InputError for inputs of another structure, shape or dtype than it was compiled for."""
         if not torch.compiler.is_dynamo_compiling():
-            self.folded.check()
+            self.folded.check(call=True)
         inputs = self._flatten(*args, **kwargs)
         if not torch.compiler.is_compiling():
             for one in self._checks:
