@@ -9,7 +9,6 @@ import os
 import re
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -25,13 +24,15 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from tokcompile.errors import ExportError, InputError, TokcompileError, TraceError, UnsupportedGraph, first_line
+from tokcompile.errors import InputError, TokcompileError, TraceError, UnsupportedGraph
 from tokcompile.passes.calls import CALLS, MixerCall, watched
 from tokcompile.passes.faithful import check_faithful, does_not_run
 from tokcompile.passes.functionalise import replace_overwritten
 from tokcompile.passes.graph import copy_graph
 from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
+from tokcompile.passes.saved import load_program
+from tokcompile.passes.unchanged import unchanged
 
 TRACING = threading.RLock()
 P = ParamSpec("P")
@@ -261,39 +262,6 @@ def plain_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 @contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Takes back the tensors that a forward leaves on its modules (position offsets, tables), in their dictionaries and in
-    those of objects they hold: tracing leaves fake ones."""
-    places = [place for m in model.modules() for place in (m.__dict__, m._buffers)]
-    for _ in range(2):
-        inner = [d for place in places for v in place.values() if (d := names_in(v)) is not None]
-        places = list({id(place): place for place in (*places, *inner)}.values())
-    before = [dict(place) for place in places]
-    try:
-        yield
-    finally:
-        for place, old in zip(places, before):
-            for name in [n for n, v in place.items() if holds_tensors(v) and old.get(n) is not v]:
-                if name in old:
-                    place[name] = old[name]
-                else:
-                    del place[name]
-
-
-def names_in(value: Any) -> dict[Any, Any] | None:
-    """What a dictionary, or an object that is no module, has by names."""
-    if isinstance(value, dict):
-        return value
-    plain = not isinstance(value, (torch.nn.Module, torch.Tensor, type)) and not callable(getattr(value, "__get__", None))
-    inside = getattr(value, "__dict__", None) if plain else None
-    return inside if isinstance(inside, dict) else None
-
-
-def holds_tensors(value: Any) -> bool:
-    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (tuple, list)) else (value,)))
-
-
-@contextmanager
 def no_fast_path() -> Iterator[None]:
     """nn.TransformerEncoder's fused inference kernels hide the attention from the pass."""
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -343,90 +311,3 @@ def refuse_dynamic(program: ExportedProgram) -> None:
             "the exported program computes shapes from the values of tensors",
             hint="pass the nn.Module instead: its values on the example inputs are then recorded and fixed",
         )
-
-
-def load_program(path: str, extra_files: dict[str, Any] | None = None) -> ExportedProgram:
-    """Reads a `.pt2` file. Raises: ExportError that says what is wrong with it."""
-    if not os.path.exists(path):
-        raise ExportError(f"no such file: {path}")
-    if not zipfile.is_zipfile(path):
-        raise ExportError(f"{path} is not a torch.export archive (.pt2)")
-    names: list[str] = []
-    reasons: list[Exception] = []
-
-    def hold(record: logging.LogRecord) -> bool:
-        """Takes what torch logs with a traceback: the error that it raises after says no more than to look above."""
-        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        reasons.extend([error] if isinstance(error, Exception) else [])
-        return error is None
-
-    log = logging.getLogger("torch.export")
-    log.addFilter(hold)
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums, and would give other weights
-            names, damaged = archive.namelist(), archive.testzip()
-        if damaged is None:
-            return torch.export.load(path, extra_files=extra_files)
-    except Exception as error:
-        written = any(name == "version" or name.endswith("archive_format") for name in names)
-        reason = first_line(next(iter(reasons), error)) if written or not names else "torch.export.save did not write it"
-        raise ExportError(f"{path} cannot be read as a torch.export archive: {reason}") from error
-    finally:
-        log.removeFilter(hold)
-    raise ExportError(f"{path} is damaged: {damaged} in it does not have its checksum\n  what to do: copy or save it again")
-
-
-def difference(args: Sequence[Any], kwargs: dict[str, Any], given: pytree.TreeSpec, spec: pytree.TreeSpec) -> str:
-    """What a call has, and what it should have: numbers of arguments and their names, or else their structure."""
-    count, names = spec.child(0).num_children, list(spec.child(1).context or ())
-    if (len(args), sorted(kwargs)) == (count, sorted(names)):
-        return f"  given    {given}\n  expected {spec}"
-    rows = (("given   ", len(args), kwargs), ("expected", count, names))
-    return "\n".join(f"  {word} {number} by position, and by name {', '.join(some) or 'none'}" for word, number, some in rows)
-
-
-def flat_caller(traced: Traced) -> Callable[..., list[Any]]:
-    """A function (*args, **kwargs) -> flat inputs that refuses any other structure, shape, dtype or fixed value."""
-    expected = [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for v in traced.inputs]
-    spec, names = traced.in_spec, traced.arg_names
-    positional, keywords = spec.child(0).num_children, list(spec.child(1).context or ())
-
-    def flatten(*args: Any, **kwargs: Any) -> list[Any]:
-        args, kwargs = rearrange(args, kwargs, positional, keywords, names)
-        flat, given = pytree.tree_flatten((args, kwargs))
-        if given != spec:
-            raise InputError(f"called with other arguments than it was compiled for:\n{difference(args, kwargs, given, spec)}")
-        for i, (value, want) in enumerate(zip(flat, expected)):
-            if isinstance(value, torch.Tensor):
-                if not isinstance(want, tuple) or tuple(value.shape) != want[0] or value.dtype != want[1]:
-                    raise InputError(
-                        f"input {i} is {tuple(value.shape)} {value.dtype}, but the model was compiled for "
-                        f"{want[0] if isinstance(want, tuple) else want} {want[1] if isinstance(want, tuple) else ''}: "
-                        "shapes and budgets are static, optimize once per input shape"
-                    )
-            elif isinstance(want, tuple):
-                raise InputError(f"input {i} is of type {type(value).__name__}, but the model was compiled for a tensor")
-            elif value != want:
-                raise InputError(f"input {i} is {value!r}, but the model was compiled for {want!r}")
-        if not torch.compiler.is_compiling():
-            for check in traced.checks:
-                check(flat)
-        return flat
-
-    return flatten
-
-
-def rearrange(
-    args: tuple[Any, ...], kwargs: dict[str, Any], positional: int, keywords: list[str], names: list[str] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Moves arguments between positions and keywords so that they stand as they did at compile time."""
-    kwargs = dict(kwargs)
-    given = list(args)
-    if names:
-        while len(given) < positional and names[len(given)] in kwargs:
-            given.append(kwargs.pop(names[len(given)]))
-        for name in reversed(names[positional : len(given)]):
-            kwargs[name] = given.pop()
-    return tuple(given), {k: kwargs[k] for k in keywords if k in kwargs} | {
-        k: v for k, v in kwargs.items() if k not in keywords
-    }

@@ -7,10 +7,11 @@ from tests.conftest import build, error, leaves, run, traced
 from tests.models import FAMILIES, shake
 from tests.models.prompts import PROMPTS
 from tokcompile.errors import InputError, module_path
+from tokcompile.passes.arguments import flat_caller
 from tokcompile.passes.canonicalise import FIXED as PLACEHOLDERS
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.placeholders import SPANS
-from tokcompile.passes.trace import flat_caller, from_program, trace
+from tokcompile.passes.trace import from_program, trace
 
 IMAGE = 60
 TOLERANCE = 1e-5  # relative to the largest entry

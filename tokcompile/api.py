@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from tokcompile.compiler import Compiled, Settings, analyse, compile_plan, settings_for
 from tokcompile.errors import ExportError, InputError, MethodError, PlanError
 from tokcompile.files import atomic
+from tokcompile.passes.arguments import flat_caller
 from tokcompile.passes.calls import erase_marks, unmarked
 from tokcompile.passes.cost import terms
 from tokcompile.passes.fixed import Fixed
@@ -28,7 +29,8 @@ from tokcompile.passes.graph import finished
 from tokcompile.passes.last_token import LastTokenSeen
 from tokcompile.passes.plan import OUTPUTS, RECOVER, SAY_IT_THERE, Plan
 from tokcompile.passes.renumber import Consecutive
-from tokcompile.passes.trace import flat_caller, one_at_a_time
+from tokcompile.passes.saved import load_program
+from tokcompile.passes.trace import one_at_a_time
 from tokcompile.recipe import Recipe
 from tokcompile.report import Report, make_report
 
@@ -332,8 +334,6 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
 
     Raises: ExportError for a missing, corrupt or foreign file; MethodError where its method is not registered here.
     """
-    from tokcompile.passes.trace import load_program
-
     extra = {"tokcompile.json": ""}
     program = load_program(os.fspath(path), extra)
     if not extra["tokcompile.json"]:

@@ -8,9 +8,10 @@ import torch
 import tokcompile
 from tests.passes.graphs import Function, ops, run
 from tokcompile.errors import InputError
+from tokcompile.passes.arguments import flat_caller
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.guards import collect
-from tokcompile.passes.trace import flat_caller, from_program, trace, unlift
+from tokcompile.passes.trace import from_program, trace, unlift
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 N = torch.tensor([2, 3])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokcompile.llm.caches import Collecting, cache_name, config_of
 from tokcompile.llm.layout import Layout, Stage
 from tokcompile.passes.faithful import relative_error
-from tokcompile.passes.trace import unchanged
+from tokcompile.passes.unchanged import unchanged
 
 BEFORE = 3  # tokens that are in the cache
 TEXTS = 5  # of half precision, where rounding alone may come to 0.3 in one text; what a model does otherwise shows in most
