@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,16 +142,12 @@ def watched(model: nn.Module) -> Iterator[list[MixerCall]]:
     """Marks in the graph that is traced meanwhile each call of a mixer, and gives the list of these calls."""
     calls: list[MixerCall] = []
     running: list[int] = []
-    handles = []
-    for path, module in model.named_modules():
-        if is_mixer(module):
-            handles.append(module.register_forward_pre_hook(begin(path, calls, running), with_kwargs=True))
-            handles.append(module.register_forward_hook(end(calls, running), with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if is_mixer(module):
+                stack.enter_context(module.register_forward_pre_hook(begin(path, calls, running), with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(end(calls, running), with_kwargs=True))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def begin(path: str, calls: list[MixerCall], running: list[int]) -> Callable[..., None]:

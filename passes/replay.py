@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tokcompile.errors import TraceError
 from tokcompile.passes.guards import mark, same, scalar_holds, true_at
+from tokcompile.replaced import replaced
 
 _SCALARS = {
     torch.Tensor.item,
@@ -132,16 +133,9 @@ def replay(recording: Recording) -> _Replay:
 def as_if_exporting() -> Iterator[None]:
     """Models ask whether they are being exported and then skip checks or take another branch: here they do too. And `max` and
     `min` of a tensor give one, as torch.export has it."""
-    flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
-    before = [getattr(torch.compiler, name) for name in flags]
-    try:
-        for name in flags:
-            setattr(torch.compiler, name, True)
-        with getattr(non_strict_utils, "_override_builtin_ops", contextlib.nullcontext)():
-            yield
-    finally:
-        for name, value in zip(flags, before):
-            setattr(torch.compiler, name, value)
+    flags = {name: True for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)}
+    with replaced(torch.compiler, **flags), getattr(non_strict_utils, "_override_builtin_ops", contextlib.nullcontext)():
+        yield
 
 
 class _Reads(TorchFunctionMode):

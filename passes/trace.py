@@ -10,12 +10,11 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import wraps
 from types import NoneType
 from typing import Any, ParamSpec, TypeVar
-from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
@@ -33,6 +32,7 @@ from tokcompile.passes.guards import Guards, collect, settle
 from tokcompile.passes.replay import Recording, as_if_exporting, record, replay
 from tokcompile.passes.saved import load_program
 from tokcompile.passes.unchanged import unchanged
+from tokcompile.replaced import replaced
 
 TRACING = threading.RLock()
 P = ParamSpec("P")
@@ -213,9 +213,7 @@ def known_values_only() -> Iterator[None]:
     def unknown(shapes: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("the value of a tensor is read back into Python")
 
-    with ExitStack() as stack:
-        for kind in ("int", "float"):
-            stack.enter_context(mock.patch.object(ShapeEnv, f"create_unbacked_sym{kind}", unknown))
+    with replaced(ShapeEnv, create_unbacked_symint=unknown, create_unbacked_symfloat=unknown):
         yield
 
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from tokcompile.errors import InputError, TokcompileError, first_line
 from tokcompile.llm.caches import Attention, config_of, eager_attention, last_logits, replaced_attention
 from tokcompile.llm.reach import Reach, reach_of
+from tokcompile.passes.unchanged import unchanged
+from tokcompile.replaced import replaced
 
 
 @dataclass(frozen=True)
@@ -92,21 +93,22 @@ def observe(model: nn.Module, inputs: Mapping[str, Any]) -> Observed:
     decoder = model.get_submodule(seen.language)
     layers = layers_of(decoder, config_of(model).num_hidden_layers)
     names = [name for name, module in model.named_modules() if module in set(layers)]
-    with ExitStack() as stack:
+    with unchanged(model), ExitStack() as stack:
         for name, module in model.named_modules():
             if callable(getattr(module, seen.source.features, None)):
                 stack.enter_context(recorded_features(module, name, seen))
-        handle = decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True)
-        stack.callback(handle.remove)
-        stack.callback(layers[0].register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True).remove)
-        stack.callback(layers[0].register_forward_hook(lambda m, a, out: decoded(seen, names, out)).remove)
-        handle = decoder.register_forward_hook(
-            lambda m, a, k, out: decoded(seen, [seen.language], out) if k.get("inputs_embeds") is not None else None,
-            with_kwargs=True,
-        )
-        stack.callback(handle.remove)
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(given_features, seen, name)).remove)
+        hooks = [
+            decoder.register_forward_pre_hook(lambda m, a, k: entered(seen, k), with_kwargs=True),
+            layers[0].register_forward_pre_hook(lambda m, a, k: placed(seen, a, k), with_kwargs=True),
+            layers[0].register_forward_hook(lambda m, a, out: decoded(seen, names, out)),
+            decoder.register_forward_hook(
+                lambda m, a, k, out: decoded(seen, [seen.language], out) if k.get("inputs_embeds") is not None else None,
+                with_kwargs=True,
+            ),
+            *(m.register_forward_pre_hook(partial(given_features, seen, name)) for name, m in model.named_modules()),
+        ]
+        for hook in hooks:
+            stack.enter_context(hook)
         inside = set(decoder.modules())
         stack.enter_context(replaced_attention(model, lambda original: looking(original, inside, seen)))
         try:
@@ -162,8 +164,7 @@ def begun(model: nn.Module, seen: Observed, inputs: Mapping[str, Any]) -> Tensor
 
     with ExitStack() as stack:
         for name, gave in seen.decoding.items():
-            module: Any = model.get_submodule(name)
-            stack.enter_context(mock.patch.dict(module.__dict__, {"forward": partial(instead, gave)}))
+            stack.enter_context(replaced(model.get_submodule(name), forward=partial(instead, gave)))
         model(**inputs)
     return met[0]
 
@@ -200,19 +201,17 @@ def recorded_features(module: Any, name: str, seen: Observed) -> Iterator[None]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         outputs: dict[str, Any] = {}
-        handles = [m.register_forward_hook(partial(noted, outputs, n)) for n, m in module.named_modules(prefix=name)]
-        try:
+        with ExitStack() as stack:
+            for n, m in module.named_modules(prefix=name):
+                stack.enter_context(m.register_forward_hook(partial(noted, outputs, n)))
             result = own(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         if not seen.features:
             seen.owner, seen.args, seen.kwargs = name, args, kwargs
             seen.features, seen.deepstack, seen.after = features_of(result)
             seen.whole = next((n for n, out in outputs.items() if is_all_of(out, seen.features)), None)
         return result
 
-    with mock.patch.dict(module.__dict__, {seen.source.features: call}):
+    with replaced(module, **{seen.source.features: call}):
         yield
 
 

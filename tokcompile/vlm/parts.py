@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -47,14 +47,11 @@ class Vision(nn.Module):
         given = [inputs[value.name] if isinstance(value, Here) else value for value in args]
         named = {name: inputs[value.name] if isinstance(value, Here) else value for name, value in kwargs.items()}
         caught: list[Tensor] = []
-        handle = None
-        if self.whole is not None:  # before the model cuts the features of all images apart
-            handle = self.model.get_submodule(self.whole).register_forward_hook(lambda m, a, out: caught.append(out))
-        try:
+        with ExitStack() as stack:
+            if self.whole is not None:  # before the model cuts the features of all images apart
+                module = self.model.get_submodule(self.whole)
+                stack.enter_context(module.register_forward_hook(lambda m, a, out: caught.append(out)))
             pooled, deep, _ = features_of(getattr(self.model.get_submodule(self.owner), self.features)(*given, **named))
-        finally:
-            if handle is not None:
-                handle.remove()
         features = self.projected(caught[-1] if caught else in_one_row(pooled))
         made: dict[str, Any] = {"features": features if self.onto is None else features + self.onto}
         return made | ({"deepstack": [in_one_row(one) for one in deep]} if deep else {})
@@ -187,17 +184,11 @@ class Language(nn.Module):
             made[:, start:stop] = number
         return made
 
-    @contextmanager
-    def entering(self, inputs_embeds: Tensor) -> Iterator[None]:
+    def entering(self, inputs_embeds: Tensor) -> AbstractContextManager[Any]:
         """The decoder is given these embeddings, whatever the model made of the ids."""
-        decoder = self.model.get_submodule(self.decoder)
-        handle = decoder.register_forward_pre_hook(
+        return self.model.get_submodule(self.decoder).register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": inputs_embeds}), with_kwargs=True
         )
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def layers(self) -> nn.ModuleList:
         decoder = self.model.get_submodule(self.decoder)
@@ -225,17 +216,13 @@ class Apart(TorchFunctionMode):
 @contextmanager
 def added(layers: nn.ModuleList, after: Sequence[int], features: Sequence[Tensor]) -> Iterator[None]:
     """What comes behind after[i] layers has features[i] added to it."""
-    handles = [
-        layers[count - 1].register_forward_hook(adding(one))
-        if count
-        else layers[0].register_forward_pre_hook(adding_before(one), with_kwargs=True)
-        for count, one in zip(after, features)
-    ]
-    try:
+    with ExitStack() as stack:
+        for count, one in zip(after, features):
+            if count:
+                stack.enter_context(layers[count - 1].register_forward_hook(adding(one)))
+            else:
+                stack.enter_context(layers[0].register_forward_pre_hook(adding_before(one), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def adding(features: Tensor) -> Callable[..., Any]:
@@ -259,13 +246,11 @@ def adding_before(features: Tensor) -> Callable[..., Any]:
 def used_only(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
     """A copy of the model that shares its weights and holds only the modules that `run` needs, and what that gave."""
     ran: set[nn.Module] = set()
-    handles = [m.register_forward_pre_hook(lambda m, args: ran.add(m)) for m in model.modules()]
     with torch.no_grad():
-        try:
+        with ExitStack() as stack:
+            for module in model.modules():
+                stack.enter_context(module.register_forward_pre_hook(lambda m, args: ran.add(m)))
             want = run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
         slim = pruned(model, ran)
         try:
             got = run(slim)
