@@ -11,6 +11,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokcompile.passes.memory import ancestors_of
+
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
     from tokcompile.passes.splice import Splice
@@ -25,9 +27,13 @@ def look_ahead(rw: Rewriter, s: Splice) -> Iterator[None]:
     """
     targets = [a.node for a in s.block.attentions]
     order = rw.structure.order
-    needed = sorted(ancestors(targets, rw, s.at), key=order.__getitem__)
+
+    def to_come(node: Node) -> bool:
+        return node is not s.at and node not in rw.env
+
+    needed = sorted(ancestors_of(targets, to_come), key=order.__getitem__)
     inside = followers_among(needed, s.at)
-    read = ancestors([n for a in s.block.attentions for n in ((a.q, a.k) if a.fused else (a.node,))], rw, s.at)
+    read = ancestors_of([n for a in s.block.attentions for n in ((a.q, a.k) if a.fused else (a.node,))], to_come)
     kept = rw.env[s.at], rw.labels.get(s.at), rw.full.copy(), rw.builder.origin
     put(rw, s.at, *rw.before[s.at])
     for node in needed:
@@ -64,18 +70,6 @@ def flops(rw: Rewriter, node: Node) -> int:
     with rw.builder.mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
         new.target(*args, **kwargs)
     return counter.get_total_flops()
-
-
-def ancestors(targets: list[Node], rw: Rewriter, stop: Node) -> set[Node]:
-    """What the targets need and the walk has not come to yet, without `stop`."""
-    found: set[Node] = set()
-    todo = list(targets)
-    while todo:
-        node = todo.pop()
-        if node is not stop and node not in found and node not in rw.env:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
 
 
 def followers_among(nodes: list[Node], start: Node) -> set[Node]:

@@ -99,15 +99,7 @@ def find(gm: GraphModule) -> Structure:
 
 def ancestors(node: Node, dependent: set[Node], stop: int, order: dict[Node, int]) -> set[Node]:
     """What a node is computed from, itself included, as far as it depends on the inputs and stands at `stop` or behind it."""
-    seen: set[Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n in seen or n not in dependent or order[n] < stop:
-            continue
-        seen.add(n)
-        todo.extend(n.all_input_nodes)
-    return seen
+    return ancestors_of({node}, lambda n: n in dependent and order[n] >= stop)
 
 
 def residual(attention: Attention, order: dict[Node, int], dependent: set[Node]) -> tuple[Node, Node] | str:

@@ -131,12 +131,12 @@ def marked(gm: GraphModule) -> list[Node]:
 
 def settle(gm: GraphModule) -> None:
     """Takes the marks out of a graph, in place; tensors that a mark holds equal to a constant become that constant."""
-    dependent, written = influenced(gm)
+    dependent, _ = influenced(gm)
     for node in marked(gm):
         condition = node.args[0]
         gm.graph.erase_node(node)
         if condition in dependent:
-            fix(gm, condition, dependent, written)
+            fix(gm, condition, dependent)
         erase_unused(gm, condition)
     for module in gm.modules():
         if isinstance(module, GraphModule) and module is not gm:
@@ -147,7 +147,7 @@ def settle(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def fix(gm: GraphModule, condition: Node, dependent: set[Node], written: set[Node]) -> None:
+def fix(gm: GraphModule, condition: Node, dependent: set[Node]) -> None:
     """Replaces `t` by a constant where the condition is `(t == constant).all()` over numbers that compare exactly."""
     equal = condition.args[0]
     if packet(condition) != "aten.all" or not isinstance(equal, Node) or packet(equal) != "aten.eq":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.graph import RESHAPES, bind, packet, user_dependent
@@ -84,25 +86,24 @@ def written_to(gm: GraphModule, dependent: set[Node]) -> set[Node]:
     return {base_of(n.args[0]) for n in gm.graph.nodes if n in dependent and mutates(n) and isinstance(n.args[0], Node)}
 
 
-def reachable_from(nodes: set[Node]) -> set[Node]:
-    out: set[Node] = set()
-    todo = [u for n in nodes for u in n.users]
-    while todo:
-        node = todo.pop()
-        if node not in out:
-            out.add(node)
-            todo.extend(node.users)
-    return out
+def reachable_from(nodes: Iterable[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """What is computed from these nodes, as far as a way leads there `through` such nodes alone."""
+    return reached((u for n in nodes for u in n.users), lambda n: n.users, through)
 
 
-def ancestors_of(nodes: set[Node]) -> set[Node]:
+def ancestors_of(nodes: Iterable[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """These nodes and what they are computed from, as far as a way leads there `through` such nodes alone."""
+    return reached(nodes, lambda n: n.all_input_nodes, through)
+
+
+def reached(nodes: Iterable[Node], next_to: Callable[[Node], Iterable[Node]], through: Callable[[Node], bool]) -> set[Node]:
     out: set[Node] = set()
     todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node not in out:
+        if node not in out and through(node):
             out.add(node)
-            todo.extend(node.all_input_nodes)
+            todo.extend(next_to(node))
     return out
 
 

@@ -12,6 +12,7 @@ from tokcompile.passes import attention_maps
 from tokcompile.passes.attention_maps import some_rows
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import heads
+from tokcompile.passes.memory import ancestors_of, reachable_from
 from tokcompile.passes.splice import Splice, body, standard, text_ranges
 from tokcompile.passes.tokens import is_labelled
 
@@ -75,32 +76,14 @@ def normed(rw: Rewriter, s: Splice) -> Node:
 def final_norm(end: Node, order: dict[Node, int]) -> list[Node]:
     """The nodes of the norm that reads the last block's result, in order; its last one has a weight per channel."""
     inside, found = {end}, end
-    for node in sorted(followers(end), key=order.__getitem__):
+    for node in sorted(reachable_from({end}, lambda n: packet(n) in NORM), key=order.__getitem__):
         weights = [n for n in node.all_input_nodes if n not in inside]
         if packet(node) not in NORM or any(n.op != "get_attr" for n in weights) or not keeps_tokens(node, end):
             continue
         inside.add(node)
         if weights and shape(node) == shape(end) and all(shape(n)[-1:] == shape(end)[-1:] for n in weights):
             found = node
-    ancestors, todo = set(), [found]
-    while todo:
-        n = todo.pop()
-        if n is not end and n not in ancestors:
-            ancestors.add(n)
-            todo += [i for i in n.all_input_nodes if i in inside]
-    return sorted(ancestors, key=order.__getitem__)
-
-
-def followers(end: Node) -> set[Node]:
-    """All that comes from a node through the ops of a norm."""
-    found: set[Node] = set()
-    todo = list(end.users)
-    while todo:
-        n = todo.pop()
-        if n not in found and packet(n) in NORM:
-            found.add(n)
-            todo += n.users
-    return found
+    return sorted(ancestors_of({found}, lambda n: n is not end and n in inside), key=order.__getitem__)
 
 
 def keeps_tokens(node: Node, end: Node) -> bool:
