@@ -140,39 +140,33 @@ def left_by(
     rw: Rewriter, run: Sequence[Splice], node: Node, module: ReductionModule, above: Sequence[Space | None]
 ) -> list[Space]:
     """What a run left of the spaces above it, one for each of its reductions."""
-    results, many = node.meta["val"], len(node.meta["val"]) > len(RESULTS)
+    results, count = node.meta["val"], len(run)
 
-    def each(i: int, given: bool = True) -> Sequence[Any]:
-        return apart(rw.builder, rw.builder.emit(operator.getitem, node, i), len(run)) if given else [None] * len(run)
+    def each(i: int) -> Sequence[Any]:
+        """Result i of each reduction, where there is one."""
+        given = i < len(results) and results[i] is not None
+        return apart(rw.builder, rw.builder.emit(operator.getitem, node, i), count) if given else [None] * count
 
-    assigns = once(lambda: apart(rw.builder, assignment_of(rw, node, module, run[0].site.n), len(run)))
-    picked = zip(run, above, each(1), each(2, results[2] is not None), each(len(RESULTS), many))
-    return [left_of_one(rw, i, *one, assigns, bool(module.ordered)) for i, one in enumerate(picked)]
+    assigns = once(lambda: apart(rw.builder, assignment_of(rw, node, module, run[0].site.n), count))
 
+    def slots(i: int) -> Callable[[], Node]:
+        return once(lambda: assigns()[i])
 
-def left_of_one(
-    rw: Rewriter,
-    i: int,
-    s: Splice,
-    above: Space | None,
-    index: Node,
-    size: Node | None,
-    positions: Node | None,
-    assigns: Callable[[], list[Node]],
-    ordered: bool,
-) -> Space:
-    """What reduction i of a run left."""
-    space = Space(f"s{len(rw.spaces)}", s.site.n, s.k, above, index, once(lambda: assigns()[i]), size, ordered=ordered)
-    space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
-    space.renumber, space.drops = numbers_anew(rw, s), s.k < s.site.n and not s.recipe.track_size
-    space.start = s.prefix if s.unit == 1 else None
-    if s.hidden:
-        space.hidden = torch.tensor([[i in one for i in range(space.root_n)] for one in map(set, s.hidden)])
-    if positions is not None:
-        space.positions = positions
-        space.bands = tuple(s.site.options.get("sections") or ())
-    rw.spaces.append(space)
-    return space
+    left = []
+    for i, (s, parent, index, size, positions) in enumerate(zip(run, above, each(1), each(2), each(len(RESULTS)))):
+        space = Space(f"s{len(rw.spaces)}", s.site.n, s.k, parent, index, slots(i), size)
+        space.ordered = bool(module.ordered)
+        space.proportional = s.recipe.proportional and bool(s.site.options.get("proportional", True))
+        space.renumber, space.drops = numbers_anew(rw, s), s.k < s.site.n and not s.recipe.track_size
+        space.start = s.prefix if s.unit == 1 else None
+        if s.hidden:
+            space.hidden = torch.tensor([[i in one for i in range(space.root_n)] for one in map(set, s.hidden)])
+        if positions is not None:
+            space.positions = positions
+            space.bands = tuple(s.site.options.get("sections") or ())
+        rw.spaces.append(space)
+        left.append(space)
+    return left
 
 
 def assignment_of(rw: Rewriter, node: Node, module: ReductionModule, n: int) -> Node:
