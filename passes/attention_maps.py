@@ -57,11 +57,7 @@ def some_rows(rw: Rewriter, value: Node, dim: int, which: Which) -> Node:
     if isinstance(which, int):
         at = which % shape(value)[dim]
         return rw.builder.emit(aten.slice.Tensor, value, dim, at, at + 1)
-    return joined(rw, [rw.builder.emit(aten.slice.Tensor, value, dim, *span) for span in which], dim)
-
-
-def joined(rw: Rewriter, parts: list[Node], dim: int) -> Node:
-    return parts[0] if len(parts) == 1 else rw.builder.emit(aten.cat.default, parts, dim)
+    return rw.builder.cat([rw.builder.emit(aten.slice.Tensor, value, dim, *span) for span in which], dim)
 
 
 def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
@@ -167,7 +163,7 @@ def one_attention(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
             s.at,
             "choose a method that reads less, such as 'dart' or 'divprune'",
         )
-    return joined(rw, parts, 1)
+    return rw.builder.cat(parts, 1)
 
 
 def earlier_attention(rw: Rewriter, s: Splice) -> Node:
@@ -179,7 +175,7 @@ def earlier_cls_attention(rw: Rewriter, s: Splice) -> Node:
     """(B, E, L): how the class token attends, mean over heads in float32, in each block from the one that the recipe names to
     the one computed last. As in `cls_attention`, only its row is computed of each."""
     maps = [cls_attention(rw, replace(s, tap_block=block)) for block in earlier_blocks(rw, s)]
-    return joined(rw, [rw.builder.emit(aten.mean.dim, one, [1], True, dtype=torch.float32) for one in maps], 1)
+    return rw.builder.cat([rw.builder.emit(aten.mean.dim, one, [1], True, dtype=torch.float32) for one in maps], 1)
 
 
 def earlier_blocks(rw: Rewriter, s: Splice) -> list[Block]:

@@ -37,6 +37,11 @@ class Block:
     crosses: bool = False  # its keys come from elsewhere: it says nothing about its own tokens
 
     @property
+    def batch(self) -> int:
+        """How many samples its stream holds, as far as they have an axis."""
+        return shape(self.mid)[self.batch_axis] if self.batch_axis is not None else 1
+
+    @property
     def language(self) -> bool:
         """Whether this is a language model's block, in which text stands around the visual tokens."""
         return self.stage.text or any(a.causal for a in self.attentions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -46,7 +46,7 @@ class Gatherer:
 
     def index(self, have: Seq | int, want: Seq) -> Node:
         """(B, new) positions, within an axis typed `have` (an int: the full old axis), of the tokens of `want`."""
-        parts = have.parts if isinstance(have, Seq) else spread(have, want)
+        parts = have.parts if isinstance(have, Seq) else want.old_sizes
         have = make_seq(parts) if isinstance(have, Seq) else Seq(tuple(parts))
         if (have, want) not in self._index:
             pieces, targets = [], aligned(parts, want)
@@ -61,7 +61,7 @@ class Gatherer:
                     pieces.append(self.shifted(self.within(parts[run[0]], target), start))
                 else:
                     pieces.append(self.arange(start, starts[run.stop], samples(want)))
-            self._index[have, want] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+            self._index[have, want] = self.b.cat(pieces, 1)
         return self._index[have, want]
 
     def within(self, ancestor: int | Space, space: Space) -> Node:
@@ -104,7 +104,7 @@ class Gatherer:
                     pieces.append(self.shifted(self.slots(part), start))
                 else:
                     pieces.append(self.arange(start, start + part, samples(seq)))
-            self._assign[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+            self._assign[seq] = self.b.cat(pieces, 1)
         return self._assign[seq]
 
     def members(self, seq: Seq) -> Node:
@@ -129,7 +129,7 @@ class Gatherer:
                 else:
                     count = sum(length(seq.parts[i]) for i in run)
                     pieces.append(self.b.constant(torch.ones(samples(seq), count), "ones"))
-            self._size[seq] = self.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+            self._size[seq] = self.b.cat(pieces, 1)
         return self._size[seq]
 
     def arange(self, start: int, stop: int, batch: int) -> Node:
@@ -281,18 +281,12 @@ def length(part: int | Space) -> int:
     return part.k if isinstance(part, Space) else part
 
 
-def spread(count: int, want: Seq) -> list[int]:
-    """The full old axis cut where `want` is cut."""
-    return [p if isinstance(p, int) else p.root_n for p in want.parts]
-
-
-def aligned(parts: Iterable[int | Space], want: Seq) -> list[int | Space]:
+def aligned(parts: Iterable[int | Space], want: Seq) -> Sequence[int | Space]:
     """For each part of an axis, the part of `want` that covers the same old tokens."""
-    parts, targets = list(parts), list(want.parts)
-    sizes = [p if isinstance(p, int) else p.root_n for p in parts]
-    if sizes != [p if isinstance(p, int) else p.root_n for p in targets]:
-        raise UnsupportedGraph(f"token axes that are cut differently meet: {Seq(tuple(parts))} and {want}")
-    return targets
+    have = Seq(tuple(parts))
+    if have.old_sizes != want.old_sizes:
+        raise UnsupportedGraph(f"token axes that are cut differently meet: {have} and {want}")
+    return want.parts
 
 
 def needs_gather(have: Axis, want: Axis, origin: Node | None) -> bool:

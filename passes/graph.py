@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from typing import Any
@@ -130,6 +130,10 @@ class Builder:
     def unpack(self, node: Node) -> list[Node]:
         """One getitem node per element of a tuple-valued node."""
         return [self.emit(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
+
+    def cat(self, pieces: Sequence[Node], dim: int) -> Node:
+        """Pieces end to end; a single one as it is."""
+        return self.emit(aten.cat.default, pieces, dim) if len(pieces) > 1 else pieces[0]
 
     def constant(self, value: torch.Tensor, name: str = "tokens") -> Node:
         """A buffer holding `value`, shared by equal values."""

@@ -57,7 +57,7 @@ def permuted(g: Gatherer, x: Node, atoms: list[Atom], at: int, order: Tensor, or
         else:
             continue
         pieces.append(piece)
-    return (g.b.emit(aten.cat.default, pieces, at) if len(pieces) > 1 else pieces[0]), Seq(tuple(parts))
+    return g.b.cat(pieces, at), Seq(tuple(parts))
 
 
 def unforeseen(g: Gatherer, seq: Seq, shown: Tensor) -> Hidden | None:

@@ -17,7 +17,7 @@ from tokcompile.passes.graph import shape
 from tokcompile.passes.layout import Layout
 from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.stages import Stage
-from tokcompile.passes.tokens import Seq
+from tokcompile.passes.tokens import seq_on
 from tokcompile.recipe import Recipe
 
 OTHER_BLOCKS = "reduce in other blocks: where=[...]; `tokcompile inspect` lists them"
@@ -230,8 +230,7 @@ def streams(blocks: Sequence[Block]) -> list[list[Block]]:
 
 def kind(block: Block) -> tuple[int, int, str]:
     """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
-    batch = shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
-    return block.stage.length, batch, re.sub(r"\d+", "#", block.path)
+    return block.stage.length, block.batch, re.sub(r"\d+", "#", block.path)
 
 
 def work_of(block: Block) -> int:
@@ -340,7 +339,7 @@ def after_others(slot: Slot, labels: Mapping[Any, Any], spans: Sequence[tuple[in
     """
     label = labels.get(slot.block.entry)
     axis = label[slot.block.token_axis] if label is not None else ()
-    seq = next((a for a in axis if isinstance(a, Seq)), None)
+    seq = seq_on(axis)
     if seq is None:
         return slot
     rows = prod(a for a in axis if isinstance(a, int))

@@ -103,7 +103,7 @@ def needed(exits: list[Exit], stage: Stage) -> bool:
 def length_in(node: Node, block: Block) -> int | None:
     """How many tokens of each sample a tensor holds that is laid out as the stream of that block, with or without those
     around the visual ones; None for other tensors."""
-    sizes, batch = shape(node), samples(block)
+    sizes, batch = shape(node), block.batch
     for length in (block.stage.length, block.stage.n):
         if tokens_first(block):
             fits = sizes[:-1] == (length, batch)
@@ -114,12 +114,8 @@ def length_in(node: Node, block: Block) -> int | None:
     return None
 
 
-def samples(block: Block) -> int:
-    return shape(block.mid)[block.batch_axis] if block.batch_axis is not None else 1
-
-
 def tokens_first(block: Block) -> bool:
-    return block.batch_axis == 1 and samples(block) > 1
+    return block.batch_axis == 1 and block.batch > 1
 
 
 def exits_of(movement: Movement, block: Block, last: bool = False) -> list[Exit]:
@@ -133,7 +129,7 @@ def exits_of(movement: Movement, block: Block, last: bool = False) -> list[Exit]
     if not candidates:
         return []
     marks = torch.arange(prod(sizes), dtype=torch.int64 if prod(sizes) >= 1 << 31 else torch.int32)
-    batch, length = samples(block), length_in(source, block) or 0
+    batch, length = block.batch, length_in(source, block) or 0
     laid = marks.reshape(batch, length, -1).transpose(0, 1).contiguous() if tokens_first(block) else marks.reshape(sizes)
     prefix = block.stage.prefix if length == block.stage.length else 0
     for node, values in movement.run(laid, candidates).items():
@@ -291,7 +287,7 @@ class InGroupOrder(Rewriter):
         if tokens_first(block):
             x, have = self.builder.emit(aten.transpose.int, x, 0, 1), (have[1], have[0], have[2])
         else:
-            sizes = (samples(block), length, shape(x)[-1])
+            sizes = (block.batch, length, shape(x)[-1])
             x, have = self.gather.reshape(x, list(sizes)), cut_anew(have, sizes)
         whole = length == grouping.stage.length
         if not torch.equal(grouping.order, torch.arange(len(grouping.order))):

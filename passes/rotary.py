@@ -35,7 +35,7 @@ def positions(g: Gatherer, want: Seq, width: int, pairs: bool, origin: Node | No
                 column = g.b.constant(torch.arange(start, start + part)[None, :, None], "column")
                 pieces.append(g.b.emit(aten.expand.default, column, [samples(want), part, width]))
                 start += part
-        g.channels[key] = g.b.emit(aten.cat.default, pieces, 1) if len(pieces) > 1 else pieces[0]
+        g.channels[key] = g.b.cat(pieces, 1)
     return g.channels[key]
 
 

@@ -11,7 +11,7 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Block
 from tokcompile.passes.graph import aten, shape
-from tokcompile.passes.tokens import Label, Seq, Space, is_labelled
+from tokcompile.passes.tokens import Label, Seq, Space, is_labelled, seq_on
 from tokcompile.recipe import Recipe, Site
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Splice:
 
     @property
     def batch(self) -> int:
-        return shape(self.at)[self.block.batch_axis] if self.block.batch_axis is not None else 1
+        return self.block.batch
 
 
 def body(s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[Any]]:
@@ -48,7 +48,7 @@ def body(s: Splice, label: Label | None) -> tuple[Space | None, list[Any], list[
     can be counted through the whole axis."""
     unit, n = (s.unit, s.site.n) if s.aligned else (1, s.site.n * s.unit)
     axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()
-    seq = next((a for a in axis if isinstance(a, Seq)), None)
+    seq = seq_on(axis)
     parts: list[Any] = list(seq.parts) if seq else [shape(s.at)[s.block.token_axis] // unit]
     start, at = s.prefix // unit, 0
     for i, part in enumerate(parts):
@@ -89,7 +89,7 @@ def text_ranges(rw: Rewriter, s: Splice, original: bool = False) -> tuple[tuple[
         return ()
     label = rw.before[s.at][1]
     axis = label[s.block.token_axis] if label is not None and is_labelled(label) else ()
-    seq = next((a for a in axis if isinstance(a, Seq)), Seq((shape(s.at)[s.block.token_axis],)))
+    seq = seq_on(axis) or Seq((shape(s.at)[s.block.token_axis],))
     visual = sorted((t.prefix, t.prefix + t.site.n) for t in rw.splices[s.at])
     ranges, old, new = [], 0, 0
     for part in seq.parts:

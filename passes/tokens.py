@@ -106,8 +106,13 @@ class Seq:
     parts: tuple[int | Space, ...]
 
     @property
+    def old_sizes(self) -> list[int]:
+        """How many original tokens each part covers."""
+        return [p if isinstance(p, int) else p.root_n for p in self.parts]
+
+    @property
     def old(self) -> int:
-        return sum(p if isinstance(p, int) else p.root_n for p in self.parts)
+        return sum(self.old_sizes)
 
     @property
     def new(self) -> int:
@@ -182,6 +187,11 @@ def has_batch(axis: Axis) -> bool:
 def spaces_on(axis: Axis) -> list[Space]:
     """What reductions left of the tokens of an axis."""
     return [space for atom in axis if isinstance(atom, Seq) for space in atom.spaces]
+
+
+def seq_on(axis: Axis) -> Seq | None:
+    """The tokens of an axis, whatever they are folded with."""
+    return next((a for a in axis if isinstance(a, Seq)), None)
 
 
 def tokens_of(axis: Axis) -> Seq | None:
