@@ -15,7 +15,7 @@ from tests.vlm.models import FAMILIES, ids_with, parts_of, reduced_parts, vlm
 from tokcompile import InputError, Tokens
 from tokcompile.llm import Sampling
 from tokcompile.llm.layout import layout
-from tokcompile.llm.modules import Decode
+from tokcompile.llm.modules import Decode, Now
 from tokcompile.llm.reach import Reach
 from tokcompile.vlm import Generator, split
 from tokcompile.vlm.kept import seen_by
@@ -240,10 +240,10 @@ def test_windows_and_positions_of_several_axes():
         *parts.language, spans=parts.spans, outputs="reduced", **dict(ENTRANCE, where=(2,), budget=Tokens(8))
     )
     made = Generator(parts, prefill, max_new_tokens=2)
-    step = Decode(model, layout(prefill, 2))
+    step, kept = Decode(model, layout(prefill, 2)), {"s0_index": torch.arange(8)[None]}
     said = "a position has 3 numbers in this model, and its sliding windows or chunks count in one"
     with pytest.raises(InputError, match=said):
-        step.visible(1, Reach(4), torch.tensor([0]), {"s0_index": torch.arange(8)[None]}, None, None, torch.zeros(3, 1, 1))
+        step.visible(1, Reach(4), Now(torch.zeros(1, 1), torch.zeros(3, 1, 1), torch.tensor([0]), kept, None, None))
     assert made.text.wiring.placed is False
 
 

@@ -16,7 +16,7 @@ from tokcompile.compiler import Analysis, Compiled
 from tokcompile.errors import InputError, TokcompileError, TraceError, first_line
 from tokcompile.llm.caches import AttendsItself, cache_name, config_of
 from tokcompile.llm.layout import Layout, layout
-from tokcompile.llm.modules import Decode, check_takes
+from tokcompile.llm.modules import Decode, Step, check_takes
 from tokcompile.llm.short_text import decodes
 from tokcompile.llm.unreduced import WAY_OUT, WholeDecode, shortened
 from tokcompile.passes.cost import terms
@@ -116,7 +116,7 @@ def counts_positions(prefill: OptimizedModel, why: str) -> InputError:
     )
 
 
-def rehearse(step: Decode | WholeDecode, example: dict[str, Any]) -> None:
+def rehearse(step: Step, example: dict[str, Any]) -> None:
     """One step at the last position there is, which also shows which layers look through a window.
 
     Raises: InputError, AttendsItself.
@@ -205,7 +205,7 @@ def example_inputs(model: nn.Module, plan: Layout) -> dict[str, Any]:
     return made
 
 
-def every_step(step: Decode | WholeDecode, example: Mapping[str, Any]) -> Traced:
+def every_step(step: Step, example: Mapping[str, Any]) -> Traced:
     """The traced step. Raises: TraceError where what tracing fixed from the example does not hold at another step."""
     given = {name: value for name, value in example.items() if value is not None and value != {}}
     traced = trace(step, (), given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,19 +69,28 @@ def check_takes(model: nn.Module, names: set[str]) -> None:
         )
 
 
-class Decode(nn.Module):
+class Now(NamedTuple):
+    """What a decode step is given beside caches. token: (B, 1). position_ids: (B, 1) or (axes, B, 1). step: (1,) how many
+    tokens were decoded before. kept: the prefill's index outputs. padding: its attention_mask, (B, L). positions: its
+    position_ids."""
+
+    token: Tensor
+    position_ids: Tensor
+    step: Tensor
+    kept: Mapping[str, Tensor]
+    padding: Tensor | None
+    positions: Tensor | None
+
+
+class Step(nn.Module):
     """One token in, the next token's logits out; caches go in and come out with the token's entry written.
 
-    layout: of the prefill. step: (1,) how many tokens were decoded before. Which entries a query may see is mostly a matter
-    of counting; beside that sliding windows and chunks need `kept`, the prefill's index outputs, and `positions`, its
-    position_ids; padding needs its attention mask.
+    layout: of the prefill.
     """
 
     def __init__(self, model: nn.Module, layout: Layout):
         super().__init__()
         self.model, self.layout = model, layout
-        self.padded = "attention_mask" in layout.inputs
-        self.reaches: set[Reach | None] = set()
         self.train(model.training)
 
     def forward(
@@ -96,11 +105,33 @@ class Decode(nn.Module):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Any]:
+        ends = [step + stage.length for stage in self.layout.stages]
+        slots = [ends[self.layout.stage_of(at)] for at in range(len(keys))]
+        now = Now(token, position_ids, step, kept or {}, attention_mask, positions)
+        logits, cache = self.run(now, keys, values, slots, states or {})
+        return {"logits": logits, **cache.outputs("new_")}
+
+    def run(self, now: Now, *buffers: Any) -> tuple[Tensor, Slots]:
+        """Logits, and the cache of these buffers with the token in it; see `Slots`."""
+        raise NotImplementedError
+
+
+class Decode(Step):
+    """A step that says itself what the token may see, mostly a matter of counting.
+
+    Beside that sliding windows and chunks need `kept` and `positions`; padding needs its mask.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout):
+        super().__init__(model, layout)
+        self.padded = "attention_mask" in layout.inputs
+        self.reaches: set[Reach | None] = set()
+
+    def run(self, now: Now, *buffers: Any) -> tuple[Tensor, Slots]:
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise AttendsItself("it takes no position_ids")
-        stages = self.layout.stages
-        slots = [step + stage.length for stage in stages]
-        cache = Slots(keys, values, [slots[self.layout.stage_of(at)] for at in range(len(keys))], states or {})
+        cache = Slots(*buffers)
+        count = len(cache.keys)
         seen: dict[tuple[int, Reach | None], Tensor] = {}
         read: set[int] = set()  # whose keys were attended to
 
@@ -112,51 +143,48 @@ class Decode(nn.Module):
             read.add(at)
             stage, reach = self.layout.stage_of(at), reach if self.hides(reach) else None
             if (stage, reach) not in seen:
-                seen[stage, reach] = self.visible(stage, reach, step, kept, attention_mask, positions, position_ids)
+                seen[stage, reach] = self.visible(stage, reach, now)
             return seen[stage, reach]
 
         with attention_over(self.model, mask) as layers:
             out = self.model(
-                input_ids=token, position_ids=position_ids, use_cache=True, attention_mask=passing_mask(),
+                input_ids=now.token, position_ids=now.position_ids, use_cache=True, attention_mask=passing_mask(),
                 **{cache_name(self.model): cache},
             )  # fmt: skip
-        if read != {*range(len(keys))} or len(cache.filled) != len(keys):
+        if read != {*range(count)} or len(cache.filled) != count:
             raise AttendsItself("not all of its attention goes through transformers' functions")
-        return {"logits": out.logits, **cache.outputs("new_")}
+        return out.logits, cache
 
     def hides(self, reach: Reach | None) -> bool:
         """Whether it ends within the positions that there can be."""
         return reach is not None and reach.size < self.layout.length + self.layout.room
 
-    def visible(
-        self, stage: int, reach: Reach | None, step: Tensor, kept: Mapping[str, Tensor] | None, padding: Tensor | None,
-        positions: Tensor | None, now: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def visible(self, stage: int, reach: Reach | None, now: Now) -> Tensor:
         """Which entries of a stage the token may attend to, (1 or B, 1, 1, capacity)."""
-        here = self.layout.stages[stage]
-        made = torch.arange(self.layout.room, device=step.device)[None]
-        after = made <= step
-        before = torch.ones(1, here.length, dtype=torch.bool, device=step.device)
-        if reach is not None or padding is not None:
-            rows = here.rows(self.layout.length, kept or {}).to(step.device)
+        here, device = self.layout.stages[stage], now.step.device
+        made = torch.arange(self.layout.room, device=device)[None]
+        after = made <= now.step
+        before = torch.ones(1, here.length, dtype=torch.bool, device=device)
+        if reach is not None or now.padding is not None:
+            rows = here.rows(self.layout.length, now.kept).to(device)
             if reach is not None:
-                now, then = self.places(rows, step, positions, now)
-                before, after = reach.sees(now, then), after & reach.sees(now, now - step + made)
-            if padding is not None:
-                before = before & padding.bool().gather(1, rows.expand(padding.shape[0], -1))
+                own, then = self.places(rows, now)
+                before, after = reach.sees(own, then), after & reach.sees(own, own - now.step + made)
+            if now.padding is not None:
+                before = before & now.padding.bool().gather(1, rows.expand(now.padding.shape[0], -1))
         after = after.expand(before.shape[0], -1)
         return torch.cat([before, after], 1)[:, None, None]
 
-    def places(self, rows: Tensor, step: Tensor, positions: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, rows: Tensor, now: Now) -> tuple[Tensor, Tensor]:
         """The original positions of the token, (1 or B, 1), and of each entry of the prompt, (1 or B, entries)."""
         if self.layout.axes:
             raise InputError(
                 f"a position has {self.layout.axes[0]} numbers in this model, and its sliding windows or chunks count in "
                 "one\n  what to do: nothing yet; only models without such can have such positions here"
             )
-        if positions is None:
-            return (self.layout.length + step)[None], rows
-        return now, positions.gather(1, rows.expand(positions.shape[0], -1))
+        if now.positions is None:
+            return (self.layout.length + now.step)[None], rows
+        return now.position_ids, now.positions.gather(1, rows.expand(now.positions.shape[0], -1))
 
     @property
     def bound(self) -> bool:

@@ -7,7 +7,6 @@ nothing was dropped, and the rewrite then leaves of each layer's entries, masks 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tokcompile.errors import InputError, UnsupportedGraph
 from tokcompile.llm.caches import Slots, cache_name
 from tokcompile.llm.layout import Cut, Layout, Stage
+from tokcompile.llm.modules import Now, Step
 from tokcompile.passes.canonicalise import canonicalise
 from tokcompile.passes.find import Structure
 from tokcompile.passes.graph import packet
@@ -77,51 +77,38 @@ class Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class WholeDecode(nn.Module):
-    """What `modules.Decode` is, before the rewrite: the model makes masks and biases itself, over the whole text.
+class WholeDecode(Step):
+    """A step before the rewrite: the model makes masks and biases itself, over the whole text.
 
     told: whether it is given the token's position; else it counts by what the cache has held, and perhaps not from 0.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, told: bool):
-        super().__init__()
-        self.model, self.layout, self.told = model, layout, told
-        self.takes = {*inspect.signature(model.forward).parameters}
-        self.train(model.training)
+        super().__init__(model, layout)
+        self.told, self.takes = told, {*inspect.signature(model.forward).parameters}
 
-    def forward(
-        self,
-        token: Tensor,
-        position_ids: Tensor,
-        step: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        states: Mapping[str, Tensor] | None = None,
-        kept: Mapping[str, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> dict[str, Any]:
-        plan = self.layout
-        slots = [step + plan.stages[plan.stage_of(at)].length for at in range(len(keys))]
-        now = step + plan.length
-        cache = Whole(plan, now[0], keys, values, slots, states or {})
-        before = token.new_ones(plan.batch, plan.length) if attention_mask is None else attention_mask.to(token.dtype)
-        after = torch.arange(plan.room, device=token.device) <= step
+    def run(self, now: Now, *buffers: Any) -> tuple[Tensor, Slots]:
+        plan, token = self.layout, now.token
+        place = now.step + plan.length
+        cache = Whole(plan, place[0], *buffers)
+        count = len(cache.keys)
+        before = token.new_ones(plan.batch, plan.length) if now.padding is None else now.padding.to(token.dtype)
+        after = torch.arange(plan.room, device=token.device) <= now.step
         given = {
             "attention_mask": torch.cat([before, after.to(token.dtype).expand(plan.batch, -1)], 1),
-            "cache_position": now,
+            "cache_position": place,
             cache_name(self.model): cache,
         }
         if self.told:
-            given["position_ids"] = position_ids
+            given["position_ids"] = now.position_ids
         with Counting():
             out = self.model(input_ids=token, use_cache=True, **{name: v for name, v in given.items() if name in self.takes})
-        if len(cache.filled) != len(keys):
+        if len(cache.filled) != count:
             raise InputError(
-                f"{len(cache.filled)} layers put keys into the cache, and the prefill has {len(keys)} caches\n"
+                f"{len(cache.filled)} layers put keys into the cache, and the prefill has {count} caches\n"
                 f"  what to do: {WAY_OUT}"
             )
-        return {"logits": out.logits, **cache.outputs("new_")}
+        return out.logits, cache
 
 
 def shortened(traced: Traced, layout: Layout) -> Traced:
