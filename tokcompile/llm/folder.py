@@ -15,7 +15,7 @@ from torch import Tensor
 from tokcompile.errors import ExportError, InputError
 from tokcompile.exports.session import import_onnxruntime, session_options
 from tokcompile.exports.verify import from_ort, to_ort
-from tokcompile.llm.generate import Generated, Sampling, Wiring, generate
+from tokcompile.llm.generate import Loop, Run, Wiring
 from tokcompile.llm.layout import Cut, Stage
 from tokcompile.llm.tokenizer import read_tokenizer
 
@@ -82,7 +82,7 @@ class Session:
         return {name: given[shared[name]] if name in shared else from_ort(value) for name, value in got.items()}
 
 
-class Folder:
+class Folder(Loop):
     """What `tokcompile.llm.export` wrote, ready to generate in ONNX Runtime on the CPU. Called as a Generator is."""
 
     def __init__(self, folder: str | os.PathLike[str], threads: int | None = None):
@@ -136,20 +136,8 @@ class Folder:
         dtype = getattr(torch, self.wiring.inputs[self.wiring.prompt][1])
         return {self.wiring.prompt: torch.from_numpy(self.embeddings[row.numpy()]).to(dtype)}
 
-    def __call__(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        eos: Sequence[int] | None = None,
-        sampling: Sampling | None = None,
-        keep_logits: bool = False,
-        next_position: Tensor | None = None,
-        **inputs: Tensor,
-    ) -> Generated:
-        """Generates; see `Generator`. Raises: InputError."""
-        return generate(
-            self.wiring, self.prefill, self.decode, inputs, max_new_tokens, eos, sampling, keep_logits, next_position
-        )
+    def halves(self) -> tuple[Run, Run]:
+        return self.prefill, self.decode
 
 
 def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folder:

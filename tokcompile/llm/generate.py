@@ -98,8 +98,69 @@ class Generated:
         return self.tokens.shape[0] * (len(self.seconds) - 1) / sum(self.seconds[1:]) if len(self.seconds) > 1 else None
 
 
-class Generator:
-    """A reduced prefill and the decode step that goes with it.
+class Loop:
+    """A prefill and the decode step that goes with it, called as one."""
+
+    wiring: Wiring
+
+    def halves(self) -> tuple[Run, Run]:
+        """Prefill and decode step as functions of named tensors."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        eos: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        keep_logits: bool = False,
+        next_position: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Generated:
+        """Prefill, pad the caches into static buffers, then a step for each token.
+
+        inputs: of the prefill, by name. eos: ids that end a text, the model's by default. next_position: of the first token
+        that is generated, (B, 1), where it is not one after the largest of position_ids. Raises: InputError.
+        """
+        wiring, (prefill, decode) = self.wiring, self.halves()
+        count = wiring.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= count <= wiring.max_new_tokens:
+            raise InputError(
+                f"max_new_tokens={count}: the buffers of this decode step take 1 to {wiring.max_new_tokens} tokens\n"
+                "  what to do: make it again with a larger max_new_tokens"
+            )
+        feeds = check_inputs(wiring, inputs)
+        choose = (sampling or Sampling()).chooser()
+        ends = torch.tensor(list(wiring.eos if eos is None else eos), dtype=torch.int64)
+        begin = time.perf_counter()
+        out = prefill(feeds)
+        logits = out[wiring.logits][:, -1]
+        token = choose(logits)
+        seconds = [time.perf_counter() - begin]
+        state = start(wiring, feeds, out)
+        position = first_position(wiring, feeds, next_position)
+        done = torch.isin(token[:, 0].cpu(), ends)
+        tokens, all_logits = [token], [logits]
+        for step in range(count - 1):
+            if done.all():
+                break
+            begin = time.perf_counter()
+            state |= {"token": token, "step": torch.tensor([step], device=token.device), "position_ids": position + step}
+            out = decode(state)
+            logits = out["logits"][:, -1]
+            token = torch.where(done.to(token.device)[:, None], token, choose(logits)) if done.any() else choose(logits)
+            state |= {into: out[made] for _, into, made in (*(c[1:] for c in wiring.caches), *wiring.states)}
+            seconds.append(time.perf_counter() - begin)
+            done = done | torch.isin(token[:, 0].cpu(), ends)
+            tokens.append(token)
+            if keep_logits:
+                all_logits.append(logits)
+        return Generated(torch.cat(tokens, 1), seconds, all_logits if keep_logits else [])
+
+
+class Generator(Loop):
+    """A reduced prefill and the decode step that goes with it, in PyTorch.
 
     prefill: what `tokcompile.optimize` gave for `tokcompile.llm.Prefill(model)` with outputs="reduced". model: that model.
     max_new_tokens: the most tokens that one call may generate; buffers are this much longer than the prefill's caches.
@@ -116,23 +177,8 @@ class Generator:
         self.decode = decode_graph(model, prefill, max_new_tokens=max_new_tokens)
         self.wiring = wire(prefill, self.decode, model, max_new_tokens)
 
-    def __call__(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        eos: Sequence[int] | None = None,
-        sampling: Sampling | None = None,
-        keep_logits: bool = False,
-        next_position: Tensor | None = None,
-        **inputs: Tensor,
-    ) -> Generated:
-        """Generates. inputs: of the prefill, by name. eos: ids that end a text, the model's by default. next_position: of the
-        first token that is generated, (B, 1), where it is not one after the largest of position_ids. Raises: InputError."""
-        with torch.no_grad():
-            return generate(
-                self.wiring, program(self.prefill), program(self.decode), inputs, max_new_tokens, eos, sampling, keep_logits,
-                next_position,
-            )  # fmt: skip
+    def halves(self) -> tuple[Run, Run]:
+        return program(self.prefill), program(self.decode)
 
 
 def wire(prefill: OptimizedModel, decode: OptimizedModel, model: Any, max_new_tokens: int) -> Wiring:
@@ -171,53 +217,6 @@ def program(opt: OptimizedModel) -> Run:
         return {n: v for n, v in zip(names, opt.graph_module(*flat)) if isinstance(v, Tensor)}
 
     return run
-
-
-def generate(
-    wiring: Wiring,
-    prefill: Run,
-    decode: Run,
-    inputs: Mapping[str, Tensor],
-    max_new_tokens: int | None = None,
-    eos: Sequence[int] | None = None,
-    sampling: Sampling | None = None,
-    keep_logits: bool = False,
-    position: Tensor | None = None,
-) -> Generated:
-    """Prefill, pad the caches into static buffers, then a step for each token. Raises: InputError."""
-    count = wiring.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if not 1 <= count <= wiring.max_new_tokens:
-        raise InputError(
-            f"max_new_tokens={count}: the buffers of this decode step take 1 to {wiring.max_new_tokens} tokens\n"
-            "  what to do: make it again with a larger max_new_tokens"
-        )
-    feeds = check_inputs(wiring, inputs)
-    choose = (sampling or Sampling()).chooser()
-    ends = torch.tensor(list(wiring.eos if eos is None else eos), dtype=torch.int64)
-    begin = time.perf_counter()
-    out = prefill(feeds)
-    logits = out[wiring.logits][:, -1]
-    token = choose(logits)
-    seconds = [time.perf_counter() - begin]
-    state = start(wiring, feeds, out)
-    position = next_position(wiring, feeds, position)
-    done = torch.isin(token[:, 0].cpu(), ends)
-    tokens, all_logits = [token], [logits]
-    for step in range(count - 1):
-        if done.all():
-            break
-        begin = time.perf_counter()
-        state |= {"token": token, "step": torch.tensor([step], device=token.device), "position_ids": position + step}
-        out = decode(state)
-        logits = out["logits"][:, -1]
-        token = torch.where(done.to(token.device)[:, None], token, choose(logits)) if done.any() else choose(logits)
-        state |= {into: out[made] for _, into, made in (*(c[1:] for c in wiring.caches), *wiring.states)}
-        seconds.append(time.perf_counter() - begin)
-        done = done | torch.isin(token[:, 0].cpu(), ends)
-        tokens.append(token)
-        if keep_logits:
-            all_logits.append(logits)
-    return Generated(torch.cat(tokens, 1), seconds, all_logits if keep_logits else [])
 
 
 def check_inputs(wiring: Wiring, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -260,7 +259,7 @@ def check_padding(wiring: Wiring, mask: Tensor) -> None:
             )
 
 
-def next_position(wiring: Wiring, feeds: Mapping[str, Tensor], given: Tensor | None) -> Tensor:
+def first_position(wiring: Wiring, feeds: Mapping[str, Tensor], given: Tensor | None) -> Tensor:
     """The position of the first generated token, (B, 1) or (axes, B, 1): one after the prompt's last, never the length of a
     cache."""
     if "position_ids" not in feeds:
