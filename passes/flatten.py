@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.find import Structure
-from tokcompile.passes.graph import RESHAPES, aten, bind, is_tensor, packet, shape, user_dependent
+from tokcompile.passes.graph import RESHAPES, aten, bind, emitter, is_tensor, packet, shape, user_dependent
 from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.rules.pointwise import BINARY, UNARY
 
@@ -108,8 +108,7 @@ class _Flatten:
         for node, flat in list(self.flat.items()):
             outside = [u for u in node.users if u not in self.twins and u is not flat]
             if node in region and self.tokenwise(node) and outside:
-                with self.gm.graph.inserting_after(flat):
-                    grid = self.gm.graph.call_function(aten.reshape.default, (flat, list(shape(node))))
+                grid = self.behind(flat, aten.reshape.default, list(shape(node)))
                 grid.meta = dict(node.meta)
                 for user in outside:
                     user.replace_input_with(node, grid)
@@ -142,13 +141,10 @@ class _Flatten:
                 return a
             return self.flattened(a) if isinstance(a, Node) else a
 
-        with self.gm.graph.inserting_before(node):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), operand)
-            if packet(node) in PARTS:
-                args, kwargs = args[:2], {"dim": -1}  # which may have been given as 3
-            flat = self.gm.graph.call_function(node.target, args, kwargs)
-        flat.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        self.flat[node] = flat
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), operand)
+        if packet(node) in PARTS:
+            args, kwargs = args[:2], {"dim": -1}  # which may have been given as 3
+        self.flat[node] = emitter(self.gm, node)(node.target, *args, **kwargs)
         self.twins.add(node)
 
     def flattened(self, node: Node) -> Node:
@@ -156,15 +152,16 @@ class _Flatten:
         if node not in self.flat:
             sizes = shape(node)[:-1]
             body = prod(sizes[1:]) if all(s == g for s, g in zip(sizes[1:], self.grid[1:])) else 1
+            source = node
             if body == 1 and any(s > 1 for s in sizes[1:]):  # broadcast along one side of the grid only
-                with self.gm.graph.inserting_after(node):
-                    wide = self.gm.graph.call_function(aten.expand.default, (node, [sizes[0], *self.grid[1:], shape(node)[-1]]))
-                wide.meta = {k: v for k, v in node.meta.items() if k != "val"}
-                source, body = wide, self.lead[1]
-            else:
-                source = node
-            with self.gm.graph.inserting_after(source):
-                flat = self.gm.graph.call_function(aten.reshape.default, (source, [sizes[0], body, shape(node)[-1]]))
-            flat.meta = {k: v for k, v in node.meta.items() if k != "val"}
-            self.flat[node] = flat
+                source = self.behind(node, aten.expand.default, [sizes[0], *self.grid[1:], shape(node)[-1]])
+                body = self.lead[1]
+            self.flat[node] = self.behind(source, aten.reshape.default, [sizes[0], body, shape(node)[-1]])
         return self.flat[node]
+
+    def behind(self, node: Node, target: Any, sizes: list[int]) -> Node:
+        """A view of a node, right behind it."""
+        with self.gm.graph.inserting_after(node):
+            new = self.gm.graph.call_function(target, (node, sizes))
+        new.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        return new

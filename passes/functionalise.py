@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.graph import aten, get_attr, packet
-from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, read_later, views_from, views_of, whole
+from tokcompile.passes.memory import TRUE_VIEWS, base_of, is_view, mutates, readers_after, views_from, views_of, whole
 
 
 def functionalise(gm: GraphModule) -> None:
@@ -30,7 +30,7 @@ def functionalise(gm: GraphModule) -> None:
                 "write it out of place, or pass ep.run_decompositions({}) of your exported program",
             )
         node.target = functional
-        for user in [u for u in changed.users if order.get(u, 0) > order[node] and u is not node]:
+        for user in readers_after(changed, node, order):
             user.replace_input_with(changed, node)
 
 
@@ -78,7 +78,7 @@ def aliased(changed: Node, by: Node, order: dict[Node, int]) -> bool:
     if base.op in ("placeholder", "get_attr"):
         return True
     older = [v for v in (base, *views_of(base)) if v is not changed and order.get(v, 0) < order[by]]
-    return any(read_later(v, by, order) for v in older)
+    return any(readers_after(v, by, order) for v in older)
 
 
 def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
@@ -93,21 +93,13 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
     if base.op == "get_attr" and not str(base.target).startswith("_folded_"):
         return False  # a weight or a buffer would change from call to call; a folded constant was made anew each time
     older = [v for v in sorted(views_of(base), key=lambda v: order.get(v, 0))
-             if v is not node.args[0] and order.get(v, 0) < order[node] and read_later(v, node, order)]  # fmt: skip
+             if v is not node.args[0] and order.get(v, 0) < order[node] and readers_after(v, node, order)]  # fmt: skip
     if not all(packet(w) in TRUE_VIEWS for v in older for w in views_from(base, v)):
         return False
     with gm.graph.inserting_before(node):
-        if packet(node) == "aten.copy_":
-            value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
-            into, given = node.meta.get("val"), node.args[1].meta.get("val")
-            if into is not None and (given is None or given.dtype != into.dtype):
-                value = gm.graph.call_function(aten.to.dtype, (value, into.dtype))
-        else:
-            functional = functional_overload(node)
-            if functional is None:
-                return False
-            value = gm.graph.call_function(functional, node.args, node.kwargs)
-        result = value
+        result = value = written(gm, node)
+        if value is None:
+            return False
         for view in chain:
             if whole(view):
                 continue
@@ -120,12 +112,24 @@ def rewrite_copy(gm: GraphModule, node: Node, order: dict[Node, int]) -> bool:
                 new = gm.graph.call_function(view.target, (new, *view.args[1:]), view.kwargs)
                 new.meta = dict(view.meta)
                 order[new] = order[node]
-            for user in [u for u in old.users if order.get(u, 0) > order[node]]:
+            for user in readers_after(old, node, order):
                 user.replace_input_with(old, new)
-    for user in [u for u in base.users if order.get(u, 0) > order[node]]:
+    for user in readers_after(base, node, order):
         user.replace_input_with(base, value)
-    for user in [u for u in node.args[0].users if order.get(u, 0) > order[node]]:
+    for user in readers_after(node.args[0], node, order):
         user.replace_input_with(node.args[0], result)  # the view that was written through, read again
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     return True
+
+
+def written(gm: GraphModule, node: Node) -> Node | None:
+    """What an in-place op writes, as a new value; None for an op without a functional form."""
+    if packet(node) != "aten.copy_":
+        functional = functional_overload(node)
+        return None if functional is None else gm.graph.call_function(functional, node.args, node.kwargs)
+    value = gm.graph.call_function(aten.expand_as.default, (node.args[1], node.args[0]))
+    into, given = node.meta.get("val"), node.args[1].meta.get("val")
+    if into is not None and (given is None or given.dtype != into.dtype):
+        value = gm.graph.call_function(aten.to.dtype, (value, into.dtype))
+    return value

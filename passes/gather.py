@@ -13,19 +13,7 @@ from torch.fx import Node
 from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes import picks
 from tokcompile.passes.graph import Builder, aten, shape
-from tokcompile.passes.tokens import (
-    Atom,
-    Axis,
-    Batch,
-    Label,
-    Seq,
-    Space,
-    has_batch,
-    has_tokens,
-    make_seq,
-    new,
-    old,
-)  # fmt: skip
+from tokcompile.passes.tokens import Atom, Axis, Batch, Label, Seq, Space, has_batch, has_tokens, make_seq, new, old
 
 
 class Gatherer:

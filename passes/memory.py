@@ -63,8 +63,9 @@ def views_of(base: Node) -> list[Node]:
     return found
 
 
-def read_later(view: Node, write: Node, order: dict[Node, int]) -> bool:
-    return any(order.get(u, 0) > order[write] for u in view.users)
+def readers_after(value: Node, write: Node, order: dict[Node, int]) -> list[Node]:
+    """What reads a value once `write` has been done."""
+    return [u for u in value.users if order.get(u, 0) > order[write]]
 
 
 def mutates(node: Node) -> bool:
