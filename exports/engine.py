@@ -91,7 +91,7 @@ def build_engine(
     check_options(backend, compute_capabilities)
     target = get_target(target or backend).name
     plugins = plugin_library is not None if plugins is None else plugins
-    library = library_for(backend, target, plugin_library) if plugins else None
+    library = library_for(target, plugin_library) if plugins else None
     form = PLUGIN if plugins else PLAIN
     shapes = shapes_of(opt, profiles) if profiles else {}
     with atomic(path) as temporary, tempfile.TemporaryDirectory(prefix="tokcompile-") as folder:
@@ -135,7 +135,7 @@ def shapes_of(opt: OptimizedModel, profiles: Any) -> dict[str, list[list[int]]]:
     return profile_shapes(profiles, list(given), list(given.values()))
 
 
-def library_for(backend: str, target: str, given: str | os.PathLike[str] | None) -> str:
+def library_for(target: str, given: str | os.PathLike[str] | None) -> str:
     """The plugin library: the given one, or one built for this machine. Raises: EngineError."""
     if given is not None:
         if not os.path.isfile(given):

@@ -54,7 +54,7 @@ def attentions(graph: Graph, dependent: set[Node]) -> Iterator[Attention]:
             scores = walk(node.args[0], dependent, back=True)
             value = next((v for u in node.users if (v := walk(u, dependent, back=False, source=node))), None)
             if scores is not None and value is not None:
-                yield unfused(node, scores, value, dependent)
+                yield unfused(node, scores, value)
 
 
 def is_causal(gm: GraphModule, attention: Attention, dependent: set[Node]) -> bool:
@@ -94,7 +94,7 @@ def mixes_heads(node: Node, dependent: set[Node]) -> bool:
     return same and len(weights) == 1 and len(weights[0]) > 1 and weights[0][-1] == weights[0][-2] != shape(node)[-1]
 
 
-def unfused(softmax: Node, scores: Node, value: tuple[Node, Node], dependent: set[Node]) -> Attention:
+def unfused(softmax: Node, scores: Node, value: tuple[Node, Node]) -> Attention:
     q, k = operands(scores)[:2]
     if keys_first(softmax, scores):
         q, k = k, q

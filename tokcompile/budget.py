@@ -86,9 +86,6 @@ class Schedule:
                 raise BudgetError(f"Schedule maps block numbers to positive token counts, not {block!r}: {k!r}")
 
 
-Budget = float | int | Share | Tokens | Flops | KeepRate | Remove | Schedule
-
-
 def as_budget(value: Any) -> Share | Tokens | Flops | KeepRate | Remove | Schedule:
     """A budget object from what the user gave. Raises: BudgetError."""
     if isinstance(value, (Share, Tokens, Flops, KeepRate, Remove, Schedule)):

@@ -122,9 +122,6 @@ class Call:
     def tensors(self) -> list[str]:
         return [name for name in self.old_args if self.is_tensor(name)]
 
-    def dim(self, value: int, rank: int) -> int:
-        return value % rank
-
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> Node:

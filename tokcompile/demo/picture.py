@@ -121,7 +121,7 @@ def draw(picture: Picture, path: Path) -> None:
     figure.text(0.15 / width, 1 - 0.18 / height, picture.title, fontsize=15, weight="bold", va="top")
     figure.text(0.15 / width, 1 - 0.5 / height, LEGEND, fontsize=9.5, va="top", color="0.25")
     worst = max(0.1, *(float(np.abs(row.saliency - picture.saliency)[picture.box].max()) for row in picture.rows))
-    draw_head(figure, axes[0], picture)
+    draw_head(axes[0], picture)
     for row, line in zip(picture.rows, axes[1:], strict=True):
         draw_row(line, picture, row, worst)
     color_bar(figure, axes[-1], worst, height)
@@ -139,7 +139,7 @@ def inside(picture: Picture, values: Array) -> Array:
     return blank
 
 
-def draw_head(figure: Any, axes: Sequence[Any], picture: Picture) -> None:
+def draw_head(axes: Sequence[Any], picture: Picture) -> None:
     """The original's row."""
     label(axes[0], "original", [f"{picture.grid**2} patches", "in every block"])
     draw_whole(axes, picture, weights.WHOLE, picture.saliency)
