@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokcompile import bench
+from tokcompile import timing
 
 Run = Callable[[], Any]
 SECONDS = 0.6  # that the timing of one case may take, about
@@ -89,7 +89,7 @@ def alternate(session: Session, runs: Mapping[str, tuple[Run, int]], rounds: int
     least = 3 if session.short else 7
     rounds = rounds or max(least, min(100, int((0.02 if session.dry else SECONDS) / max(sum(once.values()), 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    with bench.no_collection():
+    with timing.no_collection():
         for i in range(rounds):
             for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
                 run, calls = runs[name]

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import RESULTS, environment, names, numbers, save, table
-from tokcompile import bench
+from tokcompile import bench, timing
 from tokcompile.passes.reduction import ReductionModule
 from tokcompile.primitives import use_forms
 from tokcompile.recipe import Site, get_method
@@ -150,7 +150,7 @@ def milliseconds(run: Callable[[], Any], seconds: float) -> float:
     times: list[float] = []
     start = time.process_time()
     while len(times) < 3 or time.process_time() - start < seconds:
-        times.append(bench.measure(run, 1, time.process_time))
+        times.append(timing.measure(run, 1, time.process_time))
     return float(np.median(times)) * 1e3
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import tokcompile
 from tests.models.family import seeded
 from tests.shared import shared
-from tokcompile import bench
+from tokcompile import bench, timing
 from tokcompile.errors import InputError, MethodError
 
 
@@ -95,13 +95,13 @@ class Terminal(io.StringIO):
 
 def test_progress_is_shown_on_a_terminal_only(monkeypatch):
     items = range(3)
-    assert bench.track(items, "title") is items
+    assert timing.track(items, "title") is items
     pytest.importorskip("rich", reason="rich is not installed: pip install rich")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(bench.track(items, "a [b]")) == [0, 1, 2]
+    assert list(timing.track(items, "a [b]")) == [0, 1, 2]
     assert "a [b]" in terminal.getvalue()
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert bench.track(items, "title") is items
+    assert timing.track(items, "title") is items
 
 
 def test_threads_are_given_back():

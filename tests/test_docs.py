@@ -23,8 +23,8 @@ from tokcompile.passes.rules import RULES
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 MODULES = (
-    "tokcompile", "tokcompile.api", "tokcompile.backend", "tokcompile.bench", "tokcompile.oracles",
-    "tokcompile.passes.plan", "tokcompile.passes.rules.core", "tokcompile.recipe",
+    "tokcompile", "tokcompile.api", "tokcompile.backend", "tokcompile.oracles",
+    "tokcompile.passes.plan", "tokcompile.passes.rules.core", "tokcompile.recipe", "tokcompile.timing",
 )  # fmt: skip
 NOT_RUN, OUTPUT = "<!-- not run -->", "<!-- output -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

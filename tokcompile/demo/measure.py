@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tokcompile.bench import Ratio, paired
 from tokcompile.demo import weights
 from tokcompile.demo.weights import PATCH, SIZE, WHOLE, WIDTH
 from tokcompile.errors import TokcompileError
+from tokcompile.timing import Ratio, paired
 
 Array = np.ndarray[Any, Any]
 DEPTH = 12

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokcompile.bench import Ratio
 from tokcompile.cli.show import Table, note, rich_table
 from tokcompile.demo.build import DEPTH, ORIGINAL, Built, pixels
 from tokcompile.demo.measure import Output, Quality
+from tokcompile.timing import Ratio
 
 LEGEND = """\
 FLOPs, latency: shares of the original's; latency is CPU time in onnxruntime with one thread, batch 1, the median over
