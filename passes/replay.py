@@ -28,51 +28,22 @@ from tokcompile.passes.guards import mark, same, scalar_holds, true_at
 from tokcompile.replaced import replaced
 
 _SCALARS = {
-    torch.Tensor.item,
-    torch.Tensor.__bool__,
-    torch.Tensor.__int__,
-    torch.Tensor.__float__,
-    torch.Tensor.__index__,
-    torch.Tensor.__contains__,
-    torch.is_nonzero,
-    torch.equal,
-    torch.Tensor.equal,
-    torch.allclose,
-    torch.Tensor.allclose,
-}
+    torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__,
+    torch.Tensor.__contains__, torch.is_nonzero, torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose,
+}  # fmt: skip
 _POSITIONS = {
-    torch.nonzero,
-    torch.Tensor.nonzero,
-    torch.argwhere,
-    torch.Tensor.argwhere,
-    torch.unique_consecutive,
-    torch.Tensor.unique_consecutive,
-    torch.unique,
-    torch.Tensor.unique,
-    torch.bincount,
-    torch.Tensor.bincount,
-}
+    torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere, torch.unique_consecutive,
+    torch.Tensor.unique_consecutive, torch.unique, torch.Tensor.unique, torch.bincount, torch.Tensor.bincount,
+}  # fmt: skip
 _REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 _MASKED = {torch.masked_select, torch.Tensor.masked_select}
 _INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.empty, torch.full}
 _SIZED = {  # the arguments after the tensor itself are sizes
-    torch.Tensor.view,
-    torch.Tensor.reshape,
-    torch.Tensor.expand,
-    torch.Tensor.repeat,
-    torch.Tensor.narrow,
-    torch.Tensor.split,
-    torch.Tensor.unflatten,
-    torch.Tensor.new_zeros,
-    torch.Tensor.new_ones,
-    torch.Tensor.new_empty,
-    torch.reshape,
-    torch.narrow,
-    torch.split,
-    torch.nn.functional.pad,
-    torch.nn.functional.interpolate,
-}
+    torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.Tensor.repeat, torch.Tensor.narrow,
+    torch.Tensor.split, torch.Tensor.unflatten, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty,
+    torch.reshape, torch.narrow, torch.split, torch.nn.functional.pad, torch.nn.functional.interpolate,
+}  # fmt: skip
 
 # frames of torch, of these passes, of decorators and of generated code differ between the two runs
 _IGNORED = (
