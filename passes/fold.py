@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tokcompile.errors import InputError, UnsupportedGraph
-from tokcompile.passes.graph import get_attr, packet
+from tokcompile.passes.graph import buffer, get_attr, packet
 from tokcompile.passes.memory import CASTS, VIEWS, ancestors_of, influenced, mutates
 
 LARGEST_FOLDED = 1 << 26  # elements; larger constants stay expressions
@@ -99,9 +99,7 @@ def fold_constants(gm: GraphModule) -> None:
         if not torch.equal(value, values[node]) and not (value.is_floating_point() and value.isnan().any()):
             raise UnsupportedGraph("a constant is changed in place after it was used", node)
         name = next(name for j in count(i) if not hasattr(gm, name := f"_folded_{j}"))
-        gm.register_buffer(name, value)
-        with gm.graph.inserting_before(node):
-            folded = gm.graph.get_attr(name)
+        folded = buffer(gm, name, value, node)
         folded.meta = dict(node.meta)
         node.replace_all_uses_with(folded)
     for node in reversed(constant):  # in-place ops count as impure, so dead code elimination leaves them

@@ -180,6 +180,13 @@ def emitter(gm: GraphModule, origin: Node) -> Callable[..., Node]:
     return emit
 
 
+def buffer(gm: GraphModule, name: str, value: torch.Tensor, user: Node, persistent: bool = True) -> Node:
+    """A constant under a name of its own, read before `user`."""
+    gm.register_buffer(name, value, persistent=persistent)
+    with gm.graph.inserting_before(user):
+        return gm.graph.get_attr(name)
+
+
 def stand_in(node: Node, new: Node) -> None:
     """`new`, which holds the same, is read in the place of a node, which goes."""
     new.meta["val"] = node.meta["val"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.attentions import SDPA, SOFTMAX
-from tokcompile.passes.graph import aten, emitter, is_tensor, numel, packet, shape
+from tokcompile.passes.graph import aten, buffer, emitter, is_tensor, numel, packet, shape
 from tokcompile.passes.memory import CASTS, reachable_from
 from tokcompile.passes.movement import Movement, moves
 
@@ -41,10 +41,8 @@ def write_mosaics(gm: GraphModule) -> bool:
         emit, (*lead, width) = emitter(gm, m.node), shape(m.source)
         rows = prod(lead)
         runs, places = apart(m.order, rows, tile_of(m.source))
-        name = f"_mosaic_{m.node.name}"
-        gm.register_buffer(name, places.to(m.node.meta["val"].device), persistent=False)
-        with gm.graph.inserting_before(m.node):
-            order = gm.graph.get_attr(name)
+        places = places.to(m.node.meta["val"].device)
+        order = buffer(gm, f"_mosaic_{m.node.name}", places, m.node, persistent=False)
         tiles = emit(aten.reshape.default, m.source, [rows, width])
         newline = emit(aten.to.dtype, emit(aten.reshape.default, m.filler, [1, width]), m.source.meta["val"].dtype)
         pieces = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
-from tokcompile.passes.graph import aten, bind, emitter, shape, stand_in
+from tokcompile.passes.graph import aten, bind, buffer, emitter, shape, stand_in
 
 
 def fix_permutations(gm: GraphModule, inputs: Sequence[Any]) -> list[Fixed]:
@@ -53,10 +53,8 @@ def is_permutation(order: Tensor) -> bool:
 
 def by_constant(gm: GraphModule, node: Node, order: Tensor) -> None:
     """`x[order]` with the order as a buffer of one dimension."""
-    x, name, emit = bind(node)["self"], f"_order_of_{node.name}", emitter(gm, node)
-    gm.register_buffer(name, order.flatten().to(x.meta["val"].device))
-    with gm.graph.inserting_before(node):
-        constant = gm.graph.get_attr(name)
+    x, emit = bind(node)["self"], emitter(gm, node)
+    constant = buffer(gm, f"_order_of_{node.name}", order.flatten().to(x.meta["val"].device), node)
     constant.meta["val"] = bind(node)["indices"][0].meta["val"].flatten()
     made = emit(aten.reshape.default, emit(aten.index.Tensor, x, [constant]), [*order.shape, *shape(x)[1:]])
     stand_in(node, made)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokcompile.passes.fixed import Fixed, program_of, read_by, value_of
-from tokcompile.passes.graph import aten, bind, emitter, get_attr, packet, shape, stand_in, user_dependent
+from tokcompile.passes.graph import aten, bind, buffer, emitter, get_attr, packet, shape, stand_in, user_dependent
 from tokcompile.passes.memory import CASTS
 
 
@@ -89,10 +89,8 @@ def order_of(weights: Tensor, padding: Tensor | None = None) -> Tensor | None:
 
 def write(gm: GraphModule, node: Node, order: Tensor) -> None:
     """The tokens in order, and the mean of each row."""
-    tokens, name, emit = node.args[1], f"_pooled_by_{node.name}", emitter(gm, node)
-    gm.register_buffer(name, order.flatten().to(node.meta["val"].device), persistent=False)
-    with gm.graph.inserting_before(node):
-        index = gm.graph.get_attr(name)
+    tokens, emit = node.args[1], emitter(gm, node)
+    index = buffer(gm, f"_pooled_by_{node.name}", order.flatten().to(node.meta["val"].device), node, persistent=False)
     sizes = shape(tokens)
     moved = emit(aten.index_select.default, tokens, len(sizes) - 2, index)
     groups = emit(aten.reshape.default, moved, [*sizes[:-2], *order.shape, sizes[-1]])

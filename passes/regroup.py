@@ -20,7 +20,7 @@ from tokcompile.passes.find import Block, Structure
 from tokcompile.passes.flatten import TOKENWISE
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import RESHAPES, aten, get_attr, is_tensor, packet, propagate_shapes, shape
+from tokcompile.passes.graph import RESHAPES, aten, buffer, get_attr, is_tensor, packet, propagate_shapes, shape
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.movement import Movement, movements
 from tokcompile.passes.rewrite import Rewriter
@@ -206,9 +206,7 @@ def write_out_indices(gm: GraphModule) -> None:
         index = node.args[2] if packet(node) == "aten.index_select" else None
         if index is None or packet(index) != "aten.reshape" or index.args[0].op != "get_attr":
             continue
-        gm.register_buffer(f"_tokcompile_index_{i}", get_attr(gm, index.args[0].target).reshape(index.args[1]))
-        with gm.graph.inserting_before(node):
-            flat = gm.graph.get_attr(f"_tokcompile_index_{i}")
+        flat = buffer(gm, f"_tokcompile_index_{i}", get_attr(gm, index.args[0].target).reshape(index.args[1]), node)
         flat.meta = dict(index.meta)
         node.replace_input_with(index, flat)
     gm.graph.eliminate_dead_code()

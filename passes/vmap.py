@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from tokcompile.errors import UnsupportedGraph, first_line
-from tokcompile.passes.graph import get_attr
+from tokcompile.passes.graph import buffer, get_attr
 
 ENTER, LEAVE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
@@ -63,9 +63,7 @@ def replace(gm: GraphModule, region: list[Node]) -> None:
             if node.op == "placeholder":
                 env[node] = next(given)
             elif node.op == "get_attr":
-                name = f"_vmap_{len(list(gm.buffers()))}"
-                gm.register_buffer(name, get_attr(flat, node.target))
-                env[node] = gm.graph.get_attr(name)
+                env[node] = buffer(gm, f"_vmap_{len(list(gm.buffers()))}", get_attr(flat, node.target), region[0])
             elif node.op == "output":
                 results = map_arg(node.args[0], env.__getitem__)
             else:
