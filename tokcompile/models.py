@@ -196,11 +196,7 @@ def load_weights(timm: Any, model: torch.nn.Module, path: str, name: str) -> Non
 def from_folder(folder: str, examples: tuple[Tensor, ...] | None, batch: int) -> Named:
     """A transformers model that reads images, from a local folder."""
     transformers = require("transformers", f"hf:{folder}")
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise InputError(f"there is no folder {folder!r}; hf: takes a local folder and downloads nothing")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json; hf: takes a folder that save_pretrained wrote")
+    path = folder_of(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
         if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
@@ -212,6 +208,16 @@ def from_folder(folder: str, examples: tuple[Tensor, ...] | None, batch: int) ->
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     return Named(model.eval(), (), {"pixel_values": pixels(folder, model, config, examples, batch)})
+
+
+def folder_of(folder: str) -> Path:
+    """A local transformers folder. Raises: InputError."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"there is no folder {folder!r}; hf: takes a local folder and downloads nothing")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; hf: takes a folder that save_pretrained wrote")
+    return path
 
 
 def pixels(folder: str, model: Any, config: Any, examples: tuple[Tensor, ...] | None, batch: int) -> Tensor:

@@ -62,13 +62,11 @@ def optimize(args: Namespace) -> Result:
 
 def optimize_as_asked(args: Namespace) -> tokcompile.OptimizedModel:
     """The model with the reductions that the arguments or the plan file say."""
-    wanted = {**common(args), **values.options(args.option)}
+    wanted = common(args)
     if args.plan:
         wanted["plan"] = tokcompile.Plan.load(args.plan)
     else:
-        recipe = get_method(args.method or "tome")
-        recipe.with_options(values.options(args.option))  # refuses what is wrong before the model is loaded
-        wanted |= {"method": recipe, "budget": values.budget(args.budget or "0.5")}
+        wanted |= values.reduction(args.method or "tome", args.budget, args.where, args.option)
     return tokcompile.optimize(*named(args), **wanted)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tokcompile.errors import InputError, first_line
 from tokcompile.llm.tokenizer import TOKENIZER, encoded, read_tokenizer
-from tokcompile.models import require
+from tokcompile.models import folder_of, require
 from tokcompile.vlm import Parts, Preprocess
 from tokcompile.vlm.export import preprocesses
 from tokcompile.vlm.image import opened, pixel_values
@@ -117,11 +116,7 @@ def load(
 
 def check_folder(folder: str) -> None:
     """Raises: InputError."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise InputError(f"there is no folder {folder!r}; hf: takes a local folder and downloads nothing")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json; hf: takes a folder that save_pretrained wrote")
+    path = folder_of(folder)
     if not any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         raise InputError(
             f"{folder} holds no processor (processor_config.json or preprocessor_config.json), which makes pixel values and "

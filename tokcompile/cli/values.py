@@ -9,6 +9,7 @@ from typing import Any
 
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.errors import BudgetError, ExportError, InputError, MethodError
+from tokcompile.recipe import get_method
 
 BUDGETS = """\
   0.5                  half the patch tokens are left after the last reduction
@@ -99,6 +100,17 @@ def options(texts: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             out[key] = value
     return out
+
+
+def reduction(method: str, left: str | None, where: str | None, given: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `tokcompile.optimize` for a method, its budget, blocks and options.
+
+    Raises: MethodError, BudgetError, InputError.
+    """
+    recipe, own = get_method(method), options(given)
+    recipe.with_options(own)  # refuses what is wrong before any work is done
+    made = {"method": recipe, "budget": budget(left or "0.5"), **own}
+    return made | ({"where": blocks(where)} if where else {})
 
 
 def check_folder(path: str, overwrite: bool) -> None:

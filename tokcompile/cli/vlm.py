@@ -11,7 +11,6 @@ from tokcompile.cli import hf, values
 from tokcompile.cli.show import Result, Table
 from tokcompile.errors import InputError
 from tokcompile.models import load_model
-from tokcompile.recipe import get_method
 
 EXAMPLES = """\
 examples:
@@ -80,10 +79,14 @@ def vlm(args: argparse.Namespace) -> Result:
         parts = tokcompile.vlm.split(model, inputs, room=[*parts.prompt.room[:-1], parts.prompt.room[-1] + ROOM])
     plans = {}
     if args.vision_method:
-        asked = reduction(args.vision_method, args.vision_budget, args.vision_where, args.vision_option)
+        asked = values.reduction(args.vision_method, args.vision_budget, args.vision_where, args.vision_option)
         vision = tokcompile.optimize(*parts.vision, outputs="reduced", **asked)
         parts, plans["vision"] = parts.after(vision, renumber=args.renumber), vision.plan
-    asked = reduction(args.method, args.budget, args.where, args.option) if args.method else {"method": "random", "budget": 1.0}
+    asked = (
+        values.reduction(args.method, args.budget, args.where, args.option)
+        if args.method
+        else {"method": "random", "budget": 1.0}
+    )
     prefill = tokcompile.optimize(*parts.language, spans=parts.spans, outputs="reduced", **asked)
     plans["language"] = prefill.plan
     options: dict[str, Any] = {"target": args.target} if args.target else {}
@@ -145,14 +148,6 @@ def written_beside(args: argparse.Namespace, parts: tokcompile.vlm.Parts, exampl
     if args.tokenizer is None:
         files |= {"tokenizer": example.tokenizer, "template": example.template(parts)}
     return files if args.preprocessor else files | {"preprocess": example.preprocess(parts)}
-
-
-def reduction(method: str, budget: str | None, where: str | None, option: list[str]) -> dict[str, Any]:
-    """The arguments of `tokcompile.optimize`. Raises: MethodError, BudgetError, InputError."""
-    recipe, options = get_method(method), values.options(option)
-    recipe.with_options(options)  # refuses what is wrong before any work is done
-    made = {"method": recipe, "budget": values.budget(budget or "0.5"), **options}
-    return made | ({"where": values.blocks(where)} if where else {})
 
 
 def numbers(text: str) -> list[int]:
