@@ -28,6 +28,8 @@ from tokcompile.passes.tokens import Batch, Label, Seq, Space, make_seq, normal,
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
 
+Given = list[Any]  # what goes into a reduction: the stream, the sizes of its tokens or None, and taps
+
 
 def insert(rw: Rewriter, run: Sequence[Splice]) -> None:
     """Reduces the value of a node; all that is read from it afterwards is shorter. run: one reduction, or those of segments
@@ -45,7 +47,8 @@ def insert(rw: Rewriter, run: Sequence[Splice]) -> None:
     sizes = [space.size for space in above if space and space.size]
     with look_ahead(rw, s) if s.recipe.ahead else nullcontext(), overhead(rw):
         taps = read_taps(rw, s)
-    node, module = call(rw, run, stream, side_by_side(rw, sizes) if sizes else None, taps, start, tap_start)
+    given = [stream, side_by_side(rw, sizes) if sizes else None, *taps]
+    node, module = call(rw, run, given, start, tap_start)
     new = rw.builder.emit(operator.getitem, node, 0)
     spaces = left_by(rw, run, node, module, above)
     left = [p if s.aligned else tokens_of_groups(rw, p, s.unit, parent) for p, (parent, *_) in zip(spaces, bodies)]
@@ -72,9 +75,7 @@ def overhead(rw: Rewriter) -> Iterator[FlopCounterMode]:
     rw.overhead_flops += counter.get_total_flops()
 
 
-def call(
-    rw: Rewriter, run: Sequence[Splice], stream: Node, size: Node | None, taps: list[Node], start: int, tap_start: int
-) -> tuple[Node, ReductionModule]:
+def call(rw: Rewriter, run: Sequence[Splice], given: Given, start: int, tap_start: int) -> tuple[Node, ReductionModule]:
     """The node of a run, and its module. start, tap_start: where its tokens begin in the stream and in the taps.
 
     Raises: MethodError that names the method where its plan fails on fake tensors.
@@ -86,15 +87,15 @@ def call(
     module = ReductionModule(s.recipe, site, s.unit, taps_of(rw, s), *begins)
     rw.builder.root.add_module(name, module)
     if taken_apart(run):
-        length, axes = s.site.n * s.unit, map(tap_axis, module.names)
-        stream = folded(rw, stream, 1, start, count, length)
-        taps = [t if axis is None else folded(rw, t, axis, tap_start, count, length) for t, axis in zip(taps, axes)]
-    key = kind_of(s, stream, size, taps)
+        (stream, size, *taps), length, axes = given, s.site.n * s.unit, map(tap_axis, module.names)
+        given = [folded(rw, stream, 1, start, count, length), size]
+        given += [t if axis is None else folded(rw, t, axis, tap_start, count, length) for t, axis in zip(taps, axes)]
+    key = kind_of(s, given)
     if key in rw.reduced:
-        return rw.reduced[key].again(rw, name, module, stream, size, taps), module
+        return rw.reduced[key].again(rw, name, module, given), module
     try:
         with overhead(rw) as counter:
-            node = rw.builder.emit(name, stream, size, *taps)
+            node = rw.builder.emit(name, *given)
         rw.reduced[key] = Seen(node.meta["val"], module.ordered, counter.get_total_flops())
         return node, module
     except TokcompileError:
@@ -107,12 +108,11 @@ def call(
         ) from error
 
 
-def kind_of(s: Splice, stream: Node, size: Node | None, taps: list[Node]) -> tuple[Any, ...]:
+def kind_of(s: Splice, given: Given) -> tuple[Any, ...]:
     """What the sizes of a reduction's results depend on, where it is one of many segments of a stream."""
-    fakes = [n.meta["val"] for n in (size, *taps) if n is not None]
-    read = tuple((tuple(f.shape), f.dtype) for f in fakes)
-    x = stream.meta["val"]
-    return id(s.recipe), s.at, s.k, s.unit, s.aligned, s.site.n, s.site.grid, size is None, x.shape[0], x.dtype, read
+    x, fakes = given[0].meta["val"], [n if n is None else n.meta["val"] for n in given[1:]]
+    read = tuple(f if f is None else (tuple(f.shape), f.dtype) for f in fakes)
+    return id(s.recipe), s.at, s.k, s.unit, s.aligned, s.site.n, s.site.grid, x.shape[0], x.dtype, read
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,16 @@ class Seen:
     ordered: bool | None
     flops: int
 
-    def again(
-        self, rw: Rewriter, name: str, module: ReductionModule, stream: Node, size: Node | None, taps: list[Node]
-    ) -> Node:
+    def again(self, rw: Rewriter, name: str, module: ReductionModule, given: Given) -> Node:
         """The node of one like it."""
-        batch, length, width = shape(stream)
+        x = given[0].meta["val"]
+        batch, length, width = x.shape
         with rw.builder.mode:
             left = length - (module.site.n - module.site.k) * module.unit
-            new = torch.empty((batch, left, width), dtype=stream.meta["val"].dtype, device=stream.meta["val"].device)
+            new = torch.empty((batch, left, width), dtype=x.dtype, device=x.device)
         module.ordered = self.ordered
         rw.overhead_flops += self.flops
-        return rw.builder.known((new, *self.results[1:]), name, stream, size, *taps)
+        return rw.builder.known((new, *self.results[1:]), name, *given)
 
 
 def left_by(
