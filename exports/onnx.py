@@ -6,8 +6,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN, Target, check_opset,
 from tokcompile.files import atomic
 from tokcompile.passes.trace import quiet
 from tokcompile.primitives.forms import use_forms
+from tokcompile.replaced import replaced
 
 if TYPE_CHECKING:
     from tokcompile.api import OptimizedModel
@@ -127,11 +128,10 @@ def export_onnx(
         flat = flatten(opt)
         model = build(flat, row, opset, report)
         set_metadata(model, opt, row)
-        tolerance = default_tolerance(precision) if tolerance is None else tolerance
+        job = Job(opt, flat, row, default_tolerance(precision) if tolerance is None else tolerance, external_data, report)
         for form, name in temporary.items():
             last = form == list(temporary)[-1]
-            verify_this = verify and not report.errors and not report.note
-            finish(opt, flat, model if last else model.clone(), form, row, verify_this, tolerance, external_data, name, report)
+            finish(job, model if last else model.clone(), form, name, verify and not report.errors and not report.note)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -211,22 +211,14 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     return program.model
 
 
-@contextmanager
-def linear_rules() -> Iterator[None]:
+def linear_rules() -> AbstractContextManager[None]:
     """Leaves out the one rule of onnxscript's optimizer that compares every Slice with every other node of the graph (it joins
     two halves to a Split, which torch writes anyway): with it a graph of 7,000 nodes takes minutes."""
     from onnxscript import rewriter
 
     rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
     kept = tuple(rule for rule in rules if getattr(rule, "name", None) != "SlicesSplit")
-    if not kept:  # another release keeps its rules elsewhere
-        yield
-        return
-    rewriter._DEFAULT_REWRITE_RULES = kept
-    try:
-        yield
-    finally:
-        rewriter._DEFAULT_REWRITE_RULES = rules
+    return replaced(rewriter, _DEFAULT_REWRITE_RULES=kept) if kept else nullcontext()  # another release has them elsewhere
 
 
 def set_metadata(model: Any, opt: OptimizedModel, target: Target) -> None:
@@ -250,25 +242,29 @@ def set_metadata(model: Any, opt: OptimizedModel, target: Target) -> None:
     )
 
 
-def finish(
-    opt: OptimizedModel, flat: Flat, model: Any, form: str, target: Target, verify: bool, tolerance: float | None,
-    external: bool | None, temporary: str, report: ExportReport,
-) -> None:  # fmt: skip
-    """Gives the model its form, checks it, writes it beside its final place, and runs it there."""
-    import onnx
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all files of an export. external: whether weights go to a file of their own, None if they must."""
 
+    opt: OptimizedModel
+    flat: Flat
+    target: Target
+    tolerance: float | None
+    external: bool | None
+    report: ExportReport
+
+
+def finish(job: Job, model: Any, form: str, temporary: str, verify: bool) -> None:
+    """Gives the model its form, checks it, writes it beside its final place, and runs it there."""
     from tokcompile.exports.batch import check_example, free_batch
     from tokcompile.exports.functions import to_plain, to_plugin
     from tokcompile.exports.verify import refuse_forbidden
 
+    report, path = job.report, job.report.files[form]
     fused = [r["node"] for r in report.reductions if r["fused"]] if form == PLUGIN else []
-    refuse_forbidden(model, target, fused)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = size > LARGEST_FILE if external is None else external
-    if size > LARGEST_FILE and not external:
-        raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True")
-    path = report.files[form]
-    batch = check_example(flat.input_names, flat.inputs) if report.dynamic_batch else 0
+    refuse_forbidden(model, job.target, fused)
+    external = in_two_files(model, job.external)
+    batch = check_example(job.flat.input_names, job.flat.inputs) if report.dynamic_batch else 0
     with ExitStack() as stack:
         if form == PLUGIN:
             if verify:  # onnxruntime has no such plugin: what runs there is the same graph with the functions
@@ -279,21 +275,16 @@ def finish(
                     to_plain(copy)
                     free_batch(copy, batch)
                 save(copy, file, external)
-                run_it(opt, flat, file, tolerance, report)
+                run_it(job, file)
             report.nodes = to_plugin(model, fused)
         elif form == PLAIN:
             to_plain(model)
         if report.dynamic_batch:
             free_batch(model, batch)
         file = write(model, temporary, path, stack) if external else save(model, temporary, False)
-        try:
-            onnx.checker.check_model(file, full_check=True)
-        except Exception as error:
-            newer = "bfloat16" in str(error) and report.opset < target.newest_opset
-            hint = f"\n  what to do: opset={target.newest_opset}, in which more ops take bfloat16" if newer else ""
-            raise ExportError(f"onnx.checker refuses the exported model: {error}{hint}") from error
+        check_file(file, report.opset, job.target)
         if verify and form != PLUGIN:
-            run_it(opt, flat, file, tolerance, report)
+            run_it(job, file)
         report.bytes += os.path.getsize(file)
         if external:
             report.external_data = report.external_data or f"{path}.data"
@@ -303,10 +294,33 @@ def finish(
             os.replace(file, temporary)
 
 
-def run_it(opt: OptimizedModel, flat: Flat, file: str, tolerance: float | None, report: ExportReport) -> None:
+def in_two_files(model: Any, asked: bool | None) -> bool:
+    """Whether weights go to a file of their own. Raises: ExportError where they have to, and may not."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = size > LARGEST_FILE if asked is None else asked
+    if size > LARGEST_FILE and not external:
+        raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds 2 GB: pass external_data=True")
+    return external
+
+
+def check_file(file: str, opset: int, target: Target) -> None:
+    """Raises: ExportError for what is no ONNX."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(file, full_check=True)
+    except Exception as error:
+        newer = "bfloat16" in str(error) and opset < target.newest_opset
+        hint = f"\n  what to do: opset={target.newest_opset}, in which more ops take bfloat16" if newer else ""
+        raise ExportError(f"onnx.checker refuses the exported model: {error}{hint}") from error
+
+
+def run_it(job: Job, file: str) -> None:
     """Compares the file in onnxruntime with torch. Raises: ExportError where they differ."""
     from tokcompile.exports.batch import check_batches
     from tokcompile.exports.verify import compare
+
+    opt, flat, report = job.opt, job.flat, job.report
 
     def in_torch(inputs: Sequence[Any]) -> dict[str, Any]:
         given = iter(inputs)
@@ -315,7 +329,7 @@ def run_it(opt: OptimizedModel, flat: Flat, file: str, tolerance: float | None, 
         return {name: values[i] for name, i in zip(flat.output_names, flat.kept_outputs, strict=True)}
 
     wanted, reduced = in_torch(flat.inputs), bool(flat.reductions)
-    check = compare(file, flat.input_names, flat.inputs, wanted, tolerance, half=report.precision, reduced=reduced)
+    check = compare(file, flat.input_names, flat.inputs, wanted, job.tolerance, half=report.precision, reduced=reduced)
     report.errors, report.tolerance, report.note = check.errors, check.tolerance, check.note
     if report.dynamic_batch and check.note:
         raise ExportError(
