@@ -71,19 +71,14 @@ def export(
         write_embeddings(parts.model, os.path.join(inside, report.files["embeddings"]))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, os.path.join(inside, TOKENIZER))
-        ids = parts.embeddings.kwargs["input_ids"]
-        start = parts.prompt.full[0][0]
-        before = [int(i) for i, real in zip(ids[0, :start], parts.prompt.mask[0, :start]) if real]
-        images = spec(
-            parts.prompt, vision, report.files, pixels.shape, how, template, before, parts.seen.source.pixels, parts.seen.fixed,
-            further, parts.words,
-        )  # fmt: skip
+        images = spec(parts, vision, report.files, how, template)
         files = {name: file for name, file in report.files.items() if name != "vision"}
         with open(os.path.join(inside, SPEC), "w", encoding="utf-8") as file:
             file.write(spec_json(made.text.wiring, prefill, files, **{KEY: images}) + "\n")
         if verify_tokens:
             count = min(verify_tokens, max_new_tokens)
-            limit, given = limit_of(tolerance, made.text, options), (pixels, ids, parts.prompt.mask)
+            limit = limit_of(tolerance, made.text, options)
+            given = pixels, parts.embeddings.kwargs["input_ids"], parts.prompt.mask
             ours, theirs = (partial(run, *given, **further) for run in (made, load(inside)))
             verify(ours, theirs, count, limit, report)
         finish(report, inside, made.text.wiring)

@@ -6,7 +6,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from tokcompile.vlm.kept import seen_by
 from tokcompile.vlm.observe import IMAGES
 from tokcompile.vlm.parts import PIXELS, with_words
 from tokcompile.vlm.prompt import Prompt
+
+if TYPE_CHECKING:
+    from tokcompile.vlm.split import Parts
 
 KEY = "images"
 
@@ -223,23 +227,24 @@ def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> Folde
 
 
 def spec(
-    prompt: Prompt, vision: OptimizedModel, files: Mapping[str, str], shape: Sequence[int], preprocess: Sequence[Preprocess],
-    template: str | None, before: Sequence[int], pixels: str, fixed: Mapping[str, Tensor], further: Mapping[str, Tensor],
-    words: Mapping[int, Tensor],
-) -> dict[str, Any]:  # fmt: skip
+    parts: Parts, vision: OptimizedModel, files: Mapping[str, str], preprocess: Sequence[Preprocess], template: str | None
+) -> dict[str, Any]:
     """The part of generate.json that is about images."""
+    prompt, seen, (pixels,) = parts.prompt, parts.seen, parts.vision.args
+    example = zip(parts.embeddings.kwargs["input_ids"][0], prompt.mask[0])
+    further = {n: [list(v.shape), str(v.dtype).removeprefix("torch.")] for n, v in parts.vision.kwargs.items()}
     return {
         "vision": files["vision"],
-        "shape": list(shape),
+        "shape": list(pixels.shape),
         "preprocess": [one.data() for one in preprocess],
         "features": {"from": "features", "into": "inputs_embeds", "at": list(prompt.spans)},
         "prompt": prompt.data(),
         "template": template,
-        "before": list(before),
-        "pixels": pixels,
-        "fixed": {name: value.tolist() for name, value in fixed.items()},
-        "further": {name: [list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in further.items()},
-        "words": {str(word): row.tolist() for word, row in words.items()},
+        "before": [int(i) for i, real in islice(example, prompt.full[0][0]) if real],
+        "pixels": seen.source.pixels,
+        "fixed": {name: value.tolist() for name, value in seen.fixed.items()},
+        "further": further,
+        "words": {str(word): row.tolist() for word, row in parts.words.items()},
         "plan": json.loads(vision.plan.json()),
         "kept": dict(vision.kept_of),
     }
