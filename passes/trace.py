@@ -113,12 +113,12 @@ def from_program(
     fixed = collect(gm)
     settle(gm)
     replace_overwritten(gm)
-    checks = [fixed] if fixed else []
     if fixed:
         fixed(inputs)
-    guards = list(dict.fromkeys([*guards, *(line for one in checks for line in one.lines)]))
+        guards = list(dict.fromkeys([*guards, *fixed.lines]))
     output_names = [s.arg.name for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     mixers = program.graph_module.meta.get(CALLS, [])
+    checks = [fixed] if fixed else []
     return Traced(gm, inputs, in_spec, out_spec, program, names, output_names, guards, checks, mixers)
 
 
