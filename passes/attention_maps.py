@@ -12,7 +12,7 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.attentions import SDPA, Attention
 from tokcompile.passes.find import Block
 from tokcompile.passes.graph import aten, bind, packet, shape
-from tokcompile.passes.heads import attentions_of, head_by_head, keys_last, side_by_side, token_length
+from tokcompile.passes.heads import WITHOUT_ATTENTION, attentions_of, head_by_head, keys_last, side_by_side, token_length
 from tokcompile.passes.last_token import check_last_token
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.splice import Splice, body, text_ranges
@@ -72,7 +72,7 @@ def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
         raise UnsupportedGraph(
             "the attention is not over the tokens of the residual stream",
             attention.node,
-            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+            WITHOUT_ATTENTION,
         )
     turned = s.batch > 1 and query_heads_first(rw, s, attention)
     return samples_first(rw, value, s.batch, sizes[-2:], turned)

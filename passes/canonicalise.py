@@ -32,14 +32,9 @@ ASSERTS = {
 IDENTITIES = {"aten.alias", "aten.detach", "aten.detach_", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"}
 PADS = {"aten.pad", "aten.constant_pad_nd"}
 DROPOUTS = {
-    "aten.dropout",
-    "aten.feature_dropout",
-    "aten.alpha_dropout",
-    "aten.feature_alpha_dropout",
-    "aten.native_dropout",
-    "aten.dropout_",
-    "aten.feature_dropout_",
-}
+    "aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout", "aten.native_dropout",
+    "aten.dropout_", "aten.feature_dropout_",
+}  # fmt: skip
 ALIASES = {
     "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "absolute": "abs", "negative": "neg",
     "clip": "clamp", "concat": "cat", "concatenate": "cat", "greater": "gt", "greater_equal": "ge", "less": "lt",

@@ -16,13 +16,8 @@ from tokcompile.passes.rules.experts import PRODUCTS
 from tokcompile.passes.tokens import Axis, Batch, Label, Seq, Space, is_labelled, old, plain
 
 CONVOLUTIONS = {
-    "aten.conv1d",
-    "aten.conv2d",
-    "aten.conv3d",
-    "aten.conv_transpose1d",
-    "aten.conv_transpose2d",
-    "aten.convolution",
-}
+    "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.convolution",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,12 @@ if TYPE_CHECKING:
     from tokcompile.passes.splice import Splice
 
 PROJECTIONS = {
-    "aten.linear",
-    "aten.addmm",
-    "aten.matmul",
-    "aten.layer_norm",
-    "aten.rms_norm",
-    "aten.conv2d",
-    "aten.conv3d",
-    "aten.einsum",
-}
+    "aten.linear", "aten.addmm", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.conv2d", "aten.conv3d", "aten.einsum",
+}  # fmt: skip
 SPLITS = {"aten.split", "aten.split_with_sizes"}
 # what takes the channels of a pair apart, and casts
 PARTS = SPLITS | {"aten.slice", "aten.select", "aten.unbind", "aten.chunk", "aten.to", "aten._to_copy", "getitem"}
+WITHOUT_ATTENTION = "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'"
 REPEATS = {"aten.reshape", "aten.view", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.contiguous"}
 
 
@@ -123,7 +117,7 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
         raise UnsupportedGraph(
             f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens",
             s.at,
-            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+            WITHOUT_ATTENTION,
         )
     return rw.builder.emit(aten.cat.default, parts, dim)
 
@@ -152,7 +146,7 @@ def head_by_head(
             f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {count} tokens of the "
             "residual stream (windows, or attention over channels)",
             node,
-            "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'",
+            WITHOUT_ATTENTION,
         )
     axes = range(len(sizes))
     channel = next(d for d in reversed(axes) if d != token)
