@@ -69,11 +69,7 @@ def own_map(rw: Rewriter, s: Splice, attention: Attention, value: Node) -> Node:
         value = rw.builder.emit(aten.slice.Tensor, value, -1, 0, length)
         sizes = shape(value)
     if sizes[-2:] != (length, length) and len(attentions_of(s)) == 1:
-        raise UnsupportedGraph(
-            "the attention is not over the tokens of the residual stream",
-            attention.node,
-            WITHOUT_ATTENTION,
-        )
+        raise UnsupportedGraph("the attention is not over the tokens of the residual stream", attention.node, WITHOUT_ATTENTION)
     turned = s.batch > 1 and query_heads_first(rw, s, attention)
     return samples_first(rw, value, s.batch, sizes[-2:], turned)
 

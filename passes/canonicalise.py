@@ -144,9 +144,7 @@ def refuse_random(gm: GraphModule) -> None:
             if bind(node).get("train") is False or bind(node).get("dropout_p") == 0:
                 continue
             raise UnsupportedGraph(
-                "the model draws random numbers at inference",
-                node,
-                "optimize the part of the model after the random step",
+                "the model draws random numbers at inference", node, "optimize the part of the model after the random step"
             )
 
 

@@ -115,22 +115,13 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
     dim = 1 if all(shape(p)[2] == token_length(rw, s) for p in parts) else 2
     if dim == 2 and sum(shape(p)[2] for p in parts) != token_length(rw, s):
         raise UnsupportedGraph(
-            f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens",
-            s.at,
-            WITHOUT_ATTENTION,
+            f"the {len(parts)} attentions of block {s.block.index} do not make up its tokens", s.at, WITHOUT_ATTENTION
         )
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
 def head_by_head(
-    rw: Rewriter,
-    s: Splice,
-    node: Node,
-    turned: bool,
-    attention: Attention,
-    segments: bool,
-    name: str,
-    in_line: bool = False,
+    rw: Rewriter, s: Splice, node: Node, turned: bool, attention: Attention, segments: bool, name: str, in_line: bool = False
 ) -> Node:
     """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. turned: whether it is
     (d, L) by itself. segments: whether it may hold a part of the tokens. in_line: whether it may be of an attention over all

@@ -46,11 +46,7 @@ _SIZED = {  # the arguments after the tensor itself are sizes
 }  # fmt: skip
 
 # frames of torch, of these passes, of decorators and of generated code differ between the two runs
-_IGNORED = (
-    *(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__)),
-    contextlib.__file__,
-    "<",
-)
+_IGNORED = (*(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__)), contextlib.__file__, "<")
 
 Site = tuple[tuple[str, int], ...]
 Holds = Callable[[Any], "torch.Tensor | None"]

@@ -5,15 +5,7 @@ from tokcompile.primitives.combine import apply, gather_rows
 from tokcompile.primitives.constant import constant
 from tokcompile.primitives.forms import FORMS, Forms, current_forms, use_forms
 from tokcompile.primitives.score import cosine, unit
-from tokcompile.primitives.select import (
-    ascending,
-    complement,
-    farthest_points,
-    first_argmax,
-    identity,
-    keep_best,
-    top_k,
-)
+from tokcompile.primitives.select import ascending, complement, farthest_points, first_argmax, identity, keep_best, top_k
 
 __all__ = [
     "FORMS",

@@ -84,12 +84,7 @@ def among_images(found: Sequence[tuple[Tensor, Run]], batch: int, total: int) ->
 
 
 def like(
-    prompt: Prompt,
-    deep: Tensor,
-    kept: Tensor | None,
-    count: int,
-    indices: Mapping[str, Tensor],
-    runs: Mapping[str, Run],
+    prompt: Prompt, deep: Tensor, kept: Tensor | None, count: int, indices: Mapping[str, Tensor], runs: Mapping[str, Run]
 ) -> Tensor:
     """Features that were taken at an earlier layer, of more tokens, at those that are left at the end. Raises: InputError."""
     if kept is None or deep.shape[1] == count:
