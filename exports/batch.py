@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokcompile.errors import ExportError
-from tokcompile.exports.simplify import constant, named
+from tokcompile.exports.rewriting import constant, named
 
 NAME = "batch"
 SHAPES = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}  # which input is a shape

@@ -197,7 +197,7 @@ class Converter:
         return self.builder.emit(node.target, *args, **kwargs)
 
     def round(self, new: Node) -> Any:
-        """The result, or its first one where there are several, in half precision."""
+        """A single result in half precision; several are left as they are."""
         return self.cast(new, self.half) if isinstance(new.meta["val"], Tensor) else new
 
     def cast(self, value: Node, dtype: torch.dtype) -> Node:
