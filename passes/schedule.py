@@ -11,8 +11,9 @@ from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, 
 from tokcompile.errors import BudgetError, PlanError
 from tokcompile.passes.find import Structure
 from tokcompile.passes.layout import Layout
-from tokcompile.passes.places import Slot, after_others, alike, choose_slots, one_block, streams
+from tokcompile.passes.places import choose_slots, one_block, streams
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
+from tokcompile.passes.slots import Slot, after_others, same_in_each
 from tokcompile.recipe import Recipe
 
 SolveFlops = Callable[[list[list[Slot]], Callable[[int, list[Slot]], list[int]], float], list[list[int]]]
@@ -120,7 +121,7 @@ def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int
 def apportion(k: int, sizes: Sequence[int], samples: int = 1) -> list[int]:
     """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each; the same in
     each of several samples, where it can be."""
-    if samples > 1 and k % samples == 0 and alike(sizes, samples):
+    if samples > 1 and k % samples == 0 and same_in_each(sizes, samples):
         return apportion(k // samples, sizes[: len(sizes) // samples]) * samples
     total = sum(sizes)
     exact = [k * s / total for s in sizes]

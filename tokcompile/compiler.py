@@ -26,11 +26,12 @@ from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mosaic import write_mosaics
-from tokcompile.passes.places import Slot, before, choose_slots, named_spans, streams
+from tokcompile.passes.places import before, choose_slots, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
 from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reductions
+from tokcompile.passes.slots import Slot, named_spans
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
