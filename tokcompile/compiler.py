@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from tokcompile.budget import as_budget, to_data
 from tokcompile.errors import BudgetError, InputError, PlanError, TokcompileError, UnsupportedGraph
+from tokcompile.flops import solve_flops
 from tokcompile.passes.canonicalise import FIXED, canonicalise
 from tokcompile.passes.convolutions import write_convolutions
 from tokcompile.passes.cost import Term, terms, total
@@ -30,13 +30,11 @@ from tokcompile.passes.places import before, choose_slots, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
-from tokcompile.passes.schedule import apportion, fit_plan, make_plan, reductions
-from tokcompile.passes.slots import Slot, named_spans
+from tokcompile.passes.schedule import fit_plan, make_plan
+from tokcompile.passes.slots import named_spans
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere, get_method
-from tokcompile.steps import same_number
+from tokcompile.recipe import Recipe, Site, get_method
 
 PLAIN = Layout()
 MILD = 0.75  # a budget that every method can meet in any number of steps
@@ -169,6 +167,11 @@ class Request:
     def planned(self, analysis: Analysis, layout: Layout, budget: Any) -> tuple[Reduction, ...]:
         """The reductions of a budget, behind those that are there. Raises: BudgetError, PlanError, UnsupportedGraph."""
         settings = self.settings
+
+        def probe(stand_in: Recipe, chosen: Sequence[Reduction]) -> Rewritten:
+            known = replace(settings, recipes={**settings.recipes, stand_in.name: stand_in})
+            return rewrite(analysis, known, (*self.before, *(replace(r, method=stand_in.name) for r in chosen)), layout)
+
         chosen = timed(
             analysis.seconds,
             "plan",
@@ -180,7 +183,7 @@ class Request:
                 spans=settings.spans,
                 options=settings.options,
                 layout=layout,
-                solve_flops=lambda *a: solve_flops(analysis, settings, self.before, layout, *a),
+                solve_flops=lambda *a: solve_flops(analysis.graph.graph, settings.recipe, probe, *a),
                 labels=self.earlier.rewritten.labels if self.earlier and self.earlier.rewritten else None,
             ),
         )
@@ -341,65 +344,6 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
             still_hidden = left_of(still_hidden, r.n, r.k)
         out.append(splice)
     return out
-
-
-def solve_flops(
-    analysis: Analysis,
-    settings: Settings,
-    earlier: Sequence[Reduction],
-    layout: Layout,
-    of_stream: list[list[Slot]],
-    counts: Callable[[int, list[Slot]], list[int]],
-    ratio: float,
-) -> list[list[int]]:
-    """The counts of the largest budget whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
-
-    One rewrite with a stand-in method types every axis; other counts are then only other sizes of the same products.
-    """
-    original = total(terms(analysis.graph.graph, {}))
-    stand_in = Recipe("probe", first_tokens, together=anywhere)
-    probe: list[Reduction] = []
-    for slots in of_stream:
-        n, many = slots[0].n, len(slots[0].spans)
-        probe += reductions([max(many, n - many * (i + 1)) for i in range(len(slots))], slots, stand_in, {})
-    probe.sort(key=lambda r: r.block)
-    recipes = {**settings.recipes, stand_in.name: stand_in}
-    probing = (*earlier, *(replace(r, method=stand_in.name) for r in probe))
-    probed = rewrite(analysis, replace(settings, recipes=recipes), probing, layout)
-    cost = terms(analysis.graph.graph, probed.labels, probed.recovered, probed.mixed)
-    by_block = {(r.block, r.prefix): space for r, space in zip(probe, probed.spaces[len(earlier) :])}
-
-    def share(final: int) -> float:
-        wanted: dict[Space, int] = {}
-        for slots in of_stream:
-            current = list(slots[0].left)
-            for slot, k in zip(slots, counts(final, slots)):
-                current = apportion(k, current)
-                for k_span, (start, _) in zip(current, slot.spans):
-                    space = by_block.get((slot.block.index, slot.token(start)))
-                    if space is not None:
-                        wanted[space] = k_span
-        return total(cost, wanted) / original
-
-    every = [slot for slots in of_stream for slot in slots]
-    low, high = len(every[0].spans), every[0].n
-    if share(low) > ratio and settings.recipe.steps.counts is same_number:
-        low = high - high * len(every)  # a larger r than would last to the end: every step takes what one step can
-    if share(low) > ratio:
-        left = counts(low, of_stream[0])[-1]
-        raise BudgetError(
-            f"Flops({ratio}) cannot be met: even with {left} token{'s' * (left != 1)} left {share(low):.3f} of the FLOPs "
-            f"remain (reductions at blocks {[s.block.index for s in every]}); reduce earlier (where=...) or raise the budget"
-        )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if share(middle) <= ratio else (low, middle - 1)
-    return [counts(low, slots) for slots in of_stream]
-
-
-def first_tokens(tokens: Tokens, site: Site) -> Keep:
-    """A stand-in method for costing: it keeps the first k tokens."""
-    return Keep(torch.arange(site.k, device=tokens.x.device).expand(tokens.x.shape[0], -1))
 
 
 def settings_for(method: str | Recipe, options: Mapping[str, Any], *, spans: Any = None, **rest: Any) -> Settings:
