@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,10 @@ def bench(
     with torch_threads(threads):
         say("tracing the original")
         source = trace(model, args, kwargs).program or model  # traced once, for all methods
-        plain = optimize(source, args, kwargs, method="random", budget=1.0)
+        make = partial(optimize, source, args, kwargs)
+        plain = make(method="random", budget=1.0)
         result.machine["inputs"] = [shape_text(v) for v in plain.example_inputs if isinstance(v, torch.Tensor)]
-        cases = list(build(result, say, source, args, kwargs, recipes, budgets, options or {}, common))
+        cases = list(build(result, say, make, recipes, budgets, options or {}, common))
         for runtime in runtimes:
             say(f"{runtime}: A/A")
             original = original_runner(model, args, kwargs, plain, runtime, threads)
@@ -192,10 +194,10 @@ def bench(
 
 
 def build(
-    result: Bench, say: Callable[[str], None], model: Any, args: Any, kwargs: Any, recipes: Sequence[Recipe],
+    result: Bench, say: Callable[[str], None], make: Callable[..., OptimizedModel], recipes: Sequence[Recipe],
     budgets: Sequence[Any], options: Mapping[str, Any], common: dict[str, Any],
 ) -> Iterator[tuple[str, str, OptimizedModel, OptimizedModel]]:  # fmt: skip
-    """(method, budget, optimized model, random selection at the same counts), for all that can be built."""
+    """(method, budget, optimized model, random selection at the same counts), for all that `make` can build."""
     weighted = {k: v for k, v in common.items() if k == "size_weighted_mean"}  # the plan says all the rest
     twins: dict[Any, OptimizedModel] = {}
     for budget in budgets:
@@ -204,12 +206,12 @@ def build(
             say(f"compiling {recipe.name} at {title}")
             own = {k: v for k, v in options.items() if k in recipe.options}
             try:
-                made = optimize(model, args, kwargs, method=recipe, budget=budget, **common, **own)
+                made = make(method=recipe, budget=budget, **common, **own)
                 if recipe.name == "random":
                     twins[places(made)] = made
                 elif places(made) not in twins:
                     plan = made.plan.replace(method="random", options={})
-                    twins[places(made)] = optimize(model, args, kwargs, plan=plan, **weighted)
+                    twins[places(made)] = make(plan=plan, **weighted)
             except TokcompileError as error:
                 result.errors.append(f"{recipe.name} at {title}: {error}")
                 continue
