@@ -81,12 +81,12 @@ def evaluated(wanted: ir.Value) -> np.ndarray | None:
         [ir.to_proto(node) for node in graph if node in nodes],
         "constants",
         [],
-        [onnx.helper.make_empty_tensor_value_info(wanted.name)],
+        [onnx.helper.make_empty_tensor_value_info(wanted.name or "")],
         list(constants.values()),
     )
     opset = onnx.helper.make_opsetid("", graph.opset_imports[""])
-    (value,) = ReferenceEvaluator(onnx.helper.make_model(body, opset_imports=[opset])).run(None, {})
-    return np.asarray(value)
+    (found,) = ReferenceEvaluator(onnx.helper.make_model(body, opset_imports=[opset])).run(None, {})
+    return np.asarray(found)
 
 
 def sees(graph: ir.Graph, product: ir.Node, bias: ir.Value) -> ir.Value:
