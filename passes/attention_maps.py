@@ -12,7 +12,7 @@ from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.attentions import SDPA, Attention
 from tokcompile.passes.find import Block
 from tokcompile.passes.graph import aten, bind, packet, shape
-from tokcompile.passes.heads import WITHOUT_ATTENTION, attentions_of, head_by_head, keys_last, side_by_side, token_length
+from tokcompile.passes.heads import WITHOUT_ATTENTION, Operand, attentions_of, head_by_head, side_by_side, token_length
 from tokcompile.passes.last_token import check_last_token
 from tokcompile.passes.samples import heads_first, samples_first
 from tokcompile.passes.splice import Splice, body, text_ranges
@@ -40,8 +40,7 @@ def scores_of(rw: Rewriter, s: Splice, attention: Attention, which: Which) -> No
     if not attention.fused:
         return some_rows(rw, own_map(rw, s, attention, rw.env[attention.node].args[0]), 2, which)
     segments = len(attentions_of(s)) > 1
-    turned = {"q": False, "k": keys_last(attention)}
-    query, key = (head_by_head(rw, s, getattr(attention, n), turned[n], attention, segments, n) for n in turned)
+    query, key = (head_by_head(rw, s, Operand(attention, n, getattr(attention, n), segments=segments)) for n in "qk")
     query = some_rows(rw, query, 2, which)
     if shape(key)[1] != shape(query)[1]:
         key = emit(aten.repeat_interleave.self_int, key, shape(query)[1] // shape(key)[1], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
@@ -26,6 +27,30 @@ SPLITS = {"aten.split", "aten.split_with_sizes"}
 PARTS = SPLITS | {"aten.slice", "aten.select", "aten.unbind", "aten.chunk", "aten.to", "aten._to_copy", "getitem"}
 WITHOUT_ATTENTION = "choose a method that does not read attention, such as 'random', 'grid' or 'divprune'"
 REPEATS = {"aten.reshape", "aten.view", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.contiguous"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A query, key or value, as an attention takes it or as it was before positions were rotated into it.
+
+    turned: whether it is (d, L) by itself. segments: whether it may hold a part of the tokens.
+    """
+
+    attention: Attention
+    name: str
+    node: Node
+    turned: bool = False
+    segments: bool = False
+
+    def token_axis(self, sizes: tuple[int, ...], label: Label, count: int) -> int:
+        """The axis that holds its tokens: where the attention has it, unless another one is as long as there are tokens
+        (`count`) and that one is not."""
+        usual = len(sizes) - (1 if self.turned else 2)
+        if self.attention.fused and self.node in (self.attention.q, self.attention.k, self.attention.v):
+            return usual
+        count = sizes[usual] if self.segments else count
+        fitting = [d for d, size in enumerate(sizes) if size == count and (not is_labelled(label) or has_tokens(label[d]))]
+        return usual if usual in fitting or not fitting else fitting[-1]
 
 
 def attentions_of(s: Splice) -> list[Attention]:
@@ -52,8 +77,8 @@ def heads(rw: Rewriter, s: Splice, name: str, rotated: bool = False) -> Node:
             source = before_rotary(inner)
             if source is not inner:
                 node, times, turned = source, real_numbers(node) // real_numbers(inner), False
-        segments = whole is None and len(attentions) > 1
-        parts.append(repeated(rw, head_by_head(rw, s, node, turned, attention, segments, name, in_line=True), times))
+        operand = Operand(attention, name, node, turned, segments=whole is None and len(attentions) > 1)
+        parts.append(repeated(rw, head_by_head(rw, s, operand, in_line=True), times))
     return side_by_side(rw, s, parts)
 
 
@@ -120,21 +145,19 @@ def side_by_side(rw: Rewriter, s: Splice, parts: list[Node]) -> Node:
     return rw.builder.emit(aten.cat.default, parts, dim)
 
 
-def head_by_head(
-    rw: Rewriter, s: Splice, node: Node, turned: bool, attention: Attention, segments: bool, name: str, in_line: bool = False
-) -> Node:
-    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. turned: whether it is
-    (d, L) by itself. segments: whether it may hold a part of the tokens. in_line: whether it may be of an attention over all
-    samples at once, which are the windows of an image."""
+def head_by_head(rw: Rewriter, s: Splice, operand: Operand, in_line: bool = False) -> Node:
+    """Lays a head tensor out as (B, H, L, d), whatever order and grouping of axes the model uses. in_line: whether it may be of
+    an attention over all samples at once, which are the windows of an image."""
+    node = operand.node
     value, label = rw.env[node], rw.labels.get(node) or plain(shape(node))
     sizes, left, full = shape(value), token_length(rw, s), shape(s.at)[s.block.token_axis]
     count = left if is_labelled(label) else full
-    token = token_axis(node, turned, attention, sizes, label, None if segments else count)
-    count = sizes[token] if segments else count
+    token = operand.token_axis(sizes, label, count)
+    count = sizes[token] if operand.segments else count
     in_line &= is_labelled(label) and sizes[token] == windows_in(label, token, s.batch) * count > count
     if sizes[token] != count and not in_line:
         raise UnsupportedGraph(
-            f"the {name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {count} tokens of the "
+            f"the {operand.name} of this attention is {'x'.join(map(str, sizes))}: it does not hold the {count} tokens of the "
             "residual stream (windows, or attention over channels)",
             node,
             WITHOUT_ATTENTION,
@@ -152,17 +175,6 @@ def head_by_head(
     heads_before = s.batch > 1 and heads_first(rw.old, s, node, label, lead)
     value = samples_first(rw, value, s.batch, tail, heads_before)
     return restricted(rw, s, value, 2) if count == full != left else value
-
-
-def token_axis(node: Node, turned: bool, attention: Attention, sizes: tuple[int, ...], label: Label, count: int | None) -> int:
-    """The axis of a head tensor that holds its tokens: where the attention has it, unless another one is as long as there are
-    tokens and that one is not. count: how many there are; by default as many as the attention's axis is long."""
-    usual = len(sizes) - (1 if turned else 2)
-    if attention.fused and node in (attention.q, attention.k, attention.v):
-        return usual
-    count = sizes[usual] if count is None else count
-    fitting = [d for d, size in enumerate(sizes) if size == count and (not is_labelled(label) or has_tokens(label[d]))]
-    return usual if usual in fitting or not fitting else fitting[-1]
 
 
 def windows_in(label: Label, token: int, batch: int) -> int:
