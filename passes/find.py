@@ -78,51 +78,99 @@ class Structure:
 
 def find(gm: GraphModule) -> Structure:
     """Reads the structure of a canonical graph with fake values."""
-    graph = gm.graph
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    dependent = user_dependent(graph)
-    structure = Structure(order=order)
-    by_mid: dict[Node, Block] = {}
-    found_attentions = list(attentions(graph, dependent))
-    laid_out = streams(graph, found_attentions)
-    features = ancestors_of({n for n in graph.nodes if SAMPLES in n.meta})  # of images, placed among embeddings
-    for attention in found_attentions:
-        attention.causal = attention.causal or is_causal(gm, attention, dependent)
-        found = residual(attention, order, dependent)
-        name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
-        if isinstance(found, str):
-            structure.unrecognised.append(f"{name}: {found}")
-        elif found[1] in by_mid:
-            by_mid[found[1]].attentions.append(attention)
-        else:
-            block = make_block(attention, *found, structure, dependent, found[0] not in laid_out, found[0] in features)
-            by_mid[block.mid] = block
-            structure.blocks.append(block)
-    set_ends(structure, dependent)
-    return structure
+    return _Find(gm).run()
 
 
-def ancestors(node: Node, dependent: set[Node], stop: int, order: dict[Node, int]) -> set[Node]:
-    """What a node is computed from, itself included, as far as it depends on the inputs and stands at `stop` or behind it."""
-    return ancestors_of({node}, lambda n: n in dependent and order[n] >= stop)
+class _Find:
+    """dependent: what the inputs reach. laid_out: see `streams`. features: of images, placed among embeddings."""
 
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self.order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        self.dependent = user_dependent(gm.graph)
+        self.attentions = list(attentions(gm.graph, self.dependent))
+        self.laid_out = streams(gm.graph, self.attentions)
+        self.features = ancestors_of(n for n in gm.graph.nodes if SAMPLES in n.meta)
+        self.found = Structure(order=self.order)
 
-def residual(attention: Attention, order: dict[Node, int], dependent: set[Node]) -> tuple[Node, Node] | str:
-    """(entry, mid): the residual stream going in, and the add, or step towards it, that joins the attention's result to it."""
-    before = ancestors(attention.q, dependent, 0, order)
-    after: set[Node] = {attention.node}
-    for node in behind(attention.node):
-        if not any(n in after for n in node.all_input_nodes):
-            continue
-        after.add(node)
-        if packet(node) == "aten.lerp" or (packet(node) in ADD and len(node.all_input_nodes) == 2):
-            x, y = node.args[0], node.args[1]
-            stream = x if y in after else y
-            if (x in after) != (y in after) and shape(stream) == shape(node) and unscaled(stream, dependent) in before:
-                return unscaled(stream, dependent), node
-        if packet(node) == SDPA or packet(node) in SOFTMAX:
-            break
-    return "no residual add after it (cross or pooling attention, or the last step of a head): left alone"
+    def run(self) -> Structure:
+        by_mid: dict[Node, Block] = {}
+        for attention in self.attentions:
+            attention.causal = attention.causal or is_causal(self.gm, attention, self.dependent)
+            found = self.residual(attention)
+            if isinstance(found, str):
+                name = f"{attention.node.name} ({module_path(attention.node) or 'no module'})"
+                self.found.unrecognised.append(f"{name}: {found}")
+            elif found[1] in by_mid:
+                by_mid[found[1]].attentions.append(attention)
+            else:
+                by_mid[found[1]] = self.block(attention, *found)
+        for block in self.found.blocks:
+            self.set_end(block)
+        return self.found
+
+    def ancestors(self, node: Node, start: Node | None = None) -> set[Node]:
+        """What a node is computed from, itself included, as far as it depends on the inputs and stands at `start` or behind."""
+        least = 0 if start is None else self.order[start]
+        return ancestors_of({node}, lambda n: n in self.dependent and self.order[n] >= least)
+
+    def residual(self, attention: Attention) -> tuple[Node, Node] | str:
+        """(entry, mid): the residual stream going in, and the add, or step towards it, that joins the attention's result to
+        it."""
+        before = self.ancestors(attention.q)
+        after: set[Node] = {attention.node}
+        for node in behind(attention.node):
+            if not any(n in after for n in node.all_input_nodes):
+                continue
+            after.add(node)
+            if packet(node) == "aten.lerp" or (packet(node) in ADD and len(node.all_input_nodes) == 2):
+                x, y = node.args[0], node.args[1]
+                stream = unscaled(x if y in after else y, self.dependent)
+                if (x in after) != (y in after) and shape(stream) == shape(node) and stream in before:
+                    return stream, node
+            if packet(node) == SDPA or packet(node) in SOFTMAX:
+                break
+        return "no residual add after it (cross or pooling attention, or the last step of a head): left alone"
+
+    def block(self, attention: Attention, entry: Node, mid: Node) -> Block:
+        """A new one, with which a new stage may begin."""
+        token_axis, batch_axis, why_not = axes(attention, mid)
+        stage = self.stage(entry, mid, token_axis)
+        crosses = entry not in self.ancestors(attention.k, entry)
+        number, path = len(self.found.blocks), common_path(attention.node, mid)
+        block = Block(number, path, [attention], entry, mid, None, token_axis, batch_axis, stage, False, why_not, crosses)
+        self.found.blocks.append(block)
+        return block
+
+    def stage(self, entry: Node, mid: Node, token_axis: int) -> Stage:
+        """That of the last block, if its tokens come in here too; else another one."""
+        blocks, stages = self.found.blocks, self.found.stages
+        if blocks and shape(blocks[-1].mid) == shape(mid) and self.follows(blocks[-1], entry):
+            return blocks[-1].stage
+        upstream = self.ancestors(entry)
+        queries, features = entry not in self.laid_out, entry in self.features
+        made = make_stage(entry, token_axis, shape(mid)[token_axis], self.dependent, upstream, queries, features)
+        # the same tokens again, and not those of another image that went through the same tower
+        known = next((b.stage for b in blocks if b.stage == made and b.mid in upstream), None)
+        if known is None:
+            stages.append(made)
+        return known or made
+
+    def follows(self, block: Block, entry: Node) -> bool:
+        """Whether a stream at `entry` comes out of `block`, so that it holds the same tokens."""
+        between = self.ancestors(entry, block.mid)
+        return block.mid in between and not any(SPANS in n.meta for n in between)  # placed in a prompt, as long by chance
+
+    def set_end(self, block: Block) -> None:
+        """The next add that has `mid` as an operand, before the next attention."""
+        later = [a.node for b in self.found.blocks[block.index + 1 :] for a in b.attentions]
+        limit = min((self.order[n] for n in later), default=1 << 60)
+        users = [*block.mid.users, *(v for u in block.mid.users if unscaled(u, {block.mid}) is block.mid for v in u.users)]
+        ends = [u for u in users if packet(u) in ADD and self.order[u] < limit]
+        block.end = min(ends, key=self.order.__getitem__, default=None)
+        if block.end is not None:
+            branch = [n for n in block.end.all_input_nodes if n is not block.mid]
+            block.parallel = not any(block.mid in self.ancestors(n, block.mid) for n in branch)
 
 
 def unscaled(node: Node, dependent: set[Node]) -> Node:
@@ -159,38 +207,6 @@ def streams(graph: Graph, found: Sequence[Attention]) -> set[Node]:
     return reached
 
 
-def make_block(
-    attention: Attention, entry: Node, mid: Node, structure: Structure, dependent: set[Node], queries: bool, features: bool
-) -> Block:
-    token_axis, batch_axis, why_not = axes(attention, mid)
-    length = shape(mid)[token_axis]
-    last = structure.blocks[-1] if structure.blocks else None
-    if last is not None and shape(last.mid) == shape(mid) and follows(last, entry, dependent, structure.order):
-        stage = last.stage
-    else:
-        upstream = ancestors(entry, dependent, 0, structure.order)
-        stage = make_stage(entry, token_axis, length, dependent, upstream, queries, features)
-        # the same tokens again, and not those of another image that went through the same tower
-        stage = next((b.stage for b in structure.blocks if b.stage == stage and b.mid in upstream), stage)
-    if not any(one is stage for one in structure.stages):
-        structure.stages.append(stage)
-    path = common_path(attention.node, mid)
-    crosses = entry not in ancestors(attention.k, dependent, structure.order[entry], structure.order)
-    return Block(
-        len(structure.blocks),
-        path,
-        [attention],
-        entry,
-        mid,
-        None,
-        token_axis,
-        batch_axis,
-        stage,
-        why_not=why_not,
-        crosses=crosses,
-    )
-
-
 def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
     """Which axis of the residual stream holds the tokens, and which the batch."""
     sizes = shape(mid)
@@ -203,26 +219,6 @@ def axes(attention: Attention, mid: Node) -> tuple[int, int | None, str | None]:
         return 1, 0, None
     why = f"the residual stream is {'x'.join(map(str, sizes))}: its tokens lie on two axes (a grid), not on one"
     return len(sizes) - 2, 0, why
-
-
-def follows(block: Block, entry: Node, dependent: set[Node], order: dict[Node, int]) -> bool:
-    """Whether a stream at `entry` comes out of `block`, so that it holds the same tokens."""
-    between = ancestors(entry, dependent, order[block.mid], order)
-    return block.mid in between and not any(SPANS in n.meta for n in between)  # placed in a prompt, as long by chance
-
-
-def set_ends(structure: Structure, dependent: set[Node]) -> None:
-    """Block end: the next add that has `mid` as an operand, before the next attention."""
-    for block in structure.blocks:
-        later = [a.node for b in structure.blocks[block.index + 1 :] for a in b.attentions]
-        limit = min((structure.order[n] for n in later), default=1 << 60)
-        users = [*block.mid.users, *(v for u in block.mid.users if unscaled(u, {block.mid}) is block.mid for v in u.users)]
-        ends = [u for u in users if packet(u) in ADD and structure.order[u] < limit]
-        block.end = min(ends, key=structure.order.__getitem__, default=None)
-        if block.end is not None:
-            branch = [n for n in block.end.all_input_nodes if n is not block.mid]
-            start = structure.order[block.mid]
-            block.parallel = not any(block.mid in ancestors(n, dependent, start, structure.order) for n in branch)
 
 
 def common_path(*nodes: Node) -> str:
