@@ -36,11 +36,17 @@ class Gatherer:
         """(B, new) positions, within an axis typed `have` (an int: the full old axis), of the tokens of `want`."""
         parts = have.parts if isinstance(have, Seq) else want.old_sizes
         have = make_seq(parts) if isinstance(have, Seq) else Seq(tuple(parts))
+        if want.spaces and not any(space.k for space in want.spaces):  # all that is left is text
+            edges = [0, *accumulate(length(part) for part in parts)]
+            places = [torch.arange(a, b) for a, b, target in zip(edges, edges[1:], aligned(parts, want)) if length(target)]
+            return self.b.constant(torch.cat(places).expand(samples(want), -1).contiguous(), "positions")
         if (have, want) not in self._index:
             pieces, targets = [], aligned(parts, want)
             starts = [0, *accumulate(map(length, parts))]
             for run in picks.runs(targets, parts):
                 target, start = targets[run[0]], starts[run[0]]
+                if not length(target):
+                    continue
                 if len(run) > 1:
                     inside = slice(run.start, run.stop)
                     wide = picks.within(self.b, targets[inside], parts[inside])
@@ -85,6 +91,8 @@ class Gatherer:
             pieces, starts = [], [0, *accumulate(map(length, seq.parts))]
             for run in picks.runs(seq.parts):
                 part, start = seq.parts[run[0]], starts[run[0]]
+                if isinstance(part, Space) and not part.k:
+                    raise UnsupportedGraph(f"all tokens of {part} were dropped, and none is left to stand for them")
                 if len(run) > 1:
                     wide = picks.slots(self.b, seq.parts[run.start : run.stop])
                     pieces.append(picks.end_to_end(self.b, wide, starts[run.start : run.stop]))
@@ -116,7 +124,8 @@ class Gatherer:
                     pieces.append(sizes[0] if len(run) == 1 else picks.end_to_end(self.b, picks.together(self.b, sizes)))
                 else:
                     count = sum(length(seq.parts[i]) for i in run)
-                    pieces.append(self.b.constant(torch.ones(samples(seq), count), "ones"))
+                    if count:
+                        pieces.append(self.b.constant(torch.ones(samples(seq), count), "ones"))
             self._size[seq] = self.b.cat(pieces, 1)
         return self._size[seq]
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokcompile.errors import MethodError, TokcompileError, UnsupportedGraph, first_line
 from tokcompile.passes.ahead import look_ahead
 from tokcompile.passes.gather import once
-from tokcompile.passes.graph import shape
+from tokcompile.passes.graph import aten, shape
 from tokcompile.passes.groups import put_back, tokens_of_groups
 from tokcompile.passes.picks import apart
 from tokcompile.passes.reduction import RESULTS, ReductionModule, tap_axis
@@ -37,6 +37,9 @@ def insert(rw: Rewriter, run: Sequence[Splice]) -> None:
     s, count = run[0], len(run)
     x, label = rw.env[s.at], rw.labels.get(s.at)
     rw.before.setdefault(s.at, (x, label))
+    if not s.k:
+        drop(rw, s)
+        return
     bodies = [body(one, label) for one in run]
     before, after = bodies[0][1], bodies[-1][2]
     rows = s.unit if s.aligned else 1
@@ -58,6 +61,22 @@ def insert(rw: Rewriter, run: Sequence[Splice]) -> None:
         new = put_back(rw, stream, new, start, start + count * s.site.n * s.unit)
     rw.env[s.at] = native(rw, new, s.block)
     rw.labels[s.at] = label_after(rw, s, make_seq([*before, *left, *after]))
+    rw.full.pop(s.at, None)
+
+
+def drop(rw: Rewriter, s: Splice) -> None:
+    """All tokens of a span go, and no method is asked: what stands around them is left, as slices of the stream."""
+    x, axis = rw.env[s.at], s.block.token_axis
+    above, before, after = body(s, rw.labels.get(s.at))
+    start, stop = (make_seq(parts).new for parts in (before, [*before, above or s.site.n]))
+    pieces = [(a, b) for a, b in ((0, start), (stop, shape(x)[axis])) if a < b]
+    kept = [rw.builder.emit(aten.slice.Tensor, x, axis, a, b) for a, b in pieces]
+    none = rw.builder.constant(torch.empty(s.batch, 0, dtype=torch.int64), "none")
+    space = Space(f"s{len(rw.spaces)}", s.site.n, 0, above, none, renumber=numbers_anew(rw, s), drops=True, start=s.prefix)
+    space.gone = rw.builder.emit(aten.slice.Tensor, x, axis, start, stop)
+    rw.spaces.append(space)
+    rw.env[s.at] = kept[0] if len(kept) == 1 else rw.builder.emit(aten.cat.default, kept, axis)
+    rw.labels[s.at] = label_after(rw, s, make_seq([*before, space, *after]))
     rw.full.pop(s.at, None)
 
 

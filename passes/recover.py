@@ -10,13 +10,16 @@ from torch.fx import Node
 
 from tokcompile.errors import UnsupportedGraph, module_path
 from tokcompile.passes.batch import samples_in_line
-from tokcompile.passes.graph import aten, packet
+from tokcompile.passes.flatten import TOKENWISE
+from tokcompile.passes.graph import RESHAPES, aten, packet
 from tokcompile.passes.rules.core import Call
 from tokcompile.passes.rules.sizes import laid_out
-from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, is_labelled
+from tokcompile.passes.tokens import Label, Run, Seq, Space, describe, extent, is_labelled, make_seq, spaces_on
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
+
+ROW_BY_ROW = TOKENWISE | RESHAPES | {"aten.mean"}  # the last where it leaves the tokens: over channels
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def full_of(rw: Rewriter, value: Any, label: Any, node: Node) -> Any:
 def given_back(rw: Rewriter, value: Node, label: Label, node: Node) -> Node:
     """Every original token gets the row of the one that stands for it, and of what a softmax over tokens has made sum to one
     its share: the same for all of a group."""
+    if any(not space.k for axis in label for space in spaces_on(axis)):
+        return as_dropped(rw, node)
     full = rw.gather.recover(value, label, node)
     axes = {axis for softmax, axis in rw.softmaxes.axes.get(node, {}).items() if rw.over_tokens(softmax)}
     if not axes:
@@ -84,6 +89,43 @@ def given_back(rw: Rewriter, value: Node, label: Label, node: Node) -> Node:
             group = call.op(aten.to.dtype, rw.gather.members(tokens), full.meta["val"].dtype)
             full = call.op(aten.div.Tensor, full, laid_out(call, group, like, axis))
     return full
+
+
+def as_dropped(rw: Rewriter, node: Node) -> Node:
+    """Where all tokens of a span went, none is left to stand for them: what is computed token by token from the stream is
+    computed from it with them in it, as they were when they went. Raises: UnsupportedGraph for all else."""
+    if node not in rw.full:
+        label, streams = rw.labels[node], {n for b in rw.structure.blocks for n in (b.entry, b.mid, b.end)}
+        tokens = [a for axis in label for a in axis if isinstance(a, Seq)]
+        if node in streams and all(s.k or s.gone for s in tokens[0].spaces):
+            rw.full[node] = with_gone(rw, node, tokens[0])
+        elif packet(node) in ROW_BY_ROW and len(tokens) == 1:
+            rw.recovered.add(node)
+            rw.full[node] = rw.builder.copy(node, lambda n: as_dropped(rw, n) if rw.is_labelled(n) else rw.env[n])
+        else:
+            raise UnsupportedGraph(
+                f"all tokens of a span were dropped, and none is left to stand for them ({describe(label)})",
+                node,
+                "pass outputs='reduced'; or drop them behind it",
+            )
+    return rw.full[node]
+
+
+def with_gone(rw: Rewriter, node: Node, seq: Seq) -> Node:
+    """The stream with all of its tokens, those of spans that went altogether as they were then."""
+    label, value, emit = rw.labels[node], rw.env[node], rw.builder.emit
+    dim = next(i for i, axis in enumerate(label) if seq in axis)
+    pieces, parts, at = [], [], 0
+    for part in seq.parts:
+        count = extent(part)[1]
+        if count:
+            pieces.append(emit(aten.slice.Tensor, value, dim, at, at + count))
+        elif isinstance(part, Space):
+            pieces.append(emit(aten.to.dtype, part.gone, value.meta["val"].dtype))
+        parts.append(part if count or not isinstance(part, Space) else part.parent or part.n)
+        at += count
+    new = tuple((make_seq(parts),) if i == dim else axis for i, axis in enumerate(label))
+    return rw.gather.recover(emit(aten.cat.default, pieces, dim), new, node)
 
 
 def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[str]]:
@@ -110,7 +152,7 @@ def write_outputs(rw: Rewriter, node: Node) -> tuple[list[Label | None], list[st
         spaces = list(dict.fromkeys(s.groups or s for seq in seqs for s in seq.spaces)) or [
             s for s in rw.spaces if s not in parents
         ]
-        for space in spaces:
+        for space in (s for s in spaces if s.k):  # of what is gone altogether there are no indices
             extra, own = kept_tokens(rw, space, seqs)
             values += extra
             names += own

@@ -29,7 +29,7 @@ def positions(g: Gatherer, want: Seq, width: int, pairs: bool, origin: Node | No
         pieces, start = [], 0
         for part in want.parts:
             if isinstance(part, Space):
-                pieces.append(g.shifted(per_channel(g, part, width, pairs, origin), start))
+                pieces += [g.shifted(per_channel(g, part, width, pairs, origin), start)] * (part.k > 0)
                 start += part.root_n
             else:
                 column = g.b.constant(torch.arange(start, start + part)[None, :, None], "column")

@@ -8,13 +8,16 @@ from math import floor
 from typing import Any
 
 from tokcompile.budget import Flops, KeepRate, Remove, Schedule, Share, Tokens, as_budget
-from tokcompile.errors import BudgetError, PlanError
+from tokcompile.errors import BudgetError, MethodError, PlanError
 from tokcompile.passes.find import Structure
 from tokcompile.passes.layout import Layout
-from tokcompile.passes.places import choose_slots, one_block, streams
+from tokcompile.passes.places import choose_slots, one_block, streams, visual_blocks
 from tokcompile.passes.plan import OUTPUTS, RECOVER, Plan, Reduction
-from tokcompile.passes.slots import Slot, after_others, same_in_each
+from tokcompile.passes.slots import Slot, after_others, make_slot, same_in_each
 from tokcompile.recipe import Recipe
+from tokcompile.steps import layer_of
+
+ALL_GONE = "all tokens can be dropped only in a language model, where text is left beside them; leave at least one"
 
 SolveFlops = Callable[[list[list[Slot]], Callable[[int, list[Slot]], list[int]], float], list[list[int]]]
 MethodOf = Callable[[Reduction], tuple[Recipe, Mapping[str, Any]]]
@@ -55,6 +58,8 @@ def make_plan(
 def counts_of(budget: Any, recipe: Recipe, slots: list[Slot], options: Mapping[str, Any]) -> list[int]:
     """How many tokens of one stream are left after each of its reductions. Raises: BudgetError."""
     n = slots[0].n
+    if not n:
+        raise BudgetError(f"no visual tokens are left to reduce at block {slots[0].block.index}: all were dropped before")
     if isinstance(budget, Schedule):
         counts = [budget.counts[s.block.index] for s in slots]
     elif isinstance(budget, Remove):
@@ -100,7 +105,7 @@ def clipped(counts: Sequence[int], recipe: Recipe, slot: Slot, options: Mapping[
     """A schedule in which no step removes more than the method can (ToMe: half of the tokens)."""
     out, n = [], slot.n
     for k in counts:
-        n = min(n, max(k, len(slot.spans), least(recipe, n, slot, options or {})))
+        n = min(n, max(k, len(slot.spans), least(recipe, n, slot, options or {}))) if k or not slot.drops else 0
         out.append(n)
     return out
 
@@ -119,8 +124,13 @@ def least(recipe: Recipe, n: int, slot: Slot, options: Mapping[str, Any]) -> int
 
 
 def apportion(k: int, sizes: Sequence[int], samples: int = 1) -> list[int]:
-    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each; the same in
-    each of several samples, where it can be."""
+    """Shares a static total over segments in proportion to their sizes: largest remainder, at least one each of those that
+    are left, unless all go; the same in each of several samples, where it can be."""
+    if not k:
+        return [0] * len(sizes)
+    if not all(sizes):
+        shares = iter(apportion(k, [s for s in sizes if s]))
+        return [next(shares) if s else 0 for s in sizes]
     if samples > 1 and k % samples == 0 and same_in_each(sizes, samples):
         return apportion(k // samples, sizes[: len(sizes) // samples]) * samples
     total = sum(sizes)
@@ -142,11 +152,13 @@ def reductions(
     out = []
     current = list(slots[0].left)
     for slot, k in zip(slots, counts):
-        if not len(current) <= k <= sum(current):
+        if not k and not slot.drops:
+            raise BudgetError(f"block {slot.block.index}: {ALL_GONE}")
+        if not (len([n for n in current if n]) if k else 0) <= k <= sum(current):
             raise BudgetError(f"block {slot.block.index}: {sum(current)} tokens come in, {k} cannot be left")
         for i, (n, want, (start, stop)) in enumerate(zip(list(current), apportion(k, current, slot.samples), slot.spans)):
             lowest = least(recipe, n, slot, options)
-            if want < lowest:
+            if 0 < want < lowest:  # to drop all, no method is asked
                 raise BudgetError(
                     f"block {slot.block.index}: {recipe.name!r} cannot go from {n} to {want} tokens in one step, only to "
                     f"{lowest}; spread the budget over more blocks (where=...) or raise it"
@@ -156,6 +168,32 @@ def reductions(
                 out.append(Reduction(slot.block.index, n, want, slot.place, head, tail, slot.unit, slot.block.path))
             current[i] = want
     return tuple(out)
+
+
+def dropping(
+    structure: Structure,
+    recipe: Recipe,
+    layer: float,
+    spans: Sequence[tuple[int, int]] | None,
+    labels: Mapping[Any, Any],
+    chosen: Sequence[Reduction],
+) -> tuple[Reduction, ...]:
+    """What the option `drop_layer` adds to the chosen reductions, which left what `labels` say: at the entrance of that layer
+    of the language model all visual tokens go.
+
+    Raises: MethodError, PlanError, UnsupportedGraph.
+    """
+    blocks = visual_blocks(structure, spans, language=True)
+    block = blocks[layer_of("drop_layer", len(blocks), layer)]
+    slot = after_others(make_slot(block, "block", spans, Layout()), labels, spans)
+    if not slot.drops:
+        raise MethodError(f"drop_layer={layer}: {ALL_GONE}")
+    if chosen and (block.index, False) <= (chosen[-1].block, chosen[-1].place == "attention"):
+        raise PlanError(
+            f"drop_layer={layer} is block {block.index}, and {recipe.name!r} reduces at block {chosen[-1].block}\n"
+            "  what to do: a later layer; or let the method stand before it: where=[...]"
+        )
+    return reductions([0], [slot], recipe, {})
 
 
 def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Reduction, ...]:
@@ -184,7 +222,9 @@ def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Red
         if out and structure.blocks[out[-1].block].stage is not block.stage and r.n < shorter:
             shorter = r.n  # tokens are gone before this stage begins; the rewrite checks that it is so
         n = current.get(key, shorter)
-        if not 1 <= r.k <= n:
+        if r.k == 0 and not leaves_text(r, planned, structure):
+            raise PlanError(f"the plan at block {r.block}: {ALL_GONE}")
+        if not 0 <= r.k <= n:
             raise PlanError(f"the plan leaves {r.k} tokens at block {r.block}, where {n} come in")
         if r.n != n and key not in current:
             raise PlanError(f"the plan says {r.n} tokens come into block {r.block}; the model has {n}")
@@ -196,7 +236,7 @@ def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Red
             raise PlanError(f"the plan's reduction at block {r.block} has options and no method: they are the plan's options")
         recipe, options = method_of(r)
         lowest = recipe.least(n, {**recipe.options, **options, "prefix": r.prefix})
-        if r.k < min(lowest, n):
+        if 0 < r.k < min(lowest, n):
             raise PlanError(
                 f"the plan leaves {r.k} of {n} tokens at block {r.block}, and {recipe.name!r} leaves at least {lowest} of them "
                 "in one step"
@@ -205,3 +245,11 @@ def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Red
         if r.k < n:
             out.append(replace(r, n=n, path=block.path))
     return tuple(out)
+
+
+def leaves_text(r: Reduction, planned: Sequence[Reduction], structure: Structure) -> bool:
+    """Whether tokens stand around all those that a plan reduces in a stage, as text does, where `r` drops its own."""
+    stage = structure.blocks[r.block].stage
+    same = [one for one in planned if structure.blocks[one.block].stage is stage]
+    inside = {at for one in same for at in range(one.prefix, stage.length - one.suffix)}
+    return not stage.visual and r.unit == 1 and len(inside) < stage.length

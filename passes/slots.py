@@ -17,7 +17,8 @@ from tokcompile.passes.tokens import seq_on
 @dataclass(frozen=True)
 class Slot:
     """A place where the method will reduce; `spans`: (start, stop) of the visual tokens in groups of `unit`, counted from
-    token `offset` on, `left`: how many of each earlier reductions left. samples: how many become a batch later."""
+    token `offset` on, `left`: how many of each earlier reductions left. samples: how many become a batch later. language:
+    whether text stands around them."""
 
     block: Block
     place: str
@@ -27,10 +28,16 @@ class Slot:
     unit: int = 1
     offset: int = 0
     samples: int = 1
+    language: bool = False
 
     @property
     def n(self) -> int:
         return sum(self.left)
+
+    @property
+    def drops(self) -> bool:
+        """Whether all of them may go, since text is left."""
+        return self.language and self.unit == 1 and sum(stop - start for start, stop in self.spans) < self.stage.length
 
     def token(self, group: int) -> int:
         """The position of a group's first token."""
@@ -49,6 +56,7 @@ def named_spans(spans: Any) -> list[tuple[int, int]]:
 
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
     stage, unit = block.stage, layout.unit
+    language = not stage.visual and (block.language or spans is not None)
     refuse_others(spans or (), stage)
     spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
     offset = spans[0][0] % unit if layout.regrouped else 0
@@ -70,7 +78,7 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
     sizes = tuple(stop - start for start, stop in pieces)
     samples = sum(sizes) // layout.sample if layout.sample else 1
     samples = samples if samples * layout.sample == sum(sizes) and same_in_each(sizes, samples) else 1
-    return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples)
+    return Slot(block, place, stage, tuple(pieces), sizes, unit, offset, samples, language)
 
 
 def refuse_others(spans: Sequence[tuple[int, int]], stage: Stage) -> None:

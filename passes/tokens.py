@@ -35,6 +35,7 @@ class Space:
     renumber: whether all tokens of the stream are numbered anew after this reduction, in the order they then have.
     drops: whether its method lets tokens go, so that sizes of earlier merging do not add up to all any more.
     start: where its tokens begin in the original sequence; None where that is counted otherwise.
+    gone: where all of them were dropped, those tokens of the stream as they were then.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Space:
     renumber: bool = False
     drops: bool = False
     start: int | None = None
+    gone: Node | None = None
 
     @property
     def short(self) -> bool:

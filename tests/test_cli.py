@@ -213,7 +213,7 @@ def test_every_form_of_budget_is_read(text, budget):
         ("nan", "must be a share in (0, 1]"),
         ("token:98", "is none of"),
         ("tokens:many", "tokens does not take 'many'"),
-        ("tokens:0", "positive integer"),
+        ("tokens:0", "only in a language model"),
         ("tokens:50", "more than the 49 tokens"),
         ("flops:2", "must be a share in (0, 1]"),
         ("flops:0.01", "cannot be met"),

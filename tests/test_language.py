@@ -89,6 +89,46 @@ def test_a_model_without_its_weights(method, family):
     assert all(b.device.type == "cpu" for b in ours)  # what the pass adds is not lost with the weights
 
 
+def test_all_go_from_a_layer_on(program, family):
+    """Two images, both gone from layer 3 on; given back, they are what they were then."""
+    model, _, kwargs = family("hf/llama", 2)
+    given = dict(method="dart", budget=Tokens(11), spans=[(0, 15), (20, 30)], drop_layer=3)
+    short = tokcompile.optimize(program("hf/llama", 2), outputs="reduced", **given)
+    assert counts(short) == [(2, 15, 7), (2, 10, 4), (3, 7, 0), (3, 4, 0)]
+    assert tokcompile.optimize(program("hf/llama", 2), plan=short.plan).plan == short.plan
+    text = [*range(15, 20), *range(30, 40)]
+    whole = run(tokcompile.optimize(program("hf/llama", 2), **given), **kwargs)["logits"]
+    assert error(whole[:, text], run(short, **kwargs).output["logits"]) < 1e-6
+    before = run(model, **kwargs, output_hidden_states=True).hidden_states[3]
+    gone = run(tokcompile.optimize(program("hf/llama", 2), **{**given, "budget": 1.0}), **kwargs)["logits"]
+    assert error(gone[:, :15], run(lambda: model.lm_head(model.model.norm(before[:, :15])))) < 1e-6
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(drop_layer=2), "drop_layer=2 is block 2, and 'dart' reduces at block 2\n  what to do: a later layer"),
+    (dict(drop_layer=4), "drop_layer's layer is one of the 4 blocks"),
+    (dict(drop_layer=True), "drop_layer=True is neither the number of a layer nor a share"),
+    (dict(drop_layer=3, spans=[(0, 40)]), "all tokens can be dropped only .* where text is left"),
+    (dict(drop_layer=3, recover="never"), "recover='never' forbids giving them back"),
+    (dict(budget={2: 9, 3: 0, 1: 0}), "block 2: 0 tokens come in, 9 cannot be left"),
+], ids=str)  # fmt: skip
+def test_what_cannot_all_go(options, message, program):
+    with pytest.raises(tokcompile.TokcompileError, match=message):
+        tokcompile.optimize(program("hf/llama"), **{"method": "dart", "budget": Tokens(11), "spans": [SPAN], **options})
+
+
+@pytest.mark.parametrize(("outputs", "span", "message"), [
+    ("reduced", (15, 40), "takes tokens of which none is left[\\s\\S]*slice[\\s\\S]*the last token of a prompt, out of"),
+    ("keep", SPAN, "none is left to stand for them [\\s\\S]*self_attn[\\s\\S]*pass outputs='reduced'"),
+])  # fmt: skip
+def test_what_is_read_of_tokens_that_went(outputs, span, message, family):
+    """The logits of the last token, and keys."""
+    inputs = {"inputs_embeds": family("hf/llama").kwargs["inputs_embeds"]}
+    prefill = tokcompile.llm.Prefill(family("hf/llama").model)
+    with pytest.raises(tokcompile.UnsupportedGraph, match=message):
+        tokcompile.optimize(prefill, kwargs=inputs, method="random", budget=1.0, drop_layer=2, spans=[span], outputs=outputs)
+
+
 @pytest.mark.parametrize(("method", "name"), [("dart", "Dart"), ("fastv", "Fastv")])
 def test_a_reduction_is_one_node_that_a_plugin_takes(method, name, program, tmp_path):
     optimized = tokcompile.optimize(program("hf/llama"), method=method, budget=Tokens(11), spans=[SPAN])

@@ -250,7 +250,8 @@ def optimize(
     where, outputs and recover itself. recover: "end" (give dropped tokens back only after the last block), "anywhere" or
     "never". size_weighted_mean: whether mean pooling over merged tokens weighs them by size. method_options: the method's
     own; and renumber=True or False, whether the tokens of a language model get positions without gaps after a reduction, or
-    keep theirs; by default as the method is published, where all positions are one number each.
+    keep theirs; by default as the method is published, where all positions are one number each; and drop_layer, the layer of a
+    language model, by number or share of the depth, at whose entrance all visual tokens that are left go.
 
     Raises: InputError, MethodError, BudgetError, PlanError, TraceError, UnsupportedGraph.
 

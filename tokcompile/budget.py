@@ -21,13 +21,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Number of patch tokens left after the last reduction."""
+    """Number of patch tokens left after the last reduction; 0 drops all of them, where text is left in a language model."""
 
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise BudgetError(f"Tokens(k) takes a positive integer, not {self.k!r}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
+            raise BudgetError(f"Tokens(k) takes a non-negative integer, not {self.k!r}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Remove:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tokens left after each named block: {block: k}."""
+    """Tokens left after each named block: {block: k}; 0 as in `Tokens`."""
 
     counts: Mapping[int, int]
 
@@ -82,8 +82,8 @@ class Schedule:
         if not self.counts:
             raise BudgetError("Schedule({block: k}) is empty")
         for block, k in self.counts.items():
-            if bool in (type(block), type(k)) or not isinstance(block, int) or not isinstance(k, int) or k < 1:
-                raise BudgetError(f"Schedule maps block numbers to positive token counts, not {block!r}: {k!r}")
+            if bool in (type(block), type(k)) or not isinstance(block, int) or not isinstance(k, int) or k < 0:
+                raise BudgetError(f"Schedule maps block numbers to token counts, not {block!r}: {k!r}")
 
 
 def as_budget(value: Any) -> Share | Tokens | Flops | KeepRate | Remove | Schedule:

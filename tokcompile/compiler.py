@@ -30,9 +30,10 @@ from tokcompile.passes.places import before, choose_slots, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
-from tokcompile.passes.schedule import fit_plan, make_plan
-from tokcompile.passes.slots import named_spans
+from tokcompile.passes.schedule import dropping, fit_plan, least, make_plan
+from tokcompile.passes.slots import Slot, named_spans
 from tokcompile.passes.splice import Splice
+from tokcompile.passes.tokens import Space
 from tokcompile.passes.trace import Traced, trace
 from tokcompile.recipe import Recipe, Site, get_method
 
@@ -168,9 +169,18 @@ class Request:
         """The reductions of a budget, behind those that are there. Raises: BudgetError, PlanError, UnsupportedGraph."""
         settings = self.settings
 
-        def probe(stand_in: Recipe, chosen: Sequence[Reduction]) -> Rewritten:
+        def probe(stand_in: Recipe, chosen: Sequence[Reduction]) -> tuple[Rewritten, list[Space]]:
             known = replace(settings, recipes={**settings.recipes, stand_in.name: stand_in})
-            return rewrite(analysis, known, (*self.before, *(replace(r, method=stand_in.name) for r in chosen)), layout)
+            probing = (*self.before, *(replace(r, method=stand_in.name) for r in chosen))
+            probed = rewrite(analysis, known, probing, layout)
+            if gone := dropped_at(analysis, settings, probing, probed):
+                probed = rewrite(analysis, known, (*probing, *gone), layout)
+            return probed, probed.spaces[len(self.before) :]
+
+        def to_nothing(slot: Slot) -> bool:
+            """Whether the method's own schedule ends without any; what has to be given back would cost more than is counted."""
+            short = settings.outputs == "reduced" and slot.drops
+            return short and not least(settings.recipe, slot.n, slot, settings.options)
 
         chosen = timed(
             analysis.seconds,
@@ -183,7 +193,7 @@ class Request:
                 spans=settings.spans,
                 options=settings.options,
                 layout=layout,
-                solve_flops=lambda *a: solve_flops(analysis.graph.graph, settings.recipe, probe, *a),
+                solve_flops=lambda *a: solve_flops(analysis.graph.graph, settings.recipe, probe, to_nothing, *a),
                 labels=self.earlier.rewritten.labels if self.earlier and self.earlier.rewritten else None,
             ),
         )
@@ -222,12 +232,26 @@ def compile_in(layout: Layout, given: Analysis, request: Request) -> Compiled:
             chosen = request.planned(analysis, layout, request.budget)
         except BudgetError as error:
             raise in_groups(error, layout, given, request) from None
+    rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout)) if chosen else None
+    if request.plan is None and (gone := dropped_at(analysis, settings, chosen, rewritten)):
+        chosen = (*chosen, *(named_after(settings, gone) if request.before else gone))
+        rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout))
     made = request.carried_out(chosen)
-    if not chosen:
+    if rewritten is None:
         return Compiled(made, None, terms(analysis.graph.graph, {}), analysis)
-    rewritten = timed(analysis.seconds, "rewrite", lambda: rewrite(analysis, settings, chosen, layout))
     cost = terms(analysis.graph.graph, rewritten.labels, rewritten.recovered, rewritten.mixed)
     return Compiled(made, rewritten, cost, analysis)
+
+
+def dropped_at(
+    analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], rewritten: Rewritten | None
+) -> tuple[Reduction, ...]:
+    """What the option `drop_layer` adds to the reductions of a rewrite."""
+    layer = settings.options.get("drop_layer")
+    if layer is None:
+        return ()
+    labels = rewritten.labels if rewritten is not None else {}
+    return dropping(analysis.structure, settings.recipe, layer, settings.spans, labels, chosen)
 
 
 def in_groups(error: BudgetError, layout: Layout, given: Analysis, request: Request) -> Exception:
@@ -263,7 +287,11 @@ def joined(before: tuple[Reduction, ...], settings: Settings, chosen: tuple[Redu
             f"{chosen[0].block}, not after it\n  what to do: optimize for the earlier place first, or name later blocks: "
             "where=[...]"
         )
-    return (*before, *(replace(r, method=recipe.name, options=dict(settings.options)) for r in chosen))
+    return (*before, *named_after(settings, chosen))
+
+
+def named_after(settings: Settings, chosen: Sequence[Reduction]) -> tuple[Reduction, ...]:
+    return tuple(replace(r, method=settings.recipe.name, options=dict(settings.options)) for r in chosen)
 
 
 def rewrite(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction], layout: Layout = PLAIN) -> Rewritten:
@@ -320,15 +348,15 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
     stream = {b.index: i for i, one in enumerate(streams([blocks[r.block] for r in chosen])) for b in one}
     for r in chosen:
         block, (recipe, options) = blocks[r.block], settings.method_of(r)
-        same = (one.block for one in chosen if (one.method, stream[one.block]) == (r.method, stream[r.block]))
-        order = list(dict.fromkeys(same))
+        same = (one.block for one in chosen if one.k and (one.method, stream[one.block]) == (r.method, stream[r.block]))
+        order = [*dict.fromkeys(same)] or [r.block]
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
         site = Site(
             r.n,
             r.k,
             r.prefix // r.unit,
             r.suffix // r.unit,
-            order.index(r.block),
+            order.index(r.block) if r.block in order else len(order),
             len(order),
             r.block,
             len(blocks),

@@ -29,7 +29,8 @@ STAND_IN = Recipe("probe", first_tokens, together=anywhere)
 def solve_flops(
     graph: Graph,
     recipe: Recipe,
-    probe: Callable[[Recipe, Sequence[Reduction]], Rewritten],
+    probe: Callable[[Recipe, Sequence[Reduction]], tuple[Rewritten, list[Space]]],
+    to_nothing: Callable[[Slot], bool],
     of_stream: list[list[Slot]],
     counts: Callable[[int, list[Slot]], list[int]],
     ratio: float,
@@ -37,7 +38,8 @@ def solve_flops(
     """The counts of the largest budget whose FLOPs do not exceed `ratio` of the original, exactly, over this schedule.
 
     One rewrite with a stand-in method types every axis; other counts are then only other sizes of the same products. probe:
-    rewrites with such a method at some places, behind the reductions that are there already.
+    rewrites with such a method at some places, behind the reductions that are there already, and gives what it left first.
+    to_nothing: whether a schedule may end there without any token.
     """
     original = total(terms(graph, {}))
     placed: list[Reduction] = []
@@ -45,9 +47,9 @@ def solve_flops(
         n, many = slots[0].n, len(slots[0].spans)
         placed += reductions([max(many, n - many * (i + 1)) for i in range(len(slots))], slots, STAND_IN, {})
     placed.sort(key=lambda r: r.block)
-    probed = probe(STAND_IN, placed)
+    probed, spaces = probe(STAND_IN, placed)
     cost = terms(graph, probed.labels, probed.recovered, probed.mixed)
-    by_block = {(r.block, r.prefix): space for r, space in zip(placed, probed.spaces[-len(placed) :])}
+    by_block = {(r.block, r.prefix): space for r, space in zip(placed, spaces)}
 
     def share(final: int) -> float:
         wanted: dict[Space, int] = {}
@@ -62,7 +64,7 @@ def solve_flops(
         return total(cost, wanted) / original
 
     every = [slot for slots in of_stream for slot in slots]
-    low, high = len(every[0].spans), every[0].n
+    low, high = 0 if to_nothing(every[0]) else len(every[0].spans), every[0].n
     if share(low) > ratio and recipe.steps.counts is same_number:
         low = high - high * len(every)  # a larger r than would last to the end: every step takes what one step can
     if share(low) > ratio:

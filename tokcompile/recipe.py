@@ -17,6 +17,8 @@ TAPS = (
     "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds",
 )  # fmt: skip
 
+OF_ALL = ("renumber", "drop_layer")  # options that every method has, in a language model
+
 # what options take, by the type of their default: plans are JSON, which makes lists of tuples
 KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"), int: (int, "an int"), float: ((int, float), "a number"), str: (str, "text"),
@@ -201,8 +203,11 @@ class Recipe:
         another kind than the default."""
         if not isinstance(given.get("renumber", True), bool):
             raise MethodError(f"renumber={given['renumber']!r} is neither True nor False")
+        layer = given.get("drop_layer")
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, (int, float))):
+            raise MethodError(f"drop_layer={layer!r} is neither the number of a layer nor a share of the depth")
         for name, value in given.items():
-            if name not in (*self.options, "renumber"):
+            if name not in (*self.options, *OF_ALL):
                 near = difflib.get_close_matches(name, self.options, 3)
                 known = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.options) or 'none'}"
                 raise MethodError(f"method {self.name!r} has no option {name!r}; {known}")

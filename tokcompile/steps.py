@@ -29,8 +29,8 @@ def same_number(n: int, final: int, steps: int) -> tuple[int, ...]:
 
 
 def same_share(n: int, final: int, steps: int) -> tuple[int, ...]:
-    """Each step keeps the same share, rounded up; the last one lands on `final`."""
-    rate = (final / n) ** (1 / steps)
+    """Each step keeps the same share, rounded up; the last one lands on `final`. Before 0, as if 1 were to be left."""
+    rate = (max(final, 1) / n) ** (1 / steps)
     counts = [min(n, max(final, ceil(n * rate ** (i + 1) - 1e-9))) for i in range(steps)]
     return (*counts[:-1], final)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes.batch import samples_in_line
 from tokcompile.passes.gather import samples
 from tokcompile.passes.graph import aten, bind, packet, shape
@@ -143,6 +144,8 @@ def cut(
         whole = isinstance(part, Space)
         if lo < hi:
             if isinstance(part, Space) and (lo, hi) != (at, at + width):
+                if not kept:
+                    raise nothing_left(call)
                 shift = 0 if part.start is None else part.start - at  # what stood before was cut off, or joined since
                 places = {start, stop, *(e // unit for e in edges if e % unit == 0)} - {0, seq.old}
                 call.rewriter.cuts |= {place + shift for place in places}
@@ -153,8 +156,18 @@ def cut(
         elif at + width <= start:
             new_start += kept
         at += width
+    if parts and not new_length:
+        raise nothing_left(call)
     axis = normal((make_seq(parts), unit)) if parts else ()
     return call.op(aten.slice.Tensor, value, dim, new_start * unit, (new_start + new_length) * unit), axis
+
+
+def nothing_left(call: Call) -> UnsupportedGraph:
+    return UnsupportedGraph(
+        "it takes tokens of which none is left: all of them were dropped",
+        call.node,
+        "leave what is read later, such as the last token of a prompt, out of the spans",
+    )
 
 
 def in_line(call: Call, label: Label, dim: int) -> Label:

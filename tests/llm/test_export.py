@@ -24,8 +24,9 @@ COUNT = 32
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, generator):
-    """(model, inputs, generator, folder, report): a sliding window, so that kept indices go from graph to graph."""
-    model, inputs, made = generator("hf/mistral")
+    """(model, inputs, generator, folder, report): a sliding window, so that kept indices go from graph to graph; in the last
+    layer no visual token is left."""
+    model, inputs, made = generator("hf/mistral", schedule=((2, 11), (3, 0)))
     folder = tmp_path_factory.mktemp("llm") / "folder"
     return model, inputs, made, folder, export(made.prefill, model, folder, max_new_tokens=COUNT)
 
@@ -55,7 +56,11 @@ def test_files_and_their_wiring(written):
     assert data["kept"] == [{"from": "s0_index", "into": "kept_s0_index"}]
     assert data["next_position"] == 40
     assert data["spans"] == [[5, 30]]
-    assert [(s["first"], s["last"], s["length"], s["capacity"]) for s in data["stages"]] == [(0, 1, 40, 72), (2, 3, 26, 58)]
+    stages = [(s["first"], s["last"], s["length"], s["capacity"]) for s in data["stages"]]
+    assert stages == [(0, 1, 40, 72), (2, 2, 26, 58), (3, 3, 15, 47)]
+    assert [[cut["index"] for cut in s["cuts"]] for s in data["stages"]] == [[], ["s0_index"], [None]]
+    values = (v.type.tensor_type.shape.dim for g in graphs.values() for v in [*g.input, *g.output, *g.value_info])
+    assert all(d.dim_value for dims in values for d in dims)
     assert data["eos"] == [63]
     assert data["plan"]["reductions"][0]["k"] == 11
 
@@ -91,7 +96,7 @@ def test_command_line(written, tmp_path, capsys):
     assert data["tokens"] == made(**inputs, eos=(), max_new_tokens=6).tokens.tolist()
     assert data["time_to_first_token_ms"] > 0
     assert data["tokens_per_second"] > 0
-    assert data["cached_tokens"] == {"0-1": 40, "2-3": 26}
+    assert data["cached_tokens"] == {"0-1": 40, "2-2": 26, "3-3": 15}
     ids = [(7 * i) % 60 for i in range(40)]
     assert main([*given, "--ids", ",".join(map(str, ids))]) == 0
     data = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from tokcompile import InputError
 from tokcompile.llm import Generator, Sampling
 
 COUNT = 32
-TWO = dict(batch=2, spans=((20, 30), (31, 37)), schedule=((1, 10), (3, 5)))
+TWO = dict(batch=2, spans=((20, 30), (31, 37)), schedule=((1, 10), (2, 5), (3, 0)))
 
 
 def gone_by_reference(model, embeds, method, monkeypatch):
@@ -79,17 +79,17 @@ def short_gpt2():
 
 
 def test_stages_windows_spans_and_samples(generator):
-    """Two reductions of two spans in turn, each sample with its own tokens, under a sliding window."""
+    """Two reductions of two spans in turn, each sample with its own tokens, under a sliding window; then all of them go."""
     model, inputs, made = generator("hf/mistral", "fastv", **TWO)
-    assert [(s.first, s.last, s.length) for s in made.wiring.stages] == [(0, 0, 40), (1, 2, 34), (3, 3, 29)]
+    assert [(s.first, s.last, s.length) for s in made.wiring.stages] == [(0, 0, 40), (1, 1, 34), (2, 2, 29), (3, 3, 24)]
     kept = run(made.prefill, **inputs).kept
     assert not torch.equal(kept["s1_index"][0], kept["s1_index"][1])
     got = made(**inputs, eos=(), keep_logits=True)
     for row in range(2):
         gone = {
             layer: set.union(*(dropped(kept[f"s{i}_index"][row], *span) for i, span in zip(names, TWO["spans"])))
-            for layer, names in ((1, (0, 1)), (3, (2, 3)))
-        }
+            for layer, names in ((1, (0, 1)), (2, (2, 3)))
+        } | {3: {p for span in TWO["spans"] for p in range(*span)}}
         want, logits = ByHand(model, gone).generate(inputs["inputs_embeds"][row : row + 1], COUNT)
         assert got.tokens[row].tolist() == want
         assert error([one[row] for one in got.logits], [one[0] for one in logits]) < 1e-4

@@ -53,6 +53,7 @@ def test_importance_equals_the_loops():
 
 @pytest.mark.parametrize(("n", "final", "steps", "expected"), [
     (1440, 1, 9, [360, 315, 270, 225, 180, 135, 90, 45, 1]),
+    (1440, 0, 9, [360, 315, 270, 225, 180, 135, 90, 45, 0]),  # as published
     (196, 98, 4, [98, 98, 98, 98]),
     (40, 4, 3, [10, 7, 4]),
     (40, 7, 1, [7]),

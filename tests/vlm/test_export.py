@@ -187,10 +187,10 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path):
     model, inputs = vlm("llava")
     tower = tokcompile.optimize(model, kwargs=inputs, method="divprune", budget=0.5, where=[2], outputs="reduced")
     both = tokcompile.optimize(
-        tower, method="dart", budget=Tokens(4), where=[layer(tower, 2)], outputs="reduced", text_pivots=2
+        tower, method="dart", budget=Tokens(4), where=[layer(tower, 2)], outputs="reduced", text_pivots=2, drop_layer=3
     )
     report = both.export_onnx(tmp_path / "folder", max_new_tokens=3, room=(6, 10), template="{image} {prompt}")
-    assert [(s["first"], s["length"], s["capacity"]) for s in report.stages] == [(0, 41, 44), (2, 20, 23)]
+    assert [(s["first"], s["length"], s["capacity"]) for s in report.stages] == [(0, 41, 44), (2, 20, 23), (3, 16, 19)]
     assert json.loads((tmp_path / "folder" / "generate.json").read_text())["images"]["template"] == "{image} {prompt}"
     parts, prefill = reduced("llava", 6, 10)
     with pytest.raises(ExportError, match=r"give other logits than the whole one, off by .*\n  what to do: .*vlm.split"):

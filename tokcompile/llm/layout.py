@@ -26,9 +26,9 @@ CACHE = (re.compile(r"(keys|values)_(\d+)"), re.compile(r"(?:past_key_values|cac
 
 @dataclass(frozen=True)
 class Cut:
-    """One reduction of a span: `n` tokens from the original position `start` on became those that `index` names."""
+    """One reduction of a span: `n` tokens from the original position `start` on became those that `index` names, or none."""
 
-    index: str
+    index: str | None
     start: int
     n: int
     unit: int
@@ -48,13 +48,15 @@ class Stage:
     def rows(self, length: int, kept: Mapping[str, Tensor]) -> Tensor:
         """The original position of each entry, (1 or B, self.length); `length`: of the whole prompt."""
         parts, at = [], 0
-        batch = max([1, *(kept[c.index].shape[0] for c in self.cuts)])
-        device = next((kept[c.index].device for c in self.cuts), None)
+        chosen = [kept[c.index] for c in self.cuts if c.index]
+        batch = max([1, *(index.shape[0] for index in chosen)])
+        device = next((index.device for index in chosen), None)
         for cut in sorted(self.cuts, key=lambda c: c.start):
-            index = kept[cut.index]
-            if cut.unit > 1:
+            parts.append(torch.arange(at, cut.start, device=device).expand(batch, -1))
+            index = kept[cut.index] if cut.index else None
+            if index is not None and cut.unit > 1:
                 index = (index[..., None] * cut.unit + torch.arange(cut.unit, device=device)).flatten(1)
-            parts += [torch.arange(at, cut.start, device=device).expand(batch, -1), index + cut.start]
+            parts += [] if index is None else [index + cut.start]
             at = cut.start + cut.n * cut.unit
         return torch.cat([*parts, torch.arange(at, length, device=device).expand(batch, -1)], 1)
 
@@ -146,7 +148,7 @@ def layout(prefill: OptimizedModel, max_new_tokens: int) -> Layout:
         tuple((tuple(shapes[k]), tuple(shapes[v])) for k, v in zip(keys, values)),
         dtype,
         made,
-        {cut.index: shapes[cut.index][1] for stage in made for cut in stage.cuts},
+        {cut.index: shapes[cut.index][1] for stage in made for cut in stage.cuts if cut.index},
         tuple(shape[:-2]) if "position_ids" in inputs else (),
         prefill.renumbered,
         states,
@@ -212,7 +214,7 @@ def after_each_block(length: int, reductions: Sequence[Reduction]) -> dict[int, 
                 f"the reduction at {r.path} is over {r.prefix + n * r.unit + r.suffix} tokens, and the prompt has {length}: it "
                 "is outside of the decoder\n  what to do: optimize the decoder on inputs_embeds, and the rest by itself"
             )
-        cuts[r.prefix] = Cut(f"s{i}_index", r.prefix, n, r.unit)
+        cuts[r.prefix] = Cut(f"s{i}_index" if r.k else None, r.prefix, n, r.unit)
         now -= (r.n - r.k) * r.unit
         if i + 1 == len(reductions) or reductions[i + 1].block != r.block:
             known[now] = tuple(cuts.values())

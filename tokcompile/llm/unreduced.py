@@ -153,6 +153,9 @@ class Shortening(Rewriter):
     def space(self, cut: Cut) -> Space:
         """What a reduction left of its span, by the prefill's indices."""
         if cut not in self.of:
+            if cut.index is None:
+                none = self.builder.constant(torch.empty(self.layout.batch, 0, dtype=torch.int64), "none")
+                return Space("gone", cut.n * cut.unit, 0, None, none)
             index = self.env[self.inputs_by_name[f"kept_{cut.index}"]]
             space = Space(cut.index, cut.n, self.layout.kept[cut.index], None, index, ordered=False)
             self.of[cut] = space if cut.unit == 1 else tokens_of_groups(self, space, cut.unit, None)

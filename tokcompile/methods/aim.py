@@ -79,6 +79,7 @@ AIM = register_method(
         steps=Steps(at_fractions(0, *((15 + i) / 28 for i in range(8))), counts),
         renumber=lambda step, options: step == 0,  # merging is before the language model, which is given fewer tokens
         options={"tau": 0.1, "rounds": 5},
+        least=lambda n, options: 0,  # its last step
         paper="AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248",
     )
 )
