@@ -120,12 +120,15 @@ def export_onnx(
     with ExitStack() as stack:
         temporary = {form: stack.enter_context(atomic(name)) for form, name in files.items()}
         stack.enter_context(quiet())
+        from tokcompile.exports.batch import check_example
         from tokcompile.exports.flat import flatten
         from tokcompile.exports.host import on_cpu
         from tokcompile.exports.precision import convert, default_tolerance
 
         opt = on_cpu(convert(opt, precision))
         flat = flatten(opt)
+        if dynamic_batch:
+            check_example(flat.input_names, flat.inputs)
         model = build(flat, row, opset, report)
         set_metadata(model, opt, row)
         job = Job(opt, flat, row, default_tolerance(precision) if tolerance is None else tolerance, external_data, report)

@@ -85,7 +85,7 @@ def check(report, opt, path, plugins=0):
     ("method", "precision"),
     [
         *((method, "fp16") for method in BUILT),
-        *((method, "fp32") for method in ("dart", "tome")),
+        ("tome", "fp32"),
         *(pytest.param(method, "fp16", marks=pytest.mark.matrix) for method in METHODS if method not in BUILT),
     ],
 )

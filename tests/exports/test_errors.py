@@ -27,7 +27,6 @@ def opt():
         ({"opset": 11}, "opset=11 cannot be written: it is 18 to"),
         ({"opset": 99}, "opset=99 cannot be written"),
         ({"opset": True}, "opset=True"),
-        ({"tolerance": 0.0}, "verification failed: output .* more than the tolerance 0e"),
         ({"tolerance": 0.0, "external_data": True}, "verification failed"),
     ],
 )
@@ -39,7 +38,7 @@ def test_options(opt, options, message, tmp_path):
 
 def test_a_failed_export_leaves_the_file_that_was_there(opt, tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"before")
-    with pytest.raises(ExportError, match="verification failed"):
+    with pytest.raises(ExportError, match=r"verification failed: output .* more than the tolerance 0e"):
         opt.export_onnx(tmp_path / "m.onnx", tolerance=0.0)
     assert (tmp_path / "m.onnx").read_bytes() == b"before"
 
