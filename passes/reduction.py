@@ -11,7 +11,7 @@ from tokcompile.primitives.combine import apply, assignment
 from tokcompile.recipe import Keep, Merge, Mix, Recipe, Site, Tokens
 
 RESULTS = ("x", "index", "size", "assign")  # of every reduction, in this order
-NOT_RESTRICTED = ("scores", "embeds", "text_embeds")  # taps that are what they are, wherever the tokens stand
+NOT_RESTRICTED = ("scores", "embeds", "text_embeds", "text_seen")  # taps that are what they are, wherever the tokens stand
 
 
 class ReductionModule(nn.Module):

@@ -13,6 +13,7 @@ from tokcompile.passes.attention_maps import some_rows
 from tokcompile.passes.graph import aten, packet, shape
 from tokcompile.passes.heads import heads
 from tokcompile.passes.memory import ancestors_of, reachable_from
+from tokcompile.passes.seen import masks_of, text_seen, without_hidden_text
 from tokcompile.passes.splice import Splice, body, standard, text_ranges
 from tokcompile.passes.tokens import is_labelled
 
@@ -30,7 +31,10 @@ def taps_of(rw: Rewriter, s: Splice) -> tuple[str, ...]:
     if s.recipe.opening and s.tap_block is None:
         return ()
     text = bool(text_ranges(rw, s))
-    return tuple(name for name in s.recipe.taps_read() if text or name not in ("embeds", "text_embeds"))
+    missing = () if text else ("embeds", "text_embeds", "text_seen")
+    if "text_seen" in s.recipe.taps and not (text and masks_of(rw, s)):
+        missing = (*missing, "text_seen")
+    return tuple(name for name in s.recipe.taps_read() if name not in missing)
 
 
 def embeds(rw: Rewriter, s: Splice) -> Node:
@@ -96,7 +100,7 @@ READERS: dict[str, Any] = {
     "q": lambda rw, s: heads(rw, s, "q"),
     "k": lambda rw, s: heads(rw, s, "k"),
     "v": lambda rw, s: heads(rw, s, "v"),
-    "rotated_k": lambda rw, s: heads(rw, s, "k", rotated=True),
+    "rotated_k": lambda rw, s: without_hidden_text(rw, s, heads(rw, s, "k", rotated=True)),
     "cls_attention": attention_maps.cls_attention,
     "received_attention": attention_maps.received_attention,
     "last_attention": attention_maps.last_attention,
@@ -106,5 +110,6 @@ READERS: dict[str, Any] = {
     "scores": attention_maps.scores,
     "embeds": embeds,
     "text_embeds": text_embeds,
+    "text_seen": text_seen,
     "normed": normed,
 }

@@ -21,6 +21,7 @@ inputs, in the order that the attribute `inputs` names:
     text_attention      (B, H, T, L)    the softmax rows of the T text tokens after the reduced ones; without text their mean
     scores              (B, H, L, L)    before the softmax, scaled and masked
     embeds, text_embeds (B, n0, D), (B, T', D)  the reduced tokens and the text as they came into the first block
+    text_seen           (B or 1, T')    float32, 0 for text that a mask hides; only where there is such a mask
 outputs, in the order that the attribute `outputs` names:
     x                   (B, prefix + k*unit + suffix, D)
     index               (B, k)          int64, the kept tokens, counted without the prefix
@@ -51,7 +52,7 @@ PLUGIN_VERSION = "1"
 PLUGINS = frozenset({"Dart", "Topk", "Fastv", "Fastervlm", "Fopru", "Pyramiddrop", "Evit", "Tome", "Pitome", "Divprune"})
 INPUTS = (
     "x", "size", "normed", "q", "k", "v", "rotated_k", "cls_attention", "last_attention", "received_attention",
-    "earlier_attention", "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds",
+    "earlier_attention", "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds", "text_seen",
 )  # fmt: skip
 OUTPUTS = ("x", "index", "size", "assign", "positions")
 ATTRIBUTES: Mapping[str, type] = {

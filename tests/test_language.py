@@ -162,3 +162,21 @@ def test_a_last_token_that_is_padding_ranks_nothing():
     eager = build("hf/llama_eager", 2).model
     with pytest.raises(tokcompile.UnsupportedGraph, match=match):
         tokcompile.optimize(eager, kwargs={**kwargs, "attention_mask": right}, method="fastv", **options)
+
+
+@torch.no_grad()
+def test_padding_is_no_text_to_methods_that_read_text():
+    """Wherever it stands, and whatever it holds."""
+    model, _, kwargs = build("hf/llama", 2)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = mask[0, 30:32] = mask[1, -5:] = 0
+    padded = kwargs["inputs_embeds"] + 30 * torch.randn(2, 2, 40, 48) * (mask == 0)[..., None]
+    kwargs = {**kwargs, "attention_mask": mask, "position_ids": torch.arange(40).expand(2, -1)}
+    program = torch.export.export(model, (), kwargs, strict=False)
+    for method in "dart", "sparsevlm", "dart_embeds":
+        fast = tokcompile.optimize(program, method=method, budget=Tokens(9), spans=[SPAN], outputs="reduced")
+        one, other = (fast(**{**kwargs, "inputs_embeds": embeds}).kept["s0_index"] for embeds in padded)
+        assert torch.equal(one, other)
+        assert not torch.equal(
+            one, fast(**{**kwargs, "attention_mask": mask * 0 + 1, "inputs_embeds": padded[0]}).kept["s0_index"]
+        )

@@ -14,7 +14,7 @@ from tokcompile.steps import Steps
 
 TAPS = (
     "x", "normed", "q", "k", "v", "rotated_k", "cls_attention", "received_attention", "last_attention", "earlier_attention",
-    "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds",
+    "earlier_cls_attention", "text_attention", "scores", "embeds", "text_embeds", "text_seen",
 )  # fmt: skip
 
 OF_ALL = ("renumber", "drop_layer")  # options that every method has, in a language model
@@ -70,6 +70,8 @@ class Tokens:
     text_attention: (B, H, T, n) rows of the T text tokens after these; where there is no text one row, the mean over all
     queries. scores: (B, H, L, L) before the softmax, scaled and masked. embeds: (B, n0, D) these tokens as they came into
     the first block, before any reduction; text_embeds: (B, T', D) all text tokens there; both None where there is no text.
+    text_seen: (B or 1, T') 1 for these, 0 for those that a mask hides, as padding; None where no mask may hide some. Such
+    tokens have no norm in `whole.rotated_k`.
     size: (B, n) original tokens in each, float32, where tracked. whole: the same taps over the whole sequence of L
     tokens, `site.start` of which come before these n; None where tokens are in groups, and where segments are a batch.
     """
@@ -90,6 +92,7 @@ class Tokens:
     scores: Tensor | None = None
     embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+    text_seen: Tensor | None = None
     whole: Tokens | None = None
 
 
@@ -192,7 +195,7 @@ class Recipe:
 
     def reads_attention(self) -> bool:
         """Whether it needs an attention that has been computed, and not only the tokens."""
-        return any(t not in ("x", "normed", "embeds", "text_embeds") for t in self.taps)
+        return any(t not in ("x", "normed", "embeds", "text_embeds", "text_seen") for t in self.taps)
 
     def place_in(self, language: bool) -> str:
         """Where in a block it stands."""

@@ -24,7 +24,9 @@ def plan(tokens: Tokens, site: Site) -> Keep:
     rows, text = gather_rows(tokens.x, own), tokens.text_embeds
     count = 0 if text is None else min(text_pivots, text.shape[1])
     if text is not None and count:
-        rows = torch.cat([rows, gather_rows(text, top_k(text.float().abs().sum(-1), count))], 1)
+        norm = text.float().abs().sum(-1)
+        norm = norm if tokens.text_seen is None else norm * tokens.text_seen
+        rows = torch.cat([rows, gather_rows(text, top_k(norm, count))], 1)
     return Keep(pick(own, rows, tokens.x, site.k))
 
 
@@ -32,7 +34,7 @@ DART_EMBEDS = register_method(
     Recipe(
         "dart_embeds",
         plan,
-        taps=("x", "text_embeds"),
+        taps=("x", "text_embeds", "text_seen"),
         place="block",
         steps=once(1 / 6, language=0),
         options={"pivots": 4, "text_pivots": 4},

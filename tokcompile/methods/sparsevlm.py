@@ -37,9 +37,16 @@ def raters(tokens: Tokens, site: Site) -> Tensor:
     if tokens.text_embeds is None or tokens.embeds is None or not site.text or site.text[-1][0] < site.start + site.n:
         return torch.ones(tokens.x.shape[0], 1, device=tokens.x.device)
     before = sum(stop - start for start, stop in site.text if start < site.start + site.n)
-    share = (tokens.embeds.float() @ tokens.text_embeds[:, before:].float().transpose(1, 2)).softmax(-1).mean(1)
-    chosen = (share > share.mean(-1, keepdim=True)).float()
-    chosen = torch.where(chosen.amax(-1, keepdim=True) > 0, chosen, 1.0)  # all equal: then no one is above the mean
+    rating = tokens.embeds.float() @ tokens.text_embeds[:, before:].float().transpose(1, 2)
+    if tokens.text_seen is None:
+        share = rating.softmax(-1).mean(1)
+        seen, mean = torch.ones_like(share), share.mean(-1, keepdim=True)
+    else:
+        seen = tokens.text_seen[:, before:].expand(rating.shape[0], -1)
+        share = torch.where(seen[:, None] > 0, rating, -1e30).softmax(-1).mean(1)
+        mean = share.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+    chosen = (share > mean).float() * seen
+    chosen = torch.where(chosen.amax(-1, keepdim=True) > 0, chosen, seen)  # all equal: then no one is above the mean
     return chosen / chosen.sum(-1, keepdim=True)
 
 
@@ -72,7 +79,7 @@ SPARSEVLM = register_method(
     Recipe(
         "sparsevlm",
         plan,
-        taps=("x", "text_attention", "embeds", "text_embeds"),
+        taps=("x", "text_attention", "embeds", "text_embeds", "text_seen"),
         place="block",
         steps=stages(3 / 32, 7 / 32, 16 / 32),
         renumber=lambda step, options: bool(options["recycle"]),  # as its first version; the second one keeps positions
