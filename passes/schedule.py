@@ -249,7 +249,7 @@ def fit_plan(plan: Plan, structure: Structure, method_of: MethodOf) -> tuple[Red
 
 def leaves_text(r: Reduction, planned: Sequence[Reduction], structure: Structure) -> bool:
     """Whether tokens stand around all those that a plan reduces in a stage, as text does, where `r` drops its own."""
-    stage = structure.blocks[r.block].stage
+    block, stage = structure.blocks[r.block], structure.blocks[r.block].stage
     same = [one for one in planned if structure.blocks[one.block].stage is stage]
     inside = {at for one in same for at in range(one.prefix, stage.length - one.suffix)}
-    return not stage.visual and r.unit == 1 and len(inside) < stage.length
+    return (block.language or not stage.visual) and r.unit == 1 and len(inside) < stage.length

@@ -56,7 +56,7 @@ def named_spans(spans: Any) -> list[tuple[int, int]]:
 
 def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None, layout: Layout) -> Slot:
     stage, unit = block.stage, layout.unit
-    language = not stage.visual and (block.language or spans is not None)
+    language = stage.text or (spans is not None and (block.language or not stage.visual))
     refuse_others(spans or (), stage)
     spans = list(spans or stage.spans) or [(stage.prefix, stage.length - stage.suffix)]
     offset = spans[0][0] % unit if layout.regrouped else 0
