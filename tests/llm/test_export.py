@@ -125,11 +125,11 @@ def test_command_line_refuses(arguments, message, written, capsys):
 def test_nothing_is_left_behind_where_it_fails(generator, tmp_path):
     model, _, made = generator("hf/mistral")
     with pytest.raises(ExportError, match="verification failed"):
-        export(made.prefill, model, tmp_path / "folder", max_new_tokens=4, tolerance=0.0)
+        export(made.prefill, model, tmp_path / "folder", max_new_tokens=COUNT, tolerance=0.0)
     assert os.listdir(tmp_path) == []
     (tmp_path / "folder").mkdir()
     with pytest.raises(ExportError, match="is there already"):
-        export(made.prefill, model, tmp_path / "folder", max_new_tokens=4)
+        export(made.prefill, model, tmp_path / "folder", max_new_tokens=COUNT)
 
 
 def test_broken_folders(written, tmp_path):
