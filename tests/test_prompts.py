@@ -1,5 +1,7 @@
 """Whole vision-language models: the traced graph is right for other images and texts, and refuses what it was not made for."""
 
+import functools
+
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ FIXED = [
 ]
 
 
+@functools.cache
 def canonical(name, batch=1):
     program, guards = traced(name, batch)
     flat = from_program(program, *program.example_inputs, None, guards)
