@@ -107,11 +107,11 @@ def traces():
     """One trace of each shared model and example, one analysis of each of their programs, one table of ops in ONNX.
 
     What was imported stays: it is not gone through for garbage again and again, and graphs, of many small objects, are not
-    after every 700 of them.
+    after every 700 new objects.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000)
+    gc.set_threshold(200_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proxy, "CapturedTraceback", Stack)
         patch.setattr(trace, "export", remembered(trace.export))
