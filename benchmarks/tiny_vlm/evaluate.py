@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import tokcompile
 from benchmarks.tiny_vlm import model as parts
 from benchmarks.tiny_vlm import reduce
 from benchmarks.tiny_vlm.data import GRID, Question, Scene, questions, read_pictures, scene
@@ -133,7 +132,9 @@ def answers(trained: Trained, shown: Reduced, asked: Asked) -> list[list[tuple[b
 
 
 @torch.no_grad()
-def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, tokens: int, layer: int = 2) -> list[Any]:
+def inside(
+    trained: Trained, shown: Reduced, asked: Asked, method: str | None, tokens: int, layer: int = reduce.LAYER
+) -> list[Any]:
     """[scene, kind, right, ended]; each question is a prefill, reduced at the entrance of a layer (full: method None), and
     greedy decoding after it."""
     batch = 16
@@ -144,22 +145,14 @@ def inside(trained: Trained, shown: Reduced, asked: Asked, method: str | None, t
         text = trained.lm.model.embed_tokens(torch.tensor([found[r][2][:length] for r in rows]))
         prompts = torch.cat([trained.prompt(shown)[[found[r][0] for r in rows]], text], 1)
         prompts = torch.cat([prompts, prompts[: -len(prompts) % batch]])  # whole batches; the added answers are not counted
-        generator = compiled(trained, prompts[:batch], method, tokens, layer)
+        opt = reduce.in_language_model(trained.lm, prompts[:batch], SPANS, method, tokens, layer)
+        generator = Generator(opt, trained.lm, max_new_tokens=LONGEST)
         said = torch.cat([generator(inputs_embeds=p).tokens for p in prompts.split(batch)]).tolist()
         for r, words in zip(rows, said):
             i, question, ids, _ = found[r]
             words, wanted = words[: len(ids) - length], ids[length:]
             made[r] = [i, question.kind, words[:-1] == wanted[:-1], words[-1] == wanted[-1]]
     return [made[r] for r in range(len(found))]
-
-
-def compiled(trained: Trained, prompt: Tensor, method: str | None, tokens: int, layer: int) -> Generator:
-    recipe, budget = (reduce.at_entrance(method), tokcompile.Tokens(tokens)) if method else ("random", 1.0)
-    prefill = tokcompile.llm.Prefill(trained.lm)
-    opt = tokcompile.optimize(
-        prefill, kwargs={"inputs_embeds": prompt}, method=recipe, budget=budget, where=[layer], spans=SPANS, outputs="reduced"
-    )
-    return Generator(opt, trained.lm, max_new_tokens=LONGEST)
 
 
 def chosen_between(trained: Trained, shown: Reduced, method: str, tokens: int) -> Reduced:
@@ -229,7 +222,7 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
     def alone() -> Reduced:
         return reduce.full(single.scenes, kept / "single")
 
-    def within(method: str | None, k: int, of: Asked = tabled, layer: int = 2) -> Callable[[], list[Any]]:
+    def within(method: str | None, k: int, of: Asked = tabled, layer: int = reduce.LAYER) -> Callable[[], list[Any]]:
         return lambda: inside(trained, shown.first(len(of.scenes)), of, method, k, layer)
 
     run("full", ask(lambda: shown, canvas))
@@ -243,6 +236,8 @@ def evaluate(data: Path, build: Path, trained_path: Path, only: str = "") -> Non
             run(f"tower-{method}-{k}", ask(in_tower(method, k)))
         for method in reduce.INSIDE.get(k, ()):
             run(f"inside-{method}-{k}", within(method, k))
+        for method in reduce.STEPWISE.get(k, ()):
+            run(f"stepwise-{method}-{k}", within(method, k))
     for grid in reduce.SMALLER:
         run(f"smaller-input-{grid * grid}", ask(small(grid)))
     run("single-full", ask(alone, single))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ IN_TOWER = ("visionzip", "fastervlm", "prumerge", "tome", "m3", "hiprune", "holo
 TOWER = dict.fromkeys(TOKENS, IN_TOWER) | dict.fromkeys(EVEN, ("m3",))
 BETWEEN = dict.fromkeys(TOKENS, ("divprune", "random", "grid")) | dict.fromkeys(EVEN, ("m3", "divprune", "random"))
 INSIDE = dict.fromkeys(TOKENS, ("dart", "fastv", "random"))
+STEPWISE = dict.fromkeys(TOKENS, ("pyramiddrop", "sparsevlm", "aim"))  # by depth, at the FLOPs of so many tokens at layer 2
+LAYER = 2
 SMALLER = (8, 6, 4)  # grids of a smaller input: 64, 36 and 16 tokens
 BATCH = 8
 DRAWN = 32  # scenes a batch where random selection draws another set for each of them
@@ -102,6 +105,21 @@ def between(prompts: Tensor, first_layer: nn.Module, method: str, tokens: int, s
     )
     kept = [opt(inputs_embeds=p).kept["s0_index"] for p in whole]
     return torch.cat(kept)[: len(prompts)]
+
+
+def in_language_model(
+    lm: Any, prompt: Tensor, spans: list[tuple[int, int]], method: str | None, tokens: int, layer: int = LAYER
+) -> tokcompile.OptimizedModel:
+    """The prefill that keeps so many visual tokens from a layer on; methods of several steps reduce at layers of their own, and
+    take as many FLOPs. Raises: BudgetError where they cannot."""
+    make = partial(
+        tokcompile.optimize, tokcompile.llm.Prefill(lm), kwargs={"inputs_embeds": prompt}, spans=spans, outputs="reduced"
+    )
+    if method is None:
+        return make(method="random", budget=1.0)
+    stepwise = method in STEPWISE[TOKENS[0]]
+    made = make(method=at_entrance("random" if stepwise else method), budget=tokcompile.Tokens(tokens), where=[layer])
+    return make(method=method, budget=tokcompile.Flops(made.report.flops_ratio)) if stepwise else made
 
 
 def at_entrance(method: str) -> Recipe:

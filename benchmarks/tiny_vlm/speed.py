@@ -55,13 +55,7 @@ def prefills(lm: Any, length: int, method: str | None = None, tokens: int = 0, l
     """The prefill of a prompt with `length` visual tokens, of which a method keeps `tokens` at a layer."""
     shape = (1, parts.PREFIX + length + QUESTION, parts.WIDTH)
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
-    chosen = dict(method="random", budget=1.0)
-    if method is not None:
-        chosen = dict(method=reduce.at_entrance(method), budget=tokcompile.Tokens(tokens), where=[layer])
-    spans = [(parts.PREFIX, parts.PREFIX + length)]
-    return tokcompile.optimize(
-        tokcompile.llm.Prefill(lm), kwargs={"inputs_embeds": prompt}, spans=spans, outputs="reduced", **chosen
-    )
+    return reduce.in_language_model(lm, prompt, [(parts.PREFIX, parts.PREFIX + length)], method, tokens, layer)
 
 
 def conditions() -> Iterator[tuple[str, Callable[..., Any] | None, Callable[..., Any]]]:
@@ -72,7 +66,9 @@ def conditions() -> Iterator[tuple[str, Callable[..., Any] | None, Callable[...,
         for m in reduce.BETWEEN[k]:
             yield f"between-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k)
         for m in reduce.INSIDE.get(k, ()):
-            yield f"inside-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k, layer=2)
+            yield f"inside-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k, layer=reduce.LAYER)
+        for m in reduce.STEPWISE.get(k, ()):
+            yield f"stepwise-{m}-{k}", None, partial(prefills, length=FULL, method=m, tokens=k, layer=reduce.LAYER)
     for grid in reduce.SMALLER:
         front = partial(fronts, method=None, tokens=0, side=grid * PATCH)
         yield f"smaller-input-{grid * grid}", front, partial(prefills, length=grid * grid)

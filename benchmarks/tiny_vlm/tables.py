@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.common import save, table
 from benchmarks.tiny_vlm.data import PLACES, WORDS
 from benchmarks.tiny_vlm.evaluate import REDUCED
-from benchmarks.tiny_vlm.reduce import BETWEEN, INSIDE, SMALLER, TOWER
+from benchmarks.tiny_vlm.reduce import BETWEEN, INSIDE, SMALLER, STEPWISE, TOWER
 
 Scores = dict[tuple[int, str, int], bool]  # (scene, kind, how many of that kind came before) -> right
 KINDS = ("name", "what is at", "where is", "is there", "how many things", "how many of it")
@@ -94,6 +94,7 @@ def conditions() -> list[tuple[str, str, str, int, str]]:
     made = [("in the tower", m, f"tower-{m}-{k}", k, f"between-random-{k}") for k, at in TOWER.items() for m in at]
     made += [("before the LM", m, f"between-{m}-{k}", k, f"between-random-{k}") for k, at in BETWEEN.items() for m in at]
     made += [("in the LM, layer 2", m, f"inside-{m}-{k}", k, f"inside-random-{k}") for k, at in INSIDE.items() for m in at]
+    made += [("in the LM, by depth", m, f"stepwise-{m}-{k}", k, f"inside-random-{k}") for k, at in STEPWISE.items() for m in at]
     return made + [("input", "smaller input", f"smaller-input-{g * g}", g * g, "") for g in SMALLER]
 
 
