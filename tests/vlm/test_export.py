@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 import tokcompile
@@ -19,7 +20,8 @@ from tests.vlm.models import reduced_parts, vlm
 from tokcompile import ExportError, InputError, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
-from tokcompile.vlm import Generator, Patches, Preprocess, export, load, split
+from tokcompile.llm.folder import Session
+from tokcompile.vlm import Generator, Patches, Preprocess, export, export_vision, load, split
 from tokcompile.vlm.whole import check_same
 
 WORDS = ["<pad>", "what", "is", "this", "?", "a", "cat", "user", ":", "answer"]
@@ -163,6 +165,27 @@ def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
     assert got.tokens.tolist() == want.tokens.tolist()
     assert error(got.logits, want.logits) < 1e-4
     assert parts.prompt.positions(mask)[1].tolist() == [[3 + 4 + 4]]
+    check_vision_alone(parts, tmp_path)
+
+
+def check_vision_alone(parts, folder):
+    """A file of the vision part that says where features stand: what `parts.after` computes, less where the image begins."""
+    export_vision(parts, folder / "vision.onnx", verify=False)
+    got = Session(str(folder / "vision.onnx"), 1)({"pixel_values": parts.vision.args[0]})
+    seen, data = parts.see(*parts.vision.args), json.loads((folder / "vision.json").read_text())
+    assert torch.equal(got["kept"], seen["kept"])
+    assert error([got[f"deepstack_{i}"] for i in range(2)], seen["deepstack"]) < 1e-4
+    assert (data["axes"], data["deepstack_after"]) == (3, [1, 2])
+    assert data["images"] == [{"placeholders": 12, "left": 6, "step": 4}]
+    prompt = parts.language_inputs(parts.embeddings.kwargs["input_ids"], seen, parts.prompt.mask)
+    begin = int(parts.prompt.mask[0, : parts.prompt.full[0][0]].sum())
+    assert torch.equal(prompt["position_ids"][..., slice(*parts.spans[0])], got["positions"] + begin)
+    for one, options, message in (
+        (parts_of("qwen3_vl"), {}, "all features"),
+        (parts, {"dynamic_batch": True}, "dynamic_batch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_vision(one, folder / "other.onnx", **options)
 
 
 def test_half_precision(tmp_path):

@@ -5,6 +5,7 @@ from tokcompile.vlm.folder import load
 from tokcompile.vlm.generate import Generator
 from tokcompile.vlm.image import Patches, Preprocess
 from tokcompile.vlm.split import Part, Parts, split
+from tokcompile.vlm.vision import export_vision
 from tokcompile.vlm.whole import export_whole
 
-__all__ = ["Generator", "Part", "Parts", "Patches", "Preprocess", "export", "export_whole", "load", "split"]
+__all__ = ["Generator", "Part", "Parts", "Patches", "Preprocess", "export", "export_vision", "export_whole", "load", "split"]

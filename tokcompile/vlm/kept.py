@@ -48,6 +48,14 @@ def flat(value: Any, batch: int) -> Any:
 
 def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], runs: Mapping[str, Run]) -> Tensor | None:
     """(B, k), or None where all are there. runs: what each of the indices is an index of. Raises: InputError."""
+    found = chosen_of(prompt, features, indices, runs)
+    return found[1] if found is not None else None
+
+
+def chosen_of(
+    prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], runs: Mapping[str, Run]
+) -> tuple[list[str], Tensor] | None:
+    """The same with the names of the indices that say so. Raises: InputError."""
     count, total = features.shape[1], sum(prompt.images)
     if count == total:
         return None
@@ -57,7 +65,7 @@ def kept_of(prompt: Prompt, features: Tensor, indices: Mapping[str, Tensor], run
             found = [(indices[name], runs[name]) for name in names[first:last]]
             kept = among_images(found, features.shape[0], total)
             if kept is not None and kept.shape[1] == count:
-                return kept
+                return names[first:last], kept
     shapes = ", ".join(f"{name} {tuple(index.shape)}" for name, index in indices.items())
     raise InputError(
         f"the vision part gives {count} features of {total}, and its indices do not say which ones they are "
