@@ -80,7 +80,7 @@ class OptimizedModel(torch.nn.Module):
 
     def over(self, graph_module: GraphModule) -> OptimizedModel:
         """The same model over another form of its graph, which later calls, exports and saves go by."""
-        other = copy.copy(self)
+        other = type(self).__new__(type(self))  # `copy.copy` would save and load it
         other.__dict__ = {**self.__dict__, "_modules": dict(self._modules), "_program": None, "_source": None}
         other.graph_module = graph_module
         return other

@@ -145,8 +145,10 @@ def test_exported_and_compared_with_the_converted_program(tmp_path):
     assert error(got, want) < TOLERANCES["fp16"]
 
 
-def test_bfloat16_is_written_and_not_run_by_onnxruntime(tmp_path):
-    report = tiny(method="random").export_onnx(tmp_path / "m.onnx", precision="bf16")
+def test_bfloat16_is_written_and_not_run_by_onnxruntime(tmp_path, monkeypatch):
+    opt = tiny(method="random")
+    monkeypatch.setattr(type(opt), "save", None)  # another form of the same program needs no file, nor can all be saved
+    report = opt.export_onnx(tmp_path / "m.onnx", precision="bf16")
     assert report.error is None
     assert "bfloat16" in report.note
 
