@@ -123,6 +123,8 @@ def positions(call: Call) -> Any:
     dim = call.args.get("dim")
     if dim is None or (has_tokens(label[dim % len(label)]) and not thresholds(call, label[dim % len(label)])):
         raise NeedsFull("it gives positions of tokens")
+    if sized(label[dim % len(label)]):
+        raise NeedsFull("it takes the largest of all tokens, of which one now stands for several")
     one_sample(label, [dim])
     value = call.node.meta["val"]
     if isinstance(value, (tuple, list)):

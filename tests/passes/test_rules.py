@@ -325,3 +325,5 @@ def test_attention_to_the_largest_scores_is_to_those_of_the_tokens_left():
     assert tokcompile.check(model, (x,)).ok
     with pytest.raises(UnsupportedGraph, match="it gives positions of tokens"):  # fewer than it attends to
         tokcompile.optimize(model, (x,), method="random", budget=tokcompile.Tokens(3), where=[0])
+    with pytest.raises(UnsupportedGraph, match="of which one now stands for several"):
+        tokcompile.optimize(model, (x,), method="tome", where=[0])
