@@ -95,7 +95,7 @@ def log_sizes(call: Call, scores: Label, dim: int = -1) -> Node | None:
     """log(size) of each key along axis `dim` of scores, which it can be added to; None where all sizes are 1."""
     if not weighs(scores[dim]):
         return None
-    return sizes_along(call, scores, dim, log=True)
+    return sizes_along(call, scores, dim, log=call.node.meta["val"].dtype)
 
 
 @rule(
@@ -115,6 +115,8 @@ def softmax(call: Call) -> Any:
     bias = log_sizes(call, label, dim)
     if bias is None:
         return call.emit(label)
-    dtype = call["self"].meta["val"].dtype
-    scores = call.op(aten.add.Tensor, call["self"], call.op(aten.to.dtype, bias, dtype))
-    return call.emit(label, self=scores)
+    bias = call.op(aten.to.dtype, bias, call["self"].meta["val"].dtype)
+    weights, _ = call.emit(label, self=call.op(aten.add.Tensor, call["self"], bias))
+    if "log" not in packet(call.node):
+        return call.typed(weights, label)
+    return call.typed(call.op(aten.sub.Tensor, weights, bias), label)  # nothing adds up logarithms: they are of one member

@@ -94,11 +94,13 @@ def sizes_like(call: Call, value: Node, label: Label, dim: int) -> Node:
     return call.op(aten.to.dtype, sizes_along(call, label, dim), torch.int64 if dtype is torch.bool else dtype)
 
 
-def sizes_along(call: Call, label: Label, dim: int, log: bool = False) -> Node:
-    """How many tokens those along axis `dim` hold, or the log of it, laid out so that it broadcasts against the label."""
+def sizes_along(call: Call, label: Label, dim: int, log: torch.dtype | None = None) -> Node:
+    """How many tokens those along axis `dim` hold, or the log of it for values of a type; it broadcasts against the label."""
     # over all samples at once, as over the windows of an image that are a batch elsewhere
     like = tuple(samples_in_line(call.gather, axis) for axis in label)
     value = call.gather.sizes(next(a for a in like[dim] if isinstance(a, Seq)))
+    if log is torch.float64:
+        value = call.op(aten.to.dtype, value, log)
     return laid_out(call, call.op(aten.log.default, value) if log else value, like, dim)
 
 

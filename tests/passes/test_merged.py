@@ -154,6 +154,7 @@ def columns(x):
 @pytest.mark.parametrize("fn", [
     lambda x: x + x * x.softmax(1) * 7,
     lambda x: x.softmax(1).sqrt(),
+    lambda x: x.log_softmax(1) * x,
     lambda x: ((x @ x.mT).softmax(-1) - 0.1).relu() @ x,
     lambda x: (x.softmax(1).square() * x).mean(1, True),
     columns,
