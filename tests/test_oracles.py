@@ -164,13 +164,20 @@ def doubled(result, call):
     return call.op(torch.ops.aten.mul.Scalar, value, 1.5), label
 
 
+def columns(x):
+    """Shares among the queries of a key: of one that is hidden they are no numbers."""
+    weights = (x @ x.mT).softmax(-1)
+    return (weights / weights.sum(1, keepdim=True)) @ x
+
+
 @pytest.mark.parametrize("between", [
     lambda x: x + x.amin(1, keepdim=True),
     lambda x: x * (x > -2).all(1, keepdim=True),
     lambda x: x * (x > 2).any(1, keepdim=True),
     lambda x: x + (x.log_softmax(1) * 0.1).amax(1, keepdim=True),
     lambda x: x + torch.einsum("bnc,bnd->bcd", x, x).mean(1, keepdim=True),
-], ids=["amin", "all", "any", "log_softmax", "einsum"])  # fmt: skip
+    lambda x: x + (x @ x.mT).mean((1, 2), keepdim=True) + columns(x),
+], ids=["amin", "all", "any", "log_softmax", "einsum", "both-axes"])  # fmt: skip
 def test_what_is_dropped_is_hidden_from_all_that_goes_over_tokens(between):
     check = tokcompile.check(*tiny(between), blocks=[0])
     assert check.ok, str(check)

@@ -76,7 +76,7 @@ class MaskedRun(Interpreter):
             left = next(k for k, v in args.items() if (isinstance(v, Node) and k not in ("self",)) or name != "aten.baddbmm")
             left = "batch1" if name == "aten.baddbmm" else left
             if self.tokens(args[left], -1):
-                return self.call(n, args, value, **{left: value[left] * self.weights(n, args[left], -1).to(value[left].dtype)})
+                return self.call(n, args, value, **{left: self.weighed(n, args[left], -1, value[left])})
         if name == "aten.einsum":
             return self.einsum(n, args)
         return None
@@ -88,7 +88,7 @@ class MaskedRun(Interpreter):
         for i, (term, operand) in enumerate(zip(inputs.split(","), args["tensors"])):
             for d, letter in enumerate(term):
                 if letter not in seen and self.tokens(operand, d):
-                    values[i] = values[i] * self.weights(n, operand, d).to(values[i].dtype)
+                    values[i] = self.weighed(n, operand, d, values[i])
                     seen.add(letter)
         return self.call(n, args, {}, tensors=values)
 
@@ -110,12 +110,13 @@ class MaskedRun(Interpreter):
         return self.call(n, args, value, attn_mask=mask, is_causal=False)
 
     def reduction(self, n: Node, name: str, args: dict[str, Any], value: dict[str, Any]) -> Any:
-        dims = [d for d in as_list(args["dim"]) if self.tokens(args["self"], d)]
-        visible = self.visible(args["self"], dims[0])
         x = value["self"]
-        if name in FILLED:
-            return self.call(n, args, value, self=x.masked_fill(~visible, FILLED[name]))
-        return self.call(n, args, value, self=x * self.weights(n, args["self"], dims[0]).to(x.dtype))
+        for dim in (d for d in as_list(args["dim"]) if self.tokens(args["self"], d)):
+            if name in FILLED:
+                x = x.masked_fill(~self.visible(args["self"], dim), FILLED[name])
+            else:
+                x = self.weighed(n, args["self"], dim, x)
+        return self.call(n, args, value, self=x)
 
     def call(self, n: Node, args: dict[str, Any], value: dict[str, Any], /, **changed: Any) -> Any:
         args = {**{k: value.get(k, v) for k, v in args.items()}, **changed}
@@ -146,11 +147,14 @@ class MaskedRun(Interpreter):
         full = [old((a,)) if d in (dim, batch_at) else 1 for d, axis in enumerate(label) for a in (axis or (1,))]
         return out & mask.expand(full).reshape(want)
 
-    def weights(self, n: Node, node: Node, dim: int) -> Tensor:
-        """The same, where `n` is a mean as factors that leave it one."""
+    def weighed(self, n: Node, node: Node, dim: int, value: Tensor) -> Tensor:
+        """The value of `node` for a sum along `dim`: zero at hidden tokens, where it may be no number, and scaled where `n`
+        is a mean, so that it is one of the others."""
         visible = self.visible(node, dim)
-        mean = packet(n) == "aten.mean" or n in self.averaged
-        return visible * (visible.shape[dim] / visible.sum(dim, keepdim=True)) if mean else visible
+        value = value.masked_fill(~visible, 0)
+        if packet(n) == "aten.mean" or n in self.averaged:
+            value = value * (visible.shape[dim] / visible.sum(dim, keepdim=True)).to(value.dtype)
+        return value
 
     def atom_sizes(self, axis: Axis, is_tokens: bool) -> list[int]:
         return [a.size if isinstance(a, Batch) else a.old if is_tokens and isinstance(a, Seq) else 1 for a in (axis or (1,))]
