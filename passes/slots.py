@@ -82,13 +82,13 @@ def make_slot(block: Block, place: str, spans: Sequence[tuple[int, int]] | None,
 
 
 def refuse_others(spans: Sequence[tuple[int, int]], stage: Stage) -> None:
-    """Raises: InputError for a span that the user names and that holds text beside what the graph knows to be an image's."""
+    """Raises: InputError for a span that the user names and that holds text, where the graph knows what is an image's."""
     known = {at for start, stop in stage.spans for at in range(start, stop)}
     for start, stop in spans:
         others = [at for at in range(start, stop) if at not in known]
-        if others and len(others) < stop - start:
+        if others and known:
             raise InputError(
-                f"the span ({start}, {stop}) holds token {others[0]} too, which is none of the image features: those stand at "
+                f"the span ({start}, {stop}) holds token {others[0]}, which is none of the image features: those stand at "
                 f"{list(stage.spans)}\n  what to do: leave spans out, or name tokens among these"
             )
 

@@ -195,8 +195,9 @@ def test_the_prompt_says_where_the_image_is(program):
     by_hand = tokcompile.optimize(program("hf/llava"), **first, spans=[(5, 54)])
     assert named.plan == by_hand.plan
     assert any("positions 5 to 54" in guard for guard in named.report.guards)
-    with pytest.raises(tokcompile.InputError, match=r"the span \(3, 40\) holds token 3 too.*\[\(5, 54\)\]"):
-        tokcompile.optimize(program("hf/llava"), **first, spans=[(3, 40)])
+    for start, stop, at in ((3, 40, 3), (54, 60, 54)):  # text beside the image's tokens, and text alone
+        with pytest.raises(tokcompile.InputError, match=rf"the span \({start}, {stop}\) holds token {at}, .*\[\(5, 54\)\]"):
+            tokcompile.optimize(program("hf/llava"), **first, spans=[(start, stop)])
 
 
 def test_placeholders_elsewhere_are_refused(family, program):
