@@ -205,7 +205,7 @@ def test_half_precision(tmp_path):
     assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
 
 
-def test_a_model_that_was_optimized_as_a_whole(tmp_path):
+def test_a_model_that_was_optimized_as_a_whole(tmp_path, monkeypatch):
     """The folder holds the reductions of both places, with room for more text, and gives what the whole model gives."""
     model, inputs = vlm("llava")
     tower = tokcompile.optimize(model, kwargs=inputs, method="divprune", budget=0.5, where=[2], outputs="reduced")
@@ -220,6 +220,13 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path):
         check_same(tower, parts, prefill)
     with pytest.raises(InputError, match=r"room=\[1, 1\], and the example has"):
         both.export_onnx(tmp_path / "other", room=(1, 1))
+    monkeypatch.setattr("tokcompile.vlm.whole.split", None)  # text is looked at before the model is taken apart
+    for kind, match, option in (
+        (ExportError, "there is no file", dict(tokenizer=tmp_path / "none.json")),
+        (InputError, "has to hold {prompt} once, and {image} 1 time", dict(template="{prompt}")),
+    ):
+        with pytest.raises(kind, match=match):
+            both.export_onnx(tmp_path / "other", **option)
     assert os.listdir(tmp_path) == ["folder"]
 
 

@@ -58,7 +58,7 @@ def export(
     Raises: InputError, TraceError, ExportError; nothing is left behind then.
     """
     how = preprocesses(preprocess, parts)
-    check_text(parts, tokenizer, template)
+    check_text(len(parts.prompt.full), tokenizer, template)
     made = Generator(parts, prefill, max_new_tokens=max_new_tokens)
     pixels = parts.vision.args[0]
     check_runs(made.text, options, verify_tokens)
@@ -100,9 +100,8 @@ def preprocesses(given: Preprocess | Sequence[Preprocess] | Mapping[str, Any] | 
     return made if len(set(made)) > 1 else made[:1]
 
 
-def check_text(parts: Parts, tokenizer: str | os.PathLike[str] | None, template: str | None) -> None:
-    """Raises: InputError, ExportError."""
+def check_text(images: int, tokenizer: str | os.PathLike[str] | None, template: str | None) -> None:
+    """images: how many there are in a prompt. Raises: InputError, ExportError."""
     check_tokenizer(tokenizer)
-    images = len(parts.prompt.full)
     if template is not None and (template.count("{image}") != images or template.count("{prompt}") != 1):
         raise InputError(f"the template {template!r} has to hold {{prompt}} once, and {{image}} {images} time(s)")

@@ -19,8 +19,10 @@ from tokcompile.llm.export import FolderReport
 from tokcompile.passes.faithful import worst
 from tokcompile.passes.plan import Reduction
 from tokcompile.vlm.checks import CLOSE
-from tokcompile.vlm.export import export
+from tokcompile.vlm.example import image_spans, image_token_of
+from tokcompile.vlm.export import check_text, export
 from tokcompile.vlm.masks import Span
+from tokcompile.vlm.observe import source_of
 from tokcompile.vlm.split import Part, Parts, split
 
 BY_PARTS = "\n  what to do: optimize the parts of tokcompile.vlm.split one by one, and write them with tokcompile.vlm.export"
@@ -47,6 +49,8 @@ def export_whole(
     """
     assert opt.original is not None
     model, inputs = opt.original
+    images = image_spans(inputs["input_ids"], image_token_of(model, None, source_of(inputs)))
+    check_text(len(images), options.get("tokenizer"), options.get("template"))
     parts = split(model, inputs, room=room)
     decoder = f"{parts.seen.language}."
     tower = [r for r in opt.plan.reductions if not r.path.startswith(decoder)]
