@@ -16,6 +16,7 @@ from tests.models.hf_base import DECODER, build
 from tokcompile import ExportError, InputError
 from tokcompile.llm import Generator, Prefill, export, load
 from tokcompile.passes.calls import is_mixer, marks
+from tokcompile.vlm.vision import with_places
 
 LENGTH, SPAN, COUNT = 40, (5, 30), 8
 DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=12)
@@ -247,6 +248,9 @@ def test_a_whole_vision_language_model(tmp_path):
     before, seen = parts.see(kwargs["pixel_values"]), short.see(kwargs["pixel_values"])
     assert seen["kept"].tolist() == [sorted(seen["kept"][0].tolist())]
     assert before["features"].shape[1] == 2 * seen["features"].shape[1]
+    alone = run(with_places(short), kwargs["pixel_values"])
+    assert torch.equal(alone.kept["kept"], seen["kept"])
+    assert torch.equal(alone.output["features"], seen["features"])
     prefill = tokcompile.optimize(
         *short.language, method="random", budget=tokcompile.Tokens(4), where=[1], spans=short.spans, outputs="reduced"
     )
