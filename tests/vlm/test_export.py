@@ -16,7 +16,7 @@ import tokcompile
 from tests.conftest import error, layer
 from tests.exports.models import DYNAMIC, all_nodes
 from tests.shared import shared
-from tests.vlm.models import reduced_parts, vlm
+from tests.vlm.models import parts_of, reduced_parts, vlm
 from tokcompile import ExportError, InputError, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
