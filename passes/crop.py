@@ -53,7 +53,8 @@ def among_shown(recipe: Recipe, hidden: Hidden) -> Recipe:
 
         index = all_of([g.index(c) for g, c in zip(groups, chosen)])
         if all(isinstance(c, Keep) and c.extra is None for c in chosen):
-            return Keep(index, ordered=False)
+            said = [g.assigned(c) for g, c in zip(groups, chosen) if isinstance(c, Keep) and c.assign is not None]
+            return Keep(index, ordered=False, assign=all_of(said) if len(said) == len(groups) else None)
         hard = [c for c in chosen if isinstance(c, Merge) or (isinstance(c, Keep) and c.extra is None)]
         if len(hard) == len(chosen):
             joining = zip(*(g.joining(c) for g, c in zip(groups, hard)))
@@ -116,7 +117,8 @@ class Group:
 
     def nothing(self, like: Tensor) -> Keep:
         """The choice where all is hidden."""
-        return Keep(torch.zeros(len(self.rows), 0, dtype=torch.int64, device=like.device))
+        none = torch.zeros(len(self.rows), 0, dtype=torch.int64, device=like.device)
+        return Keep(none, assign=none)
 
     def joining(self, chosen: Keep | Merge) -> tuple[Tensor, Tensor, Tensor]:
         """(R, n - k) the tokens that are gone, the slots that they join, and 1 for those that do; hidden ones join none."""
@@ -128,6 +130,15 @@ class Group:
         joins = torch.ones_like(sources, dtype=torch.float32)
         parts = (sources, gone), (chosen.slots, nowhere), (joins, nowhere.float())
         return tuple(torch.cat(pair, 1) for pair in parts)  # type: ignore[return-value]
+
+    def assigned(self, chosen: Keep) -> Tensor:
+        """(R, n) what stands for each token, which the method says; any one for those that are hidden and gone."""
+        assert chosen.assign is not None
+        places = numbers([one + other for one, other in zip(self.shown, self.hidden)], chosen.index)
+        count, hidden = chosen.index.shape[1], len(self.hidden[0])
+        filled = [[count + i if i < self.fill else 0 for i in range(hidden)]] * len(self.rows)
+        slots = torch.cat([chosen.assign, numbers(filled, chosen.index)], 1)
+        return torch.zeros_like(slots).scatter(1, places, slots)
 
     def weights(self, chosen: Keep | Merge | Mix) -> Tensor:
         """(R, k, n) each token that is left as a weighted sum."""

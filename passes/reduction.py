@@ -94,3 +94,9 @@ def check_plan(plan: object, recipe: Recipe, site: Site, batch: int) -> None:
             f"method {recipe.name!r} was asked for {site.k} of {site.n} tokens and gave indices of shape "
             f"{tuple(plan.index.shape)}; its plan must return exactly (batch, site.k)"
         )
+    given = plan.assign if isinstance(plan, Keep) else None
+    if given is not None and tuple(given.shape) != (batch, site.n):
+        raise MethodError(
+            f"method {recipe.name!r} says what stands for each of {site.n} tokens in the shape {tuple(given.shape)}; "
+            f"it is {(batch, site.n)}"
+        )

@@ -19,6 +19,7 @@ from tokcompile.errors import (
     TraceError,
     UnsupportedGraph,
 )
+from tokcompile.primitives import identity
 
 
 @pytest.fixture
@@ -80,6 +81,11 @@ def test_a_recipe_that_returns_another_count_is_refused():
     greedy = Recipe("greedy", lambda tokens, site: tokcompile.Keep(torch.arange(3).expand(tokens.x.shape[0], -1)))
     with pytest.raises(MethodError, match=r"'greedy' was asked for \d+ of \d+ tokens and gave indices of shape \(1, 3\)"):
         optimize(tiny(), method=greedy)
+    few = lambda tokens, site: tokcompile.Keep(identity(tokens.x)[:, : site.k], assign=identity(tokens.x)[:, : site.k])  # noqa: E731
+    with pytest.raises(
+        MethodError, match=r"'few' says what stands for each of 12 tokens in the shape \(1, 6\); it is \(1, 12\)"
+    ):
+        optimize(tiny(), method=Recipe("few", few), where=[0])
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------

@@ -101,12 +101,14 @@ class Keep:
     """Pruning: the tokens `index`: (B, k), in this order; ordered says that they ascend.
 
     extra: (B, e, n) makes e more tokens, each a weighted sum of the n; `index` then names k - e kept tokens followed by
-    one representative per extra token (it lends its position).
+    one representative per extra token (it lends its position). assign: (B, n) which of the k stands for each of the n in a
+    dense output; the most similar one where it is None.
     """
 
     index: Tensor
     ordered: bool = True
     extra: Tensor | None = None
+    assign: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import tokcompile
 from tests.conftest import error
 from tokcompile import Site
 from tokcompile.passes.crop import among_shown, can_choose, left_of
+from tokcompile.primitives import identity
 from tokcompile.primitives.combine import apply
-from tokcompile.recipe import Tokens, get_method
+from tokcompile.recipe import Keep, Tokens, get_method
 
 ROWS, COLUMNS, WIDTH = 4, 6, 8
 N = ROWS * COLUMNS
@@ -77,3 +78,14 @@ def test_what_is_hidden_stays_known(hidden, first, second):
     for row, gone in enumerate(hidden):
         kept = x[row, :, 0].long().tolist()
         assert len(set(kept) - set(gone)) == min(m, 10 - len(gone))
+
+
+def test_what_a_method_says_stands_for_tokens_still_does():
+    said = lambda tokens, site: Keep(identity(tokens.x)[:, : site.k], assign=identity(tokens.x) % site.k)  # noqa: E731
+    recipe = tokcompile.Recipe("said", said)
+    chosen = among_shown(recipe, HIDDEN).plan(taps(len(HIDDEN)), Site(N, 14))
+    for row, hidden in enumerate(HIDDEN):
+        shown = [i for i in range(N) if i not in hidden]
+        left = min(14, len(shown))
+        assert chosen.assign[row, shown].tolist() == [i % left for i in range(len(shown))]
+        assert chosen.assign[row, list(hidden[: 14 - left])].tolist() == list(range(left, 14))

@@ -114,6 +114,8 @@ def assignment(plan: Keep | Merge | Mix, x: Tensor) -> Tensor:
         return scatter_slots(torch.cat([plan.index, plan.sources], 1), torch.cat([own, plan.slots], 1), n)
     if isinstance(plan, Mix):
         return plan.weights.argmax(dim=1)
+    if plan.assign is not None:
+        return plan.assign
     unit_x = unit(x)
     nearest = (unit_x @ gather_rows(unit_x, plan.index).transpose(1, 2)).argmax(dim=-1)
     return nearest.scatter(1, plan.index, own)
