@@ -96,7 +96,7 @@ def removals(budget: Remove, recipe: Recipe, slots: list[Slot], options: Mapping
     """ToMe's r per block, clipped to what one step of the method can remove."""
     n, counts = slots[0].n, []
     for r in budget.per_block(len(slots)):
-        n = max(n - r, least(recipe, n, slots[0], options))
+        n = max(n - r, least(recipe, n, slots[0], options), 0 if slots[0].drops else 1)
         counts.append(n)
     return counts
 
