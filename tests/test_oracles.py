@@ -14,6 +14,7 @@ from tokcompile import oracles, shaken
 from tokcompile.passes.gather import Gatherer
 from tokcompile.passes.rules import RULES
 from tokcompile.passes.tokens import new_shape, old_shape
+from tokcompile.passes.trace import export
 
 
 def no_coercion(patch):
@@ -75,13 +76,13 @@ BROKEN = [
 @pytest.mark.parametrize(("mistake", "name"), BROKEN, ids=[f"{m.__name__}-{n}" for m, n in BROKEN])
 def test_a_broken_pass_is_caught(mistake, name, program, monkeypatch):
     spans = [(5, 30)] if name == "hf/llama" else None
+    monkeypatch.setattr(oracles, "ORACLES", (oracles.permutation,))
     given = program(name, 3)
     assert tokcompile.check(given, spans=spans, blocks=[1]).ok
     mistake(monkeypatch)
     check = tokcompile.check(given, spans=spans, blocks=[1])
     assert not check.ok
     permutation = check.results[0]
-    assert permutation.oracle == "permutation"
     assert not permutation.ok
     assert permutation.error is None or permutation.error > 100 * 1e-4
 
@@ -183,15 +184,53 @@ def test_what_is_dropped_is_hidden_from_all_that_goes_over_tokens(between):
     assert check.ok, str(check)
 
 
+def one_key(patch):
+    """A merged token is one key to attention."""
+    patch.setattr("tokcompile.passes.rules.attention.log_sizes", lambda *given: None)
+
+
+def one_of_a_mean(patch):
+    """A merged token is one among those of a mean."""
+    patch.setattr("tokcompile.passes.rules.reduce.by_share", lambda call, value, *given: value)
+
+
+def one_of_a_product(patch):
+    """A merged token is one among those that a product over tokens adds up."""
+    patch.setattr("tokcompile.passes.rules.contract.weigh", lambda call, value, *given: value)
+
+
+def test_a_broken_size_is_caught_by_copies(monkeypatch):
+    program, _ = export(*tiny(lambda x: x + x.mean(1, keepdim=True) + x @ (x.mT @ x).softmax(-1)), {})
+    assert tokcompile.check(program, blocks=[0]).ok
+    for mistake in (one_key, one_of_a_mean, one_of_a_product):
+        with monkeypatch.context() as patch:
+            mistake(patch)
+            check = tokcompile.check(program, blocks=[0])
+        assert [(r.oracle, r.ok) for r in check.results] == [
+            ("permutation", True), ("masked keys", True), ("copies", False)], mistake.__doc__  # fmt: skip
+        assert check.results[2].error > 1e-2
+
+
+@pytest.mark.parametrize(("between", "note"), [
+    (lambda x: x + x.topk(4, 1).values.mean(1, keepdim=True), "merging is refused: it takes the largest of all tokens"),
+    (lambda x: x + ((x @ x.mT).softmax(-1) + torch.eye(12)) @ x, "not compared: a table by position is added"),
+], ids=["refused", "table"])  # fmt: skip
+def test_a_model_that_copies_cannot_be_compared_in_is_understood(between, note):
+    check = tokcompile.check(*tiny(between), blocks=[0])
+    assert check.ok, str(check)
+    assert check.results[2].error is None
+    assert check.results[2].note.startswith(note)
+
+
 @pytest.mark.parametrize(("op", "name"), [("aten.softmax", "torch/einsum_vit"), ("aten.layer_norm", "timm/vit"),
                                           ("aten.scaled_dot_product_attention", "timm/vit"),
                                           ("aten.mean", "torch/encoder_batch_first")])  # fmt: skip
-def test_a_rule_that_changes_values_is_caught_by_both(op, name, program, monkeypatch):
+def test_a_rule_that_changes_values_is_caught_by_two(op, name, program, monkeypatch):
     right = RULES[op]
     monkeypatch.setattr("tokcompile.passes.rewrite.RULES", {**RULES, op: lambda call: doubled(right(call), call)})
     check = tokcompile.check(program(name), blocks=[1])
-    assert [r.ok for r in check.results] == [False, False]
-    assert all(r.error > 1e-2 for r in check.results)
+    assert [r.ok for r in check.results] == [False, False, True]  # it changes those of copies and of merged ones alike
+    assert all(r.error > 1e-2 for r in check.results[:2])
 
 
 def test_keeping_a_dropped_token_is_caught_by_masked_keys(program, monkeypatch):
@@ -200,7 +239,8 @@ def test_keeping_a_dropped_token_is_caught_by_masked_keys(program, monkeypatch):
     off = lambda n, k, batch, seed, sort: (right(n, k, batch, seed, sort) + 1) % n  # noqa: E731
     monkeypatch.setattr(oracles, "constant_recipe", patched(oracles.constant_recipe, monkeypatch, off))
     check = tokcompile.check(program("timm/vit"), blocks=[1])
-    assert [(r.oracle, r.ok) for r in check.results] == [("permutation", True), ("masked keys", False)]
+    assert [(r.oracle, r.ok) for r in check.results] == [
+        ("permutation", True), ("masked keys", False), ("copies", True)]  # fmt: skip
 
 
 def patched(make, monkeypatch, index):
@@ -279,7 +319,8 @@ def test_other_seeds_agree(seed, program):
 def test_blocks_are_checked_at_three_depths_or_as_asked(program):
     check = tokcompile.check(program("timm/vit"))
     assert [(r.block, r.oracle) for r in check.results] == [
-        (b, oracle) for b in (0, 2, 3) for oracle in ("permutation", "masked keys")]  # fmt: skip
+        (0, "permutation"), (0, "masked keys"), (0, "copies"),
+        *((b, oracle) for b in (2, 3) for oracle in ("permutation", "masked keys"))]  # fmt: skip
     assert check.sites == [f"blocks.{i}" for i in range(4)]
     assert {r.block for r in tokcompile.check(program("timm/vit"), blocks=[1]).results} == {1}
 
@@ -301,12 +342,12 @@ def test_the_outcome_prints_and_goes_to_json(program):
     lines = str(check).splitlines()
     assert lines[0].split() == ["oracle", "block", "error", "result"]
     assert lines[1].startswith("permutation")
-    assert lines[3] == "tolerance: 1.0e-04"
+    assert lines[4] == "tolerance: 1.0e-04"
     assert lines[-1] == "the pass understands this model"
     data = json.loads(check.json())
     assert data["ok"] is True
     assert data["errors"] == []
-    assert [r["path"] for r in data["results"]] == ["blocks.1"] * 2
+    assert [r["path"] for r in data["results"]] == ["blocks.1"] * 3
 
 
 def test_a_failure_names_the_block(program, monkeypatch):

@@ -1,8 +1,9 @@
-"""Two oracles that need no reference code: does the pass understand this model?
+"""Three oracles that need no reference code: does the pass understand this model?
 
 Permutation: all tokens are kept, in random order; every output must be what it was. Masked keys: half the tokens are
-dropped; the kept ones must be what the original graph gives when nobody may attend to the dropped ones. Parameters are
-shaken first, because zero-initialised tables and tiny layer scales would hide a missing step.
+dropped; the kept ones must be what the original graph gives when nobody may attend to the dropped ones. Copies: half the
+tokens are replaced by copies of the others, positions included; merging each with its copies must change no output.
+Parameters are shaken first, because zero-initialised tables and tiny layer scales would hide a missing step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from tokcompile.masked import MaskedRun, kept_rows
 from tokcompile.passes.crop import among_shown
 from tokcompile.passes.faithful import worst
 from tokcompile.passes.find import Block, Structure
-from tokcompile.passes.graph import shape
+from tokcompile.passes.graph import packet, shape
 from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
+from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blocks
 from tokcompile.passes.plan import Reduction
-from tokcompile.passes.rewrite import Rewritten
+from tokcompile.passes.rewrite import ADDS, Rewritten
 from tokcompile.passes.tokens import Space, is_labelled
 from tokcompile.passes.trace import one_at_a_time, trace
-from tokcompile.recipe import Keep, Recipe, Site, Tokens, anywhere
+from tokcompile.passes.weighted import weights
+from tokcompile.primitives import identity
+from tokcompile.recipe import Keep, Merge, Recipe, Site, Tokens, anywhere
 from tokcompile.shaken import noise_floor, prepare, run
 
 LOOSE = 1e-2
@@ -101,7 +105,8 @@ def check(
     blocks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Check:
-    """Runs both oracles at the first, a middle and the last block (or at `blocks`) on a copy with shaken parameters.
+    """Runs the oracles at the first, a middle and the last block (or at `blocks`) on a copy with shaken parameters: permutation
+    and masked keys at each, copies at the first one of a tower and of a language model, since all that follows weighs them.
 
     Raises: InputError, TraceError where the model cannot be traced at all.
 
@@ -134,8 +139,11 @@ def check(
     if not sites:
         report.ok = False
     chosen = [one_block(structure.blocks, b) for b in blocks] if blocks is not None else sites
+    first = {b.language: b.index for b in reversed(chosen)}
     for block in chosen:
-        for oracle in (permutation, masked_keys):
+        for oracle in ORACLES:
+            if oracle is copies and blocks is None and block.index != first[block.language]:
+                continue
             result = Result(oracle.__name__.replace("_", " "), block.index, block.path, None, False)
             try:
                 if block.why_not:
@@ -209,9 +217,12 @@ def rewritten(result: Result, analysis: Analysis, settings: Settings, reductions
         out = rewrite(analysis, settings, reductions, layout)
         inside = sum(r.inside for r in out.recoveries)
         places = f"{inside} place{'s' * (inside != 1)} inside the blocks"
-        reason = str(error).splitlines()[0].split(" (")[0].removeprefix("an op over reduced tokens cannot be rewritten: ")
-        result.note = f"only with recover='anywhere', at {places}: {reason}"
+        result.note = f"only with recover='anywhere', at {places}: {first_reason(error)}"
         return out
+
+
+def first_reason(error: TokcompileError) -> str:
+    return str(error).splitlines()[0].split(" (")[0].removeprefix("an op over reduced tokens cannot be rewritten: ")
 
 
 def permutation(result: Result, analysis: Analysis, slot: Any, layout: Layout, outputs: list[Any], seed: int) -> None:
@@ -232,6 +243,43 @@ def masked_keys(result: Result, analysis: Analysis, slot: Any, layout: Layout, o
         where = f"compared {before}" if pairs else "no output can be compared"
         result.note = f"{result.note}; {where}" if result.note else where
     result.error = worst([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+
+
+def copies(result: Result, analysis: Analysis, slot: Any, layout: Layout, outputs: list[Any], seed: int) -> None:
+    """Where merging is refused, nothing is compared: what can be pruned is understood."""
+    if table_in_weights(analysis):
+        result.note = "not compared: a table by position is added to weights of attention"
+        return
+    settings = Settings(copied(seed), {}, recipes={"merged": merged(seed)})
+    placed = reduced_to(slot, 1.0)
+    apart = rewritten(result, analysis, settings, placed, layout)
+    merging = [*placed, *(replace(r, method="merged") for r in reduced_to(slot, 0.5))]
+    try:
+        joined = rewrite(analysis, settings, merging, layout)
+    except TokcompileError as error:
+        result.note = f"merging is refused: {first_reason(error)}"
+        return
+    if not joined.mixed:
+        result.error = worst(*(run(out.gm, analysis.traced.inputs) for out in (joined, apart)))
+        return
+    behind = {*joined.mixed, *reachable_from(set(joined.mixed))}  # where a copy is seen twice
+    with extra_outputs(analysis.graph, before_recovery(joined)) as nodes:
+        both = [rewrite(analysis, settings, chosen, layout) for chosen in (merging, placed)]
+    got, want = ([v for node, v in zip(nodes, run(out.gm, analysis.traced.inputs)) if node not in behind] for out in both)
+    result.error = worst(got, want) if got else None
+    where = "compared before tokens are mixed along the sequence" if got else "no output can be compared"
+    result.note = f"{result.note}; {where}" if result.note else where
+
+
+def table_in_weights(analysis: Analysis) -> bool:
+    """Whether a table over all tokens is added to what a softmax has made one, in front of a block: merged tokens get the mean
+    over the places of those that they hold, which are not those of copies."""
+    axes = weights(analysis.graph.graph).axes
+    added = (n for n in analysis.structure.leading if packet(n) in ADDS and any(i in axes for i in n.all_input_nodes))
+    return any(i.op == "get_attr" and shape(i)[-1:] == shape(n)[-1:] for n in added for i in n.all_input_nodes)
+
+
+ORACLES = (permutation, masked_keys, copies)
 
 
 def kept_pairs(analysis: Analysis, out: Rewritten, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -263,13 +311,13 @@ def before_recovery(out: Rewritten) -> list[Node]:
 
 
 @contextmanager
-def extra_outputs(gm: GraphModule, nodes: Sequence[Node]) -> Iterator[None]:
-    """Lets the graph return these nodes too."""
+def extra_outputs(gm: GraphModule, nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Lets the graph return these nodes too; gives all that it returns."""
     output = gm.graph.output_node()
     before = output.args
     output.args = ([*before[0], *nodes],)
     try:
-        yield
+        yield list(output.args[0])
     finally:
         output.args = before
 
@@ -291,6 +339,40 @@ def constant_recipe(name: str, seed: int, sort: bool) -> Recipe:
         return Keep(index, ordered=sort)
 
     return Recipe(name, plan, together=anywhere)
+
+
+def copied(seed: int) -> Recipe:
+    """The tokens that are not kept are replaced by copies of those that are."""
+
+    def plan(tokens: Tokens, site: Site) -> Keep:
+        kept, gone, slots = draw_copies(tokens, site, seed)
+        index = torch.cat([kept, kept.gather(1, slots)], 1).gather(1, torch.cat([kept, gone], 1).argsort(1))
+        return Keep(index, ordered=False, assign=identity(tokens.x))
+
+    return Recipe("copies", plan, together=anywhere)
+
+
+def merged(seed: int) -> Recipe:
+    """Each copy is merged into the token that it is a copy of."""
+
+    def plan(tokens: Tokens, site: Site) -> Merge:
+        kept, gone, slots = draw_copies(tokens, site, seed)
+        more = site.k - kept.shape[1]  # where tokens are hidden, more may be left than are different
+        return Merge(torch.cat([kept, gone[:, :more]], 1), gone[:, more:], slots[:, more:])
+
+    return Recipe("merged", plan, track_size=True, proportional=True, together=anywhere)
+
+
+def draw_copies(tokens: Tokens, site: Site, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, n // 2) tokens that are kept, (B, rest) the others, and (B, rest) which of the kept ones each is a copy of."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing():
+        batch, count = tokens.x.shape[0] // site.segments, max(1, site.n // 2)
+        order = subset_index(site.n, site.n, batch, seed, sort=False)
+        kept, gone = (part.sort(1).values for part in order.split([count, site.n - count], 1))
+        slots = torch.randint(count, gone.shape, generator=torch.Generator().manual_seed(seed + 2))
+        return tuple(part.repeat_interleave(site.segments, 0) for part in (kept, gone, slots))  # type: ignore[return-value]
 
 
 def shuffled(seed: int) -> Recipe:

@@ -53,9 +53,10 @@ examples:
   tokcompile check timm:vit_base_patch16_224 --batch 2
   tokcompile check decoder.pt2 --span 5:30 --blocks 0,6
 
-Two oracles need no reference code.
+Three oracles need no reference code.
   permutation  all tokens are kept, in random order; every output stays what it was
-  masked keys  half the tokens are dropped; the others are what the original gives when nobody attends to those"""
+  masked keys  half the tokens are dropped; the others are what the original gives when nobody attends to those
+  copies       half the tokens become copies of the others; merging each with its copies changes no output"""
 
 BENCH = """\
 examples:

@@ -182,7 +182,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def check(args: Namespace) -> Result:
-    """Runs both oracles; the exit code is 1 where one fails."""
+    """Runs the oracles; the exit code is 1 where one fails."""
     chosen = values.blocks(args.blocks) if args.blocks else None
     if chosen and not all(isinstance(b, int) for b in chosen):
         raise InputError(f"--blocks takes numbers such as 0,6,11, not {args.blocks!r}")
