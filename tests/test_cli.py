@@ -307,7 +307,7 @@ def test_inspect_says_that_nothing_was_found(cli):
 def test_check_passes(cli):
     code, out, _ = cli("check", TINY, "--blocks", "0,2")
     assert code == 0
-    assert out.count(" ok\n") == 4
+    assert out.count(" ok\n") == 6
     assert "the pass understands this model" in out
 
 

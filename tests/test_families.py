@@ -32,6 +32,7 @@ ANYWHERE = [
     "timm/twins_pcpvt",
     "timm/twins_svt",
     "timm/volo",
+    "hf/groupvit_vision",  # divides sums of tokens by their number and one
     "timm/xcit",
     "hf/eomt",
     "hf/mllama",
@@ -121,6 +122,7 @@ WHY = {
     "it takes some of the samples": "images are handled one by one",
     "it cuts through the reduced tokens": "images are handled one by one",
     "it reads tokens by their place on the grid": "windows or a grid inside the blocks",
+    "it adds up all tokens": "sums of tokens over their number and one",
 }
 
 

@@ -61,7 +61,7 @@ def test_a_plan_that_cannot_be_read(tmp_path):
     (Reduction(7, 12, 6), r"block 7 is not among the 3 blocks found"),
     (Reduction(0, 49, 6), r"the plan says 49 tokens come into block 0; the model has 12"),
     (Reduction(0, 12, 13), r"the plan leaves 13 tokens at block 0, where 12 come in"),
-    (Reduction(0, 12, 0), r"the plan leaves 0 tokens at block 0"),
+    (Reduction(0, 12, 0), r"the plan at block 0: all tokens can be dropped only in a language model"),
     (Reduction(0, 12, 6, place="mlp"), r"the plan's place 'mlp' is neither 'attention' nor 'block'"),
     (Reduction(0, 12, 6, prefix=4, suffix=20), r"the plan"),
     (Reduction(0, 12, 6, unit=0), r"the plan"),

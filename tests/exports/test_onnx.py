@@ -293,12 +293,10 @@ def test_an_addition_at_all_positions_is_an_addition(tmp_path):
     assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
 
 
-def test_padding_is_named_where_nothing_was_chosen(tmp_path):
+def test_what_padding_computes_is_what_it_is_in_torch(tmp_path):
     model, args, kwargs = build("hf/llama_padded", 1)
     opt = tokcompile.optimize(model, args, kwargs, budget=1.0, spans=[(5, 30)])
-    with pytest.raises(tokcompile.ExportError, match=r"computes this model otherwise; rows of attention .* \(padding\)"):
-        opt.export_onnx(tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
+    assert max(opt.export_onnx(tmp_path / "m.onnx").errors.values()) <= 1e-4
 
 
 def test_complex_rotary_tables(tmp_path):

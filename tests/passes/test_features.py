@@ -41,7 +41,7 @@ def test_a_tower_of_features_is_visual(masked, after):
     assert [(s.visual, s.spans) for s in structure.stages] == [(True, ()), (False, ((2, 14),))]
     check = tokcompile.check(model, inputs)
     assert check.ok, str(check)
-    assert [r.block for r in check.results] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [r.block for r in check.results if r.oracle == "masked keys"] == [0, 1, 2, 3, 4]
     whole = tokcompile.optimize(model, inputs, method="random", budget=1.0)
     assert torch.equal(run(whole, *inputs), run(model, *inputs))
 

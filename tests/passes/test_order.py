@@ -57,7 +57,7 @@ def test_what_is_not_in_the_order_is_dropped_first(order, batch, select):
     args = (torch.randn(batch, LENGTH, WIDTH),)
     check = tokcompile.check(model, args, blocks=[0])
     assert check.ok, str(check)
-    assert not any(r.note for r in check.results), str(check)
+    assert not any(r.note for r in check.results if r.oracle != "copies"), str(check)
     for k in (3, LENGTH - 2):
         fast = tokcompile.optimize(model, args, method="random", budget=Tokens(k), where=[0], outputs="reduced")
         index = next(iter(fast(*args).kept.values()))
