@@ -80,7 +80,7 @@ def given_back(rw: Rewriter, value: Node, label: Label, node: Node) -> Node:
     if any(not space.k for axis in label for space in spaces_on(axis)):
         return as_dropped(rw, node)
     full = rw.gather.recover(value, label, node)
-    axes = {axis for softmax, axis in rw.softmaxes.axes.get(node, {}).items() if rw.over_tokens(softmax)}
+    axes = {axis for softmax, axis in rw.weighing.softmaxes.axes.get(node, {}).items() if rw.weighing.over_tokens(softmax)}
     if not axes:
         return full
     like, call = tuple(samples_in_line(rw.gather, one) for one in label), Call(rw, node)

@@ -4,7 +4,7 @@ reduced axis are gathered on demand."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,22 +18,19 @@ from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, device_of, packet, shape, user_dependent, without_dead_code
+from tokcompile.passes.graph import Builder, device_of, packet, user_dependent, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
 from tokcompile.passes.last_token import LastTokenSeen
-from tokcompile.passes.memory import ancestors_of, reachable_from
+from tokcompile.passes.memory import ancestors_of
 from tokcompile.passes.mixers import shorten
 from tokcompile.passes.recover import Recovery, recover_operands, write_outputs
 from tokcompile.passes.renumber import Consecutive
 from tokcompile.passes.rules import RULES, Call, NeedsFull
-from tokcompile.passes.rules.sizes import each, mean_of_each, reaches, weighs
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
-from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, has_tokens, is_labelled, old, spaces_on
-from tokcompile.passes.weighted import Weights, shares, summed, weights
+from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
+from tokcompile.passes.weighing import BENDS, Weighing
 
-BENDS = "what it does with weights that a softmax has made one is not the same for shares of them"
-ADDS = {"aten.add", "aten.sub", "aten.rsub"}
 WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
 
 
@@ -77,6 +74,7 @@ class Rewriter:
         assert mode is not None, "propagate_shapes comes before"
         self.builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
         self.gather = Gatherer(self.builder)
+        self.weighing = Weighing(self)
         self.env: dict[Node, Any] = {}
         self.labels: dict[Node, Any] = {}
         self.before: dict[Node, tuple[Node, Label | None]] = {}  # at a splice: the value as it was before the reduction
@@ -89,7 +87,6 @@ class Rewriter:
         self.recoveries: list[Recovery] = []
         self.recovered: set[Node] = set()
         self.averaged: set[Node] = set()
-        self.single: dict[Node, set[Node]] = {}  # behind a softmax: its weights of groups that have become those of members
         self.spaces: list[Space] = []
         self.kept_of: dict[str, Run] = {}
         self.overhead_flops = 0
@@ -152,8 +149,9 @@ class Rewriter:
         try:
             if apply is None:
                 raise NeedsFull("there is no rule for it")
-            result = apply(Call(self, node, None if self.behind_blocks(node) else self.of_members(node)))
-            if self.behind_blocks(node) and (self.several_summed(node) or self.bent(node)):
+            behind = self.behind_blocks(node)
+            result = apply(Call(self, node, None if behind else self.weighing.of_members(node)))
+            if behind and self.weighing.bends(node):
                 raise NeedsFull(BENDS)
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
@@ -194,76 +192,6 @@ class Rewriter:
         if node not in self.env:
             self.env[node] = self.builder.attr(node.target)
         return self.env[node]
-
-    @cached_property
-    def softmaxes(self) -> Weights:
-        return weights(self.old.graph)
-
-    def weighted(self, node: Node) -> bool:
-        """Whether a softmax over the tokens that are left made the weights of a sum one."""
-        sums = self.softmaxes.sums.get(node, ())
-        return any(self.over_tokens(softmax) and self.holds_tokens(operand, axis) for softmax, operand, axis in sums)
-
-    def one_by_one(self, node: Node) -> bool:
-        """Whether these weights are those of single tokens again, see `of_members`."""
-        sums = self.softmaxes.sums.get(node, ())
-        return not any(softmax in self.softmaxes.axes.get(operand, ()) for softmax, operand, _ in sums)
-
-    def several_summed(self, node: Node) -> list[Axis]:
-        """The axes along which an op sums products of several weights of one token; none where it sums those of one."""
-        sums = self.softmaxes.sums.get(node, ())
-        held = {n: axis for softmax, n, axis in sums if self.over_tokens(softmax) and self.holds_tokens(n, axis)}
-        return [self.labels[n][axis] for n, axis in held.items()] if len(held) > 1 else []
-
-    def bent(self, node: Node) -> list[tuple[Node, int]]:
-        """Where an op is not linear in weights of tokens, of which those that stand for several hold the sum: the operands that
-        hold them, and their axes there."""
-        sums, axes = self.softmaxes.sums.get(node, ()), self.softmaxes.axes
-        held = ((softmax, n, axis) for n in node.all_input_nodes for softmax, axis in axes.get(n, {}).items())
-        return [
-            (n, axis)
-            for softmax, n, axis in held
-            if self.over_tokens(softmax) and self.holds_tokens(n, axis)
-            if (softmax, n, axis) not in sums and softmax not in axes.get(node, {})
-        ]
-
-    def of_members(self, node: Node) -> dict[Node, tuple[Node, Label]]:
-        """What such an op is given in front of the last block: weights of single tokens, and of a table that is added the mean
-        over those that one holds. Raises: NeedsFull where it cannot be."""
-        if any(weighs(axis) for axis in self.several_summed(node)):
-            raise NeedsFull(BENDS)
-        out: dict[Node, tuple[Node, Label]] = {}
-        for n, axis in self.bent(node):
-            label = self.labels[n]
-            if any(space.short for space in spaces_on(label[axis])) and self.softmaxes.counted(n, old(label[axis])):
-                raise NeedsFull("it weighs tokens by a share times how many there were")
-            if weighs(label[axis]):
-                value, _ = out.get(n, (self.env[n], label))
-                out[n] = each(Call(self, node), value, label, axis), label
-                tables = [t for t in node.all_input_nodes if packet(node) in ADDS and not self.is_labelled(t)]
-                out |= {t: mean_of_each(Call(self, node), t, label, axis) for t in tables if reaches(t, label, axis)}
-        return out
-
-    def over_tokens(self, softmax: Node) -> bool:
-        return self.holds_tokens(softmax, self.softmaxes.axes[softmax][softmax])
-
-    def holds_tokens(self, node: Node, axis: int) -> bool:
-        label = self.labels.get(node)
-        return label is not None and has_tokens(label[axis])
-
-    @cached_property
-    def shares(self) -> Mapping[Node, Set[Node]]:
-        lengths = {shape(b.mid)[b.token_axis] for b in self.structure.blocks}
-        for s in self.structure.stages:  # with and without what stands around the patches
-            lengths |= {s.n, s.n + s.prefix, s.n + s.suffix}
-        return shares(self.old.graph, reachable_from(set(self.splices)), lengths)
-
-    def divided(self, node: Node) -> bool:
-        """Whether what a sum is divided by, or divides, is short of the same tokens."""
-        walked = [n for n in self.shares.get(node, ()) if all(i in self.env for i in n.all_input_nodes)]
-        return node in self.shares and all(
-            any(self.holds_tokens(i, d) for i in n.all_input_nodes for d in summed(n, i)) for n in walked
-        )
 
     @cached_property
     def reduced_later(self) -> Set[Node]:

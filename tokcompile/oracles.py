@@ -29,9 +29,10 @@ from tokcompile.passes.layout import Layout, NeedsLayout, with_layout
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.places import make_slot, no_blocks, one_block, visual_blocks
 from tokcompile.passes.plan import Reduction
-from tokcompile.passes.rewrite import ADDS, Rewritten
+from tokcompile.passes.rewrite import Rewritten
 from tokcompile.passes.tokens import Space, is_labelled
 from tokcompile.passes.trace import one_at_a_time, trace
+from tokcompile.passes.weighing import ADDS
 from tokcompile.passes.weighted import weights
 from tokcompile.primitives import identity
 from tokcompile.recipe import Keep, Merge, Recipe, Site, Tokens, anywhere

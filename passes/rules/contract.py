@@ -47,7 +47,7 @@ def product(call: Call, la: Label, lb: Label) -> tuple[Label, Label, Label]:
 
 def of_what_is_left(call: Call) -> bool:
     """Whether a sum over tokens weighs those that are left among each other: a table is read at their positions then."""
-    return call.rewriter.weighted(call.node) or call.rewriter.divided(call.node)
+    return call.rewriter.weighing.weighted(call.node) or call.rewriter.weighing.divided(call.node)
 
 
 def vector(call: Call, a: str, b: str) -> Any:

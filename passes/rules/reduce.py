@@ -39,7 +39,7 @@ def mean(call: Call) -> Any:
     label = call.label("self")
     dims = dims_of(call, label)
     out = reduced(label, dims, bool(call.args.get("keepdim")))
-    if call.rewriter.weighted(call.node):  # divided by how many there were
+    if call.rewriter.weighing.weighted(call.node):  # divided by how many there were
         left = prod(new(label[d]) / old(label[d]) for d in dims if has_tokens(label[d]))
         value = call["self"]
         for dim in dims:

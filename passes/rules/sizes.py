@@ -21,8 +21,8 @@ def weigh(call: Call, value: Node, label: Label, dim: int) -> Node:
     """
     if not has_tokens(label[dim]):
         return value
-    if call.rewriter.weighted(call.node):
-        single = weighs(label[dim]) and call.rewriter.one_by_one(call.node)
+    if call.rewriter.weighing.weighted(call.node):
+        single = weighs(label[dim]) and call.rewriter.weighing.one_by_one(call.node)
         return call.op(aten.mul.Tensor, value, sizes_like(call, value, label, dim)) if single else value
     if is_short(call, label[dim]):
         if call.rewriter.behind_blocks(call.node) or not averaged(call.node, old(label[dim])):
@@ -85,7 +85,7 @@ def mean_of_each(call: Call, table: Node, label: Label, dim: int) -> tuple[Node,
 
 def is_short(call: Call, axis: Axis) -> bool:
     """Whether a sum over an axis would miss tokens that are gone, and is no share of one that does."""
-    return any(space.short for space in spaces_on(axis)) and not call.rewriter.divided(call.node)
+    return any(space.short for space in spaces_on(axis)) and not call.rewriter.weighing.divided(call.node)
 
 
 def sizes_like(call: Call, value: Node, label: Label, dim: int) -> Node:
