@@ -17,6 +17,8 @@ Run = list[int | Space]
 
 def cut_by_sample(g: Gatherer, label: Label, sizes: tuple[int, ...]) -> Label | None:
     """The label of a view to these sizes that takes tokens of several samples apart, or puts them in line."""
+    if label and len(label[0]) == 2 and isinstance(label[0][0], Batch):  # images one after the other, as (B * L, ..)
+        label = (label[0][:1], label[0][1:], *label[1:])
     ways = (read(g, label, sizes) for read in (side_by_side, in_line, apart))
     return next((found for found in ways if found is not None), None)
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 import tokcompile
 from tests.conftest import counts, error, layer, leaves, run
 from tests.models.family import noise, tokens
 from tests.passes.graphs import canonical, ops
+from tests.tiny import LENGTH, WIDTH, Block
 from tokcompile import Tokens
 from tokcompile.passes.canonicalise import FIXED
 from tokcompile.passes.placeholders import SPANS, runs
@@ -246,3 +248,32 @@ def test_two_images_in_one_prompt(gap, family):
     out, kept = run(fast, **kwargs)
     assert out.logits.shape[1] == ids.shape[1] - 2 * 29
     assert torch.equal(torch.cat([kept["s2_0_index"], kept["s2_1_index"]]), kept["s2_index"])
+
+
+class Prompts(nn.Module):
+    """Two images for each prompt, side by side in the batch of the tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.language = nn.ModuleList([Block(), Block()]), Block()
+
+    def forward(self, images, text, ids):
+        for block in self.tower:
+            images = block(images)
+        there = (ids == 9)[..., None].expand_as(text)
+        return self.language(text.masked_scatter(there, images.flatten(0, 1)))
+
+
+def test_two_images_in_each_of_three_prompts():
+    model, images, text = Prompts().eval(), torch.randn(6, LENGTH, WIDTH), torch.randn(3, 2 * LENGTH + 5, WIDTH)
+    image, word = torch.full((3, LENGTH), 9), torch.ones(3, 2, dtype=torch.int64)
+    ids = torch.cat([word[:, :1], image, word, image, word], 1)
+    options = dict(method="divprune", budget=Tokens(5), where=[1], outputs="reduced")
+    out, kept = run(tokcompile.optimize(model, (images, text, ids), **options), images, text, ids)
+    index = torch.stack([kept["s0_0_index"], kept["s0_1_index"]], 1).flatten(0, 1)
+    rows = run(model.tower[0], images)[torch.arange(6)[:, None], index]
+    features = run(model.tower[1], rows).split(1)
+    for b, words in enumerate(text.split(1)):
+        first, second = features[2 * b : 2 * b + 2]
+        prompt = [words[:, :1], first, words[:, LENGTH + 1 : LENGTH + 3], second, words[:, 2 * LENGTH + 3 :]]
+        assert error(out[b], run(model.language, torch.cat(prompt, 1))[0]) < 1e-5
