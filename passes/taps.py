@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from tokcompile.errors import UnsupportedGraph
 from tokcompile.passes import attention_maps
 from tokcompile.passes.attention_maps import some_rows
 from tokcompile.passes.graph import aten, packet, shape
@@ -15,7 +14,7 @@ from tokcompile.passes.heads import heads
 from tokcompile.passes.memory import ancestors_of, reachable_from
 from tokcompile.passes.seen import masks_of, text_seen, without_hidden_text
 from tokcompile.passes.splice import Splice, body, standard, text_ranges
-from tokcompile.passes.tokens import is_labelled
+from tokcompile.passes.tokens import Space, extent, is_labelled, seq_on
 
 if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
@@ -38,26 +37,41 @@ def taps_of(rw: Rewriter, s: Splice) -> tuple[str, ...]:
 
 
 def embeds(rw: Rewriter, s: Splice) -> Node:
-    """(B, n0, D): the reducible tokens as they came into the first block, all of the original ones."""
-    x, start = first_input(rw, s), s.prefix
+    """(B, n0, D): the reducible tokens as they came into the first block, all that came into it."""
+    x, parts = first_input(rw, s)
     parent = body(s, rw.before[s.at][1])[0]
-    return rw.builder.emit(aten.slice.Tensor, x, 1, start, start + (parent.root_n if parent else s.site.n))
+    whole = parent.root_n if parent is not None else s.site.n
+    count = next((p.k for p, old, _ in parts if old == s.prefix and isinstance(p, Space)), whole)
+    start = place_in(parts, s.prefix)
+    return rw.builder.emit(aten.slice.Tensor, x, 1, start, start + count)
 
 
 def text_embeds(rw: Rewriter, s: Splice) -> Node:
     """(B, T, D): all text tokens as they came into the first block, in their order."""
-    return some_rows(rw, first_input(rw, s), 1, text_ranges(rw, s, original=True))
+    x, parts = first_input(rw, s)
+    ranges = [(place_in(parts, start), stop - start) for start, stop in text_ranges(rw, s, original=True)]
+    return some_rows(rw, x, 1, tuple((at, at + count) for at, count in ranges))
 
 
-def first_input(rw: Rewriter, s: Splice) -> Node:
-    """(B, L, D): what came into the first block over these tokens. Raises: UnsupportedGraph where it was reduced before."""
+Parts = list[tuple[int | Space, int, int]]  # those of a token axis, and where each begins: in the original one, and in this
+
+
+def first_input(rw: Rewriter, s: Splice) -> tuple[Node, Parts]:
+    """(B, L, D): what came into the first block over these tokens, fewer where they were reduced before, as in a tower."""
     first = next(b for b in rw.structure.blocks if b.stage is s.block.stage)
     value, label = rw.before.get(first.entry) or (rw.env[first.entry], rw.labels.get(first.entry))
-    if is_labelled(label):
-        raise UnsupportedGraph(
-            f"method {s.recipe.name!r} reads the input of block {first.index}, which is reduced already", s.at
-        )
-    return standard(rw, value, first)
+    seq = seq_on(label[first.token_axis]) if label is not None and is_labelled(label) else None
+    parts, old, new = [], 0, 0
+    for part in seq.parts if seq else (shape(first.entry)[first.token_axis],):
+        parts.append((part, old, new))
+        old, new = (at + by for at, by in zip((old, new), extent(part)))
+    return standard(rw, value, first), parts
+
+
+def place_in(parts: Parts, original: int) -> int:
+    """Where a token of the text stands, or the first one of a space that begins there."""
+    _, old, new = next(p for p in reversed(parts) if p[1] <= original)
+    return new + original - old
 
 
 # what a norm over the last axis is written with, where it is not one op

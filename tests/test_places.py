@@ -196,3 +196,21 @@ def test_the_image_in_a_joined_prompt_is_found_or_asked_for():
     model, args = joined(2)
     with pytest.raises(tokcompile.UnsupportedGraph, match="spans"):
         tokcompile.optimize(model, args, method="random", where=[4])
+
+
+def test_embeddings_of_text_and_of_what_a_tower_left(program, family):
+    """A method that reads what came into the language model reads the features that are left there, and no other text."""
+
+    def plan(t, s):
+        score = t.embeds.double() @ t.text_embeds.double().mul(torch.arange(12)[:, None]).sum(1)[..., None]
+        return Keep(score[..., 0].topk(s.k, -1).indices.sort(-1).values)
+
+    model, _, kwargs = family(LLAVA)
+    tower = tokcompile.optimize(program(LLAVA), method="divprune", budget=Tokens(20), where=[2], outputs="reduced")
+    before, first = run(tower, **kwargs)
+    text = model.get_input_embeddings()(kwargs["input_ids"][:, [*range(5), *range(54, 61)]]).double()
+    score = before["image_hidden_states"].view(1, 20, -1).double() @ text.mul(torch.arange(12)[:, None]).sum(1)[..., None]
+    want = first["s0_index"].gather(1, score[..., 0].topk(8, -1).indices.sort(-1).values)
+    like_text = Recipe("like text", plan, taps=("embeds", "text_embeds"), place="block")
+    two = tokcompile.optimize(tower, method=like_text, budget=Tokens(8), where=[layer(tower, 1)], outputs="reduced")
+    assert torch.equal(run(two, **kwargs).kept["s1_index"], want)
