@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,12 +18,12 @@ from tests.conftest import error, layer
 from tests.exports.models import DYNAMIC, all_nodes
 from tests.shared import shared
 from tests.vlm.models import parts_of, reduced_parts, vlm
-from tokcompile import ExportError, InputError, Tokens
+from tokcompile import ExportError, InputError, Reduction, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
 from tokcompile.llm.folder import Session
-from tokcompile.vlm import Generator, Patches, Preprocess, export, export_vision, load, split
-from tokcompile.vlm.whole import check_same
+from tokcompile.vlm import Generator, Part, Patches, Preprocess, export, export_vision, load, split
+from tokcompile.vlm.whole import check_same, placed
 
 WORDS = ["<pad>", "what", "is", "this", "?", "a", "cat", "user", ":", "answer"]
 
@@ -228,6 +229,26 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path, monkeypatch):
         with pytest.raises(kind, match=match):
             both.export_onnx(tmp_path / "other", **option)
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_spans_are_found_again_where_a_tower_left_fewer_tokens():
+    """Two images of 4 and 6 tokens with text of 2, 1 and 3 around them, and room for 5, 2 and 4; 2 and 3 are left."""
+    prompt = SimpleNamespace(images=[4, 6], full=[(5, 9), (11, 17)], length=16)
+    see = lambda pixels: {"kept": torch.tensor([[3, 1, 4, 6, 9]])}  # noqa: E731
+    parts = SimpleNamespace(prompt=prompt, vision=Part(None, (None,), {}), see=see)
+    given = [Reduction(0, 2, 1, prefix=a, suffix=b) for a, b in ((2, 10), (7, 3), (10, 3))]
+    made = placed(given, parts, [(2, 6), (7, 13)], 16)
+    assert [(r.prefix, r.suffix) for r in made] == [(5, 9), (9, 4), (11, 4)]
+
+
+@pytest.mark.matrix
+def test_two_images_reduced_in_the_tower_and_behind_it(monkeypatch):
+    model, inputs = vlm("llava_two")
+    tower = tokcompile.optimize(model, kwargs=inputs, method="divprune", budget=Tokens(20), where=[2], outputs="reduced")
+    both = tokcompile.optimize(tower, method="random", budget=Tokens(8), where=[layer(tower, 2)], outputs="reduced")
+    monkeypatch.setattr("tokcompile.vlm.whole.export", lambda parts, prefill, *_, **__: prefill)  # parts were compared before
+    made = both.export_onnx("folder", room=(7, 4, 6))
+    assert [(r.prefix, r.n, r.k, r.suffix) for r in made.plan.reductions] == [(7, 20, 4, 30), (31, 20, 4, 6)]
 
 
 def test_nothing_is_left_behind_where_it_fails(tmp_path):

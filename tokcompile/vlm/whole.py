@@ -57,21 +57,27 @@ def export_whole(
     if tower:
         parts = parts.after(again(opt, parts.vision, tower), renumber=opt.renumbered)
     inside = [r for r in opt.plan.reductions if r.path.startswith(decoder)]
-    if room is not None:
-        inside = with_room(inside, parts)
+    inside = placed(inside, parts, images, inputs["input_ids"].shape[1])
     inside = [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside]
     prefill = again(opt, parts.language, inside, parts.spans)
     check_same(opt, parts, prefill)
     return export(parts, prefill, folder, max_new_tokens=max_new_tokens, **options)
 
 
-def with_room(reductions: Sequence[Reduction], parts: Parts) -> list[Reduction]:
-    """The same where the images stand with room for more text around them. Raises: ExportError."""
-    starts = sorted({r.prefix for r in reductions})
-    if starts and len(starts) != len(parts.spans):
-        raise ExportError(f"{len(starts)} of {len(parts.spans)} spans are reduced, and which is not known with room={BY_PARTS}")
-    there = dict(zip(starts, parts.spans))
-    return [replace(r, prefix=there[r.prefix][0], suffix=parts.prompt.length - there[r.prefix][1]) for r in reductions]
+def placed(reductions: Sequence[Reduction], parts: Parts, images: Sequence[Span], length: int) -> list[Reduction]:
+    """The same in the prompt of the parts, with room for more text and with what a reduced tower left of the images.
+
+    images: their spans among the `length` tokens of the whole prompt."""
+    seen = parts.see(*parts.vision.args, **parts.vision.kwargs)
+    kept = seen["kept"][0] if "kept" in seen else torch.arange(sum(parts.prompt.images))  # each sample has as many of a run
+    out = []
+    for r in reductions:
+        image = next(i for i, (start, stop) in enumerate(images) if start <= r.prefix < stop)
+        text = parts.prompt.full[image][0] - sum(parts.prompt.images[:image])
+        before = (sum(min(max(at - a, 0), b - a) for a, b in images) for at in (r.prefix, length - r.suffix))
+        start, stop = (text + int((kept < count).sum()) for count in before)
+        out.append(replace(r, prefix=start, suffix=parts.prompt.length - stop))
+    return out
 
 
 def again(
