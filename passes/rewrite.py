@@ -29,7 +29,7 @@ from tokcompile.passes.rules import RULES, Call, NeedsFull
 from tokcompile.passes.segments import runs
 from tokcompile.passes.splice import Splice
 from tokcompile.passes.tokens import Axis, Label, Run, Seq, Space, SplitsTokens, is_labelled
-from tokcompile.passes.weighing import BENDS, Weighing
+from tokcompile.passes.weighing import Weighing
 
 WAY_OUT = "place reductions behind it (where=...), or pass recover='anywhere', which gives tokens back inside at a cost"
 
@@ -151,8 +151,7 @@ class Rewriter:
                 raise NeedsFull("there is no rule for it")
             behind = self.behind_blocks(node)
             result = apply(Call(self, node, None if behind else self.weighing.of_members(node)))
-            if behind and self.weighing.bends(node):
-                raise NeedsFull(BENDS)
+            self.weighing.check(node, result, behind)
         except NeedsFull as why:
             recover_operands(self, node, str(why), known=apply is not None)
             return

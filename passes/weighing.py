@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
 from tokcompile.passes.graph import packet, shape
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.rules import Call, NeedsFull
+from tokcompile.passes.rules.core import rank_of
 from tokcompile.passes.rules.sizes import each, mean_of_each, reaches, weighs
 from tokcompile.passes.tokens import Axis, Label, has_tokens, old, spaces_on
 from tokcompile.passes.weighted import Weights, shares, summed, weights
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tokcompile.passes.rewrite import Rewriter
 
 BENDS = "what it does with weights that a softmax has made one is not the same for shares of them"
+NARROWS = "it takes weights that a softmax has given to more tokens at those that are left"
 ADDS = {"aten.add", "aten.sub", "aten.rsub"}
 
 
@@ -60,9 +62,25 @@ class Weighing:
             if (softmax, n, axis) not in sums and softmax not in axes.get(node, {})
         ]
 
-    def bends(self, node: Node) -> bool:
-        """Whether an op would give something else for weights of tokens that stand for several."""
-        return bool(self.several_summed(node) or self.bent(node))
+    def narrowed(self, node: Node, label: Label) -> list[Axis]:
+        """The axes along which weights of more tokens, as of a map of an earlier depth, meet fewer and would be restricted to
+        these. In a block those of dropped tokens may go with them."""
+        axes, labels, out = self.softmaxes.axes, self.rewriter.labels, []
+        for n in node.all_input_nodes:
+            shared = axes.get(n, {}).keys() & axes.get(node, {}).keys()
+            for own, there in ((axes[n][softmax], axes[node][softmax]) for softmax in shared):
+                before = rank_of(labels[n][own])[0] if self.holds_tokens(n, own) else 0
+                out += [label[there]] * (before < rank_of(label[there])[0])
+        return out
+
+    def check(self, node: Node, result: Any, behind: bool) -> None:
+        """What a rule has written for an op. behind: whether that is behind all blocks. Raises: NeedsFull where it stands for
+        something else."""
+        if behind and (self.several_summed(node) or self.bent(node)):
+            raise NeedsFull(BENDS)
+        narrowed = self.narrowed(node, result[1]) if isinstance(result, tuple) and len(node.all_input_nodes) > 1 else []
+        if any(behind or weighs(axis) for axis in narrowed):
+            raise NeedsFull(NARROWS)
 
     def of_members(self, node: Node) -> dict[Node, tuple[Node, Label]]:
         """What such an op is given in front of the last block: weights of single tokens, and of a table that is added the mean

@@ -157,6 +157,22 @@ def test_features_of_several_depths_keep_the_tokens_that_they_have(join):
     torch.testing.assert_close(reduced.output[0], want[0].gather(1, rows))
 
 
+@pytest.mark.parametrize("method", ["random", "tome"])
+@pytest.mark.parametrize("join", [lambda a, b, c: torch.stack([a, c]), lambda a, b, c: a + b - c])
+def test_maps_of_several_depths_keep_the_weights_that_they_have(join, method):
+    class Maps(Tiny):
+        def forward(self, x):
+            streams = [x, *(x := block(x) for block in self.blocks)]
+            return join(*((x @ x.mT).softmax(-1) for x in streams[:3]))
+
+    model, (x,) = Maps().eval(), (torch.randn(2, LENGTH, WIDTH),)
+    fast = tokcompile.optimize(model, (x,), method=method, budget=0.75, where=[0, 1])
+    got, want = run(fast, x), run(model, x)
+    torch.testing.assert_close(got.sum(-1), want.sum(-1), rtol=0, atol=1e-6)  # nothing is lost of what sums to one
+    if want.dim() == 4:
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-6)
+
+
 def across_time(x):
     """Attention of each token to the tokens at its place in the other samples, as video models write it."""
     y = x.transpose(0, 1)
