@@ -39,6 +39,11 @@ class Weighing:
         sums = self.softmaxes.sums.get(node, ())
         return any(self.over_tokens(softmax) and self.holds_tokens(operand, axis) for softmax, operand, axis in sums)
 
+    def among_those_left(self, total: Node, operand: Node, axis: int) -> bool:
+        """Whether a sum that comes later, over an axis of tokens of an operand, is one of those that are left."""
+        sums = self.softmaxes.sums.get(total, ())
+        return self.divided(total) or any(self.over_tokens(s) for s, n, d in sums if (n, d) == (operand, axis))
+
     def one_by_one(self, node: Node) -> bool:
         """Whether these weights are those of single tokens again, see `of_members`."""
         sums = self.softmaxes.sums.get(node, ())

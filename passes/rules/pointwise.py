@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from tokcompile.passes.graph import aten, get_attr, packet, shape
+from tokcompile.passes.origin import LAYOUT
 from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
 from tokcompile.passes.rotary import by_channel
+from tokcompile.passes.rules.contract import BY_POSITION
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
+from tokcompile.passes.rules.sizes import reaches
+from tokcompile.passes.weighted import NORMS, ORDER, behind, summed
 
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
@@ -27,6 +32,7 @@ BINARY = [
     "bitwise_or", "bitwise_xor", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
     "ldexp", "nextafter", "xlogy", "copy",
 ]  # fmt: skip
+ONE_BY_ONE = ORDER | LAYOUT | {f"aten.{name}" for name in UNARY}  # do the same with each entry, wherever it lies
 
 
 @rule(*(f"aten.{name}" for name in UNARY + BINARY))
@@ -35,7 +41,26 @@ def pointwise(call: Call) -> Any:
     if call.node.target in (aten.type_as.default,):
         names = names[:1]
     label = call.join(call.label(name) for name in names)
+    if adds_up_by_position(call, names, label):
+        raise NeedsFull(BY_POSITION)
     return call.emit(label, **{name: operand(call, name, label) for name in names})
+
+
+def adds_up_by_position(call: Call, names: list[str], label: Label) -> bool:
+    """Whether a sum over tokens follows, to which each of them comes with its own entry of a table, such as a mask: that of one
+    that stands for others is not theirs."""
+    tables = [call.old_args[name] for name in names if not call.labelled(name)]
+    axes = [d for d, axis in enumerate(label) if has_tokens(axis) and any(reaches(table, label, d) for table in tables)]
+    return any(not call.rewriter.weighing.among_those_left(*found) for d in axes for found in sums_behind(call.node, d))
+
+
+def sums_behind(node: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
+    """(sum, its operand, axis there) of the sums along an axis of a value, with nothing between that looks at other tokens."""
+    for user in node.users:
+        if packet(user) in NORMS and axis in summed(user, node):
+            yield user, node, axis
+        elif packet(user) in ONE_BY_ONE and (there := behind(user, node, axis)) is not None:
+            yield from sums_behind(user, there)
 
 
 def operand(call: Call, name: str, label: Label) -> Node:

@@ -202,7 +202,10 @@ def test_sums_that_miss_tokens_have_them_back(name):
     x = extra("B L 16", 2, 7, 1)
     index = subset(2, 6, 3, True)
     out = reduced(ALL[name], (x,), index, 6, prefix=1)
-    assert [r.reason for r in out.recoveries] == ["it adds up all tokens, and some are gone"]
+    reason = (
+        "it adds tokens up by a weight per position" if name == "masked mean" else "it adds up all tokens, and some are gone"
+    )
+    assert [r.reason for r in out.recoveries] == [reason]
     whole = run(reduced(lambda x: x.flip(1), (x,), index, 6, prefix=1).gm, x)[0].flip(1)
     torch.testing.assert_close(run(out.gm, x)[0], ALL[name](whole), rtol=0, atol=1e-9)
 
@@ -226,6 +229,22 @@ def test_sums_behind_two_methods_are_sums_over_all(methods):
     both = tokcompile.optimize(first, method=methods[1], where=[2])
     assert both(torch.randn(2, 24, 16))[:, -1].tolist() == [24, 24]
     assert bool(both.report.recoveries) == (methods != ("tome", "tome"))
+
+
+TABLE = torch.arange(1.0, 8.0, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("fn", [
+    lambda x: (x * TABLE).sum(1) / TABLE.sum(),
+    lambda x: x.masked_fill(TABLE < 4, 0).sum(1) / (TABLE >= 4).sum(),
+    lambda x: (TABLE.mT * x.mT).mT.float().abs().nansum(1),
+    lambda x: torch.linalg.vector_norm((x + TABLE)[..., None], dim=1),
+], ids=["table", "mask", "elsewhere", "norm"])  # fmt: skip
+def test_sums_with_a_table_take_each_tokens_own_entry(fn):
+    """Where all tokens are alike, it makes no difference which of them stands for which."""
+    x = extra("B L 16", 2, 7, 1)[:, :1].repeat(1, 7, 1)
+    for got in (merge(fn, x), run(reduced(fn, (x,), subset(2, 6, 3, True), 6, prefix=1).gm, x)[0]):
+        torch.testing.assert_close(got, fn(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["linear attention", "softmax by hand", "a gate", "slots"])
