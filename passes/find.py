@@ -119,10 +119,14 @@ class _Find:
         it."""
         before = self.ancestors(attention.q)
         after: set[Node] = {attention.node}
+        of_values = attention.fused  # before that, maps are added to maps
         for node in behind(attention.node):
             if not any(n in after for n in node.all_input_nodes):
                 continue
             after.add(node)
+            of_values |= attention.v in node.all_input_nodes
+            if not of_values:
+                continue
             if packet(node) == "aten.lerp" or (packet(node) in ADD and len(node.all_input_nodes) == 2):
                 x, y = node.args[0], node.args[1]
                 stream = unscaled(x if y in after else y, self.dependent)

@@ -325,6 +325,17 @@ def test_blocks_however_they_are_wired(wiring, mid_op, end_op):
     assert (block.stage.length, block.token_axis, block.batch_axis) == (12, 1, 0)
 
 
+def test_maps_that_are_added_to_earlier_maps_are_no_stream():
+    def wiring(m, x):
+        maps = []
+        for _ in range(2):
+            x = x + m.by_hand(m.norm1(x), weigh=lambda a: maps.append(0.7 * a + 0.3 * maps[-1] if maps else a) or maps[-1])
+        return x
+
+    blocks = find(canonical(Parts(wiring), X)).blocks
+    assert [(shape(b.mid), b.why_not) for b in blocks] == [(tuple(X.shape), None)] * 2
+
+
 @pytest.mark.parametrize("wiring", [without_residual, cross], ids=lambda f: f.__name__)
 def test_attention_without_a_residual_is_no_block(wiring):
     found = find(canonical(Parts(wiring), X))
