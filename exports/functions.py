@@ -221,11 +221,11 @@ def describe(model: ir.Model, reductions: Sequence[Reduction]) -> list[dict[str,
     found = {node.name: node for node in model.graph if node.domain == DOMAIN}
     out = []
     for i, reduction in enumerate(reductions):
-        site, node = reduction.module.site, found[f"reduction_{i}"]
+        module, site, node = reduction.module, reduction.module.site, found[f"reduction_{i}"]
         shape = node.outputs[0].shape
         assert shape is not None
         out.append(
-            {"node": node.name, "method": reduction.module.recipe.name, "block": site.block, "n": site.n, "k": site.k,
+            {"node": node.name, "method": module.recipe.name, "block": module.block, "n": site.n, "k": site.k,
              "tensor": node.outputs[0].name, "shape": list(shape.numpy()), "fused": is_fused(reduction)}
         )  # fmt: skip
     return out

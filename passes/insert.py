@@ -103,7 +103,7 @@ def call(rw: Rewriter, run: Sequence[Splice], given: Given, start: int, tap_star
     name = f"reduction_{len(rw.spaces)}_{s.recipe.name}"
     begins = (0, 0) if taken_apart(run) else (start, tap_start)
     site = replace(s.site, start=begins[1] // s.unit, text=text_ranges(rw, s), segments=count)
-    module = ReductionModule(s.recipe, site, s.unit, taps_of(rw, s), *begins)
+    module = ReductionModule(s.recipe, site, s.unit, taps_of(rw, s), *begins, s.block.index)
     rw.builder.root.add_module(name, module)
     if taken_apart(run):
         (stream, size, *taps), length, axes = given, s.site.n * s.unit, map(tap_axis, module.names)

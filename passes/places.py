@@ -194,6 +194,11 @@ def streams(blocks: Sequence[Block]) -> list[list[Block]]:
     return out
 
 
+def stack_of(block: Block, blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that stand above each other with this one: those of a tower, say, without the language model's."""
+    return next(one for one in streams([b for b in blocks if kind(b) == kind(block)]) if block in one)
+
+
 def kind(block: Block) -> tuple[int, int, str]:
     """(tokens, batch, name without its numbers) of a block: blocks of one stack agree in all three."""
     return block.stage.length, block.batch, re.sub(r"\d+", "#", block.path)

@@ -30,12 +30,14 @@ class ReductionModule(nn.Module):
         names: tuple[str, ...] = (),
         start: int | None = None,
         tap_start: int | None = None,
+        block: int | None = None,
     ):
         super().__init__()
         self.recipe, self.site, self.unit, self.names = recipe, site, unit, names
         self.start = site.prefix * unit if start is None else start
         # where other segments of the same block were reduced first, the taps still are as long as before
         self.tap_start = self.start if tap_start is None else tap_start
+        self.block = site.block if block is None else block  # among all of the model, of which the site's stack is a part
         self.needs_assign = False
         self.ordered: bool | None = None  # known once the plan has run on fake tensors
         self.kernel = torch_ops.kernel_for(self)

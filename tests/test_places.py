@@ -41,6 +41,18 @@ def test_the_second_method_sees_what_the_first_left(both, family):
     assert text < 1e-5
 
 
+def test_a_method_counts_the_blocks_of_its_own_stack(both, program):
+    """PiToMe's margin falls over the depth of the tower, whatever language model comes behind it."""
+    seen = []
+    asked = Recipe("asked", lambda t, s: (seen.append(s), Keep(torch.arange(s.k).expand(t.x.shape[0], -1)))[1], place="block")
+    tower, _ = both
+    tokcompile.optimize(program(LLAVA), method=asked, budget=Tokens(30), where=[1], outputs="reduced")
+    assert {(s.block, s.depth) for s in seen} == {(1, 3)}
+    seen.clear()
+    tokcompile.optimize(tower, method=asked, budget=Tokens(29), where=[layer(tower, 2)], outputs="reduced")
+    assert {(s.block, s.depth) for s in seen} == {(2, 4)}
+
+
 def test_files_hold_both(both, program, family, tmp_path):
     _, two = both
     again = tokcompile.optimize(program(LLAVA), plan=Plan.from_json(two.plan.json()))

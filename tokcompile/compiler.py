@@ -26,7 +26,7 @@ from tokcompile.passes.graph import propagate_shapes
 from tokcompile.passes.layout import Layout, NeedsLayout, demanded, with_layout
 from tokcompile.passes.memory import reachable_from
 from tokcompile.passes.mosaic import write_mosaics
-from tokcompile.passes.places import before, choose_slots, streams
+from tokcompile.passes.places import before, choose_slots, stack_of, streams
 from tokcompile.passes.plan import Plan, Reduction
 from tokcompile.passes.regroup import Grouping, find_groupings, regroup
 from tokcompile.passes.rewrite import Rewriter, Rewritten
@@ -350,6 +350,7 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
         block, (recipe, options) = blocks[r.block], settings.method_of(r)
         same = (one.block for one in chosen if one.k and (one.method, stream[one.block]) == (r.method, stream[r.block]))
         order = [*dict.fromkeys(same)] or [r.block]
+        stack = stack_of(block, blocks)
         grid = block.stage.grid if r.n == block.stage.n and r.unit == 1 else None
         site = Site(
             r.n,
@@ -358,8 +359,8 @@ def splices(analysis: Analysis, settings: Settings, chosen: Sequence[Reduction],
             r.suffix // r.unit,
             order.index(r.block) if r.block in order else len(order),
             len(order),
-            r.block,
-            len(blocks),
+            stack.index(block),
+            len(stack),
             grid,
             options=options,
         )

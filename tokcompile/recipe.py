@@ -31,7 +31,7 @@ class Site:
     """Where a reduction stands; everything here is known at compile time.
 
     n, k: tokens going in and coming out, without prefix and suffix. prefix, suffix: protected tokens around them.
-    step, steps: which of the method's reductions this is. block, depth: which block of how many.
+    step, steps: which of the method's reductions this is. block, depth: which block of how many in its stack.
     grid: (rows, columns) while the tokens still are the whole patch grid in raster order, else None.
     start: where the n tokens begin in `Tokens.whole`. text: the (start, stop) of the text tokens there; empty in a vision
     tower. segments: of each sample so many run through the plan one after the other, as samples of their own (see
