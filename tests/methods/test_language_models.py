@@ -114,7 +114,7 @@ def aim_by_hand(state, block, k, step):
 
 
 def ppe_by_hand(state, block, k, step):
-    rows, places = ppe.ppe(state.x[state.image].numpy(), k, 8 if step == 0 else 1)
+    rows, places = ppe.ppe(state.x[state.image].numpy(), k, *((8, 5) if step == 0 else (1, 3)))
     state.replace(torch.from_numpy(rows).float(), places)
 
 

@@ -15,7 +15,7 @@ def compare(taps, where):
     plan, rows, _ = run(PPE, taps, where)
     x = taps["x"][:, where.prefix :]
     for b in range(x.shape[0]):
-        expected, places = ppe(x[b].numpy(), where.k, where.options["positions"] if where.step == 0 else 1)
+        expected, places = ppe(x[b].numpy(), where.k, *((where.options["positions"], 5) if where.step == 0 else (1, 3)))
         torch.testing.assert_close(rows[b].double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
         assert plan.index[b].tolist() == [many[0] for many in places]
         got = plan.index[b, :, None] if plan.positions is None else plan.positions[b]
@@ -45,6 +45,8 @@ def test_a_later_reduction_hands_on_the_positions_of_one_member():
     where = site(PPE, 30, 12, step=1, steps=2)
     compare(taps, where)
     assert run(PPE, taps, where)[0].positions is None
+    for k in range(1, 6):
+        compare(taps, site(PPE, 30, k, step=1, steps=2))
 
 
 def test_density_peaks_find_the_clusters():

@@ -11,9 +11,10 @@ from tokcompile.recipe import Keep, Mix, Recipe, Site, Tokens, anywhere, registe
 from tokcompile.steps import last_block
 
 
-def neighbour_count(n: int, k: int) -> int:
-    """Of how many nearest tokens the density is, as published."""
-    return min(n, 5 if k >= 5 else min(3, max(k // 2, 1)))
+def neighbour_count(n: int, k: int, step: int) -> int:
+    """Of how many nearest tokens the density is, as published: fewer in the later stages of a cascade."""
+    published = 5 if step == 0 else 3
+    return min(n, published if k >= published else min(3, max(k // 2, 1)))
 
 
 def last_members(inside: Tensor, count: int) -> Tensor:
@@ -37,7 +38,7 @@ def plan(tokens: Tokens, site: Site) -> Keep | Mix:
         raise MethodError(f"ppe's sections are how many frequencies each axis has, such as (16, 24, 24), not {sections!r}")
     if site.k == site.n:
         return Keep(identity(tokens.x))
-    _, slots = density_peaks(tokens.x, site.k, neighbour_count(site.n, site.k))
+    _, slots = density_peaks(tokens.x, site.k, neighbour_count(site.n, site.k, site.step))
     inside = members(slots, site.k)
     many = last_members(inside, positions if site.step == 0 else 1)
     return Mix(many[..., 0], inside / inside.sum(-1, keepdim=True), many if many.shape[2] > 1 else None)
