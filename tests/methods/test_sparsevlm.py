@@ -39,7 +39,9 @@ def compare(given, where, before):
             torch.testing.assert_close(rows[b, count:].double(), torch.from_numpy(np.stack(new)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"recycle": 0}, {"recycle": 0.8, "per_cluster": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"recycle": 0}, {"recycle": 0.8, "per_cluster": 4}, {"recycle": 0.1, "per_cluster": 1}], ids=str
+)
 @pytest.mark.parametrize(("batch", "n", "text", "before"), [(1, 63, 9, 0), (3, 196, 12, 5), (2, 40, 3, 1)])
 def test_equals_the_loops(batch, n, text, before, options):
     given, spans = with_text(batch, n, text, before)

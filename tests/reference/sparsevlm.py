@@ -26,7 +26,7 @@ def sparsevlm(attention, rows, x, count, recycle, per_cluster):
     if not recycle or not dropped:
         return kept, []
     again = dropped[: int(recycle * len(dropped)) + 1]
-    clusters = int(len(again) / per_cluster) + 1
+    clusters = min(len(again), int(len(again) / per_cluster) + 1)
     wide = np.asarray(x, dtype=np.float64)
     centres, groups = density_peaks(wide[again], clusters, clusters)
     return kept + [again[c] for c in centres], [wide[[again[j] for j in group]].mean(0) for group in groups]

@@ -19,7 +19,7 @@ def recycled(dropped: int, options: Mapping[str, Any]) -> tuple[int, int]:
     if not options["recycle"] or not dropped:
         return 0, 0
     again = min(dropped, int(options["recycle"] * dropped) + 1)
-    return again, int(again / options["per_cluster"]) + 1
+    return again, min(again, int(again / options["per_cluster"]) + 1)
 
 
 def kept(n: int, k: int, options: Mapping[str, Any]) -> int:
