@@ -147,6 +147,14 @@ def test_merge_without_sizes_is_the_plain_mean():
     assert torch.equal(apply(MERGE, x, None)[0], ones[0])
 
 
+@pytest.mark.parametrize("form", list(FORMS))
+def test_the_mean_of_large_values_is_no_infinity_in_half_precision(form):
+    plan = Merge(torch.tensor([[0]]), torch.tensor([[1, 2]]), torch.tensor([[0, 0]]))
+    with use_forms(FORMS[form]):
+        rows, _ = apply(plan, torch.full((1, 3, 4), 1e4, dtype=torch.float16), torch.tensor([[1.0, 90.0, 5.0]]))
+    torch.testing.assert_close(rows.float(), torch.full((1, 1, 4), 1e4), rtol=2e-3, atol=0)
+
+
 def test_mix_and_extra_tokens_are_weighted_sums():
     taps = sequence(2, 4)
     x, size = taps["x"], taps["size"]

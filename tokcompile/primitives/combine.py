@@ -99,8 +99,10 @@ def merge_onehot(plan: Merge, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     to = torch.arange(plan.index.shape[1], device=x.device)[:, None]
     onehot = (plan.slots[:, None, :] == to).to(x.dtype)  # (B, k, r)
     total = new_size + (onehot.float() @ weight[..., None])[..., 0]
-    summed = kept * new_size[..., None].to(x.dtype) + onehot @ (source * weight[..., None].to(x.dtype))
-    return summed / total[..., None].to(x.dtype), total
+    work = torch.promote_types(x.dtype, torch.float32)
+    own = new_size.to(work) / total.to(work)
+    share = weight.to(work) / gather_rows(total, plan.slots).to(work)  # not sums, which half precision has no room for
+    return kept * own[..., None].to(x.dtype) + onehot @ (source * share[..., None].to(x.dtype)), total
 
 
 def assignment(plan: Keep | Merge | Mix, x: Tensor) -> Tensor:
