@@ -246,7 +246,7 @@ def test_32_tokens_of_the_model_itself_with_dropped_keys_hidden(make, name):
         result = Generator(parts, prefill, max_new_tokens=32)(pixels, ids, eos=(), keep_logits=True)
         tokens, logits = generated(model, inputs, gone, first)
         assert torch.equal(result.tokens, tokens)
-        assert all(error(got, want) < 1e-5 for got, want in zip(result.logits, logits))
+        assert all(error(got, want) < 3e-5 for got, want in zip(result.logits, logits))
     assert tokcompile.check(*parts.language, spans=parts.spans, blocks=[0, 2]).ok
 
 
