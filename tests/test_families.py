@@ -78,8 +78,7 @@ ROUNDING = {"hf/clipseg": 1e-3, "hf/depth_anything": 1e-4}
 
 SUPPORTED = [name for name in FAMILIES if name not in REFUSED]
 
-# At batch 3 the first block of every twelfth family, and of those where samples are hard to tell apart, by all oracles; the
-# others with -m matrix.
+# At batch 3 the first block, by all oracles, of families where samples are hard to tell apart; the others with -m matrix.
 HARD = [
     "timm/cait",
     "timm/convit",
@@ -103,7 +102,6 @@ HARD = [
     "hf/timesformer",
     "hf/vit_mae",
 ]
-AT_BATCH_3 = [n for i, n in enumerate(SUPPORTED) if i % 12 == 0 or n in HARD]
 APART = {"hf/hunyuan_vl", "hf/kimi_k25", "hf/lfm2_vl"}  # of several images each is rearranged by itself
 NOTES = {
     "hf/hunyuan_vl": "in batches, where each image is rearranged by itself",
@@ -141,8 +139,8 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
     ("name", "batch"),
     [
         *((n, 1) for n in SUPPORTED),
-        *((n, 3) for n in AT_BATCH_3),
-        *(pytest.param(n, 3, marks=pytest.mark.matrix) for n in SUPPORTED if n not in AT_BATCH_3),
+        *((n, 3) for n in HARD),
+        *(pytest.param(n, 3, marks=pytest.mark.matrix) for n in SUPPORTED if n not in HARD),
     ],
     ids=lambda v: f"batch{v}" if isinstance(v, int) else v,
 )
@@ -152,7 +150,7 @@ def test_the_oracles_agree(name, batch, record_property, monkeypatch):
     blocks = None if batch == 1 else [first]
     if batch == 1:
         monkeypatch.setattr(oracles, "ORACLES", (oracles.permutation, oracles.masked_keys))
-    if batch == 1 and name in AT_BATCH_3 and name not in ANYWHERE:
+    if batch == 1 and name in HARD and name not in ANYWHERE:
         monkeypatch.setattr(oracles, "places", lambda *a: [b for b in places(*a) if b.index != first] or places(*a))
     check = tokcompile.check(program, spans=[(5, 30)] if name in DECODERS else None, blocks=blocks)
     recovers = any("recover='anywhere'" in r.note for r in check.results)

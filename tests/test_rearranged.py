@@ -81,7 +81,7 @@ def test_samples_that_cannot_keep_as_many_each(program):
 
 
 @pytest.mark.parametrize(("name", "pixels", "more"), [
-    ("internvl", (2,), {}), ("gemma3", (2,), {}), ("idefics3", (1, 2), {}),
+    ("internvl", (2,), {}), ("gemma3", (2,), {}), pytest.param("idefics3", (1, 2), {}, marks=pytest.mark.matrix),
     ("mistral3", (2,), {"image_sizes": torch.tensor([[64, 64], [64, 64]])}),
 ])  # fmt: skip
 def test_two_images(name, pixels, more):

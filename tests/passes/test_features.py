@@ -31,8 +31,7 @@ class Prompted(nn.Module):
         return self.decoder(x.masked_scatter((ids == IMAGE)[..., None].expand_as(x), features))
 
 
-@pytest.mark.parametrize("after", [2, 3], ids=["as long as the tower", "longer"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "after"), [(True, 2), (False, 3)], ids=["as long as the tower", "longer"])
 def test_a_tower_of_features_is_visual(masked, after):
     ids = torch.tensor([[1, 2, *[IMAGE] * COUNT, *[3] * after]])
     inputs = ids, torch.randn(1, 16, 8), torch.arange(16)[None] < COUNT

@@ -88,6 +88,7 @@ def test_the_language_model_inside_generates():
     assert error(made.logits[0], want) < 1e-5
 
 
+@pytest.mark.matrix
 def test_the_tower_behind_the_queries_is_reduced_in_a_folder_that_takes_a_question(tmp_path):
     model, inputs = blip("InstructBlip")
     parts = split(model, inputs)

@@ -25,7 +25,9 @@ def picture(path, seed, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("qwen2_vl", [(48, 64), (64, 32)]), ("idefics3", [(64, 64), (64, 64)])], ids=["qwen2_vl", "idefics3"]
+    ("name", "sizes"),
+    [("qwen2_vl", [(48, 64), (64, 32)]), pytest.param("idefics3", [(64, 64), (64, 64)], marks=pytest.mark.matrix)],
+    ids=["qwen2_vl", "idefics3"],
 )
 def test_two_images_and_a_text_are_what_transformers_makes_of_them(name, sizes, tmp_path, capsys):
     """Nothing is removed: token by token the model's own `generate` on what its processor gives, for another prompt and other
