@@ -221,6 +221,9 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path, monkeypatch):
         check_same(tower, parts, prefill)
     with pytest.raises(InputError, match=r"room=\[1, 1\], and the example has"):
         both.export_onnx(tmp_path / "other", room=(1, 1))
+    anew = tokcompile.optimize(tower, method="sparsevlm", budget=Tokens(9), where=[layer(tower, 2)], outputs="reduced")
+    with pytest.raises(ExportError, match=r"(?s)'sparsevlm' numbers tokens anew.*have gaps.*what to do: .*renumber=False"):
+        anew.export_onnx(tmp_path / "other")
     monkeypatch.setattr("tokcompile.vlm.whole.split", None)  # text is looked at before the model is taken apart
     for kind, match, option in (
         (ExportError, "there is no file", dict(tokenizer=tmp_path / "none.json")),

@@ -54,12 +54,20 @@ def export_whole(
     parts = split(model, inputs, room=room)
     decoder = f"{parts.seen.language}."
     tower = [r for r in opt.plan.reductions if not r.path.startswith(decoder)]
+    # what the tower leaves is numbered anew only where that was asked for
+    anew = any((r.options if r.method else opt.plan.options).get("renumber") for r in tower)
     if tower:
-        parts = parts.after(again(opt, parts.vision, tower), renumber=opt.renumbered)
+        parts = parts.after(again(opt, parts.vision, tower), renumber=anew)
     inside = [r for r in opt.plan.reductions if r.path.startswith(decoder)]
     inside = placed(inside, parts, images, inputs["input_ids"].shape[1])
     inside = [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside]
     prefill = again(opt, parts.language, inside, parts.spans)
+    if tower and opt.renumbered and not prefill.renumbered and not anew:
+        raise ExportError(
+            f"{inside[0].method or opt.plan.method!r} numbers tokens anew in the language model; in its part of this model the "
+            "positions that the reduced tower left already have gaps, and are read as they are\n"
+            "  what to do: optimize the language model with renumber=False, which keeps positions as they are"
+        )
     check_same(opt, parts, prefill)
     return export(parts, prefill, folder, max_new_tokens=max_new_tokens, **options)
 
