@@ -102,6 +102,20 @@ HARD = [
     "hf/timesformer",
     "hf/vit_mae",
 ]
+# whole vision-language models that take longest, and that other tests run too: at batch 1 with -m matrix
+LARGE = [
+    "hf/aya_vision",
+    "hf/gemma4",
+    "hf/glm4v",
+    "hf/hunyuan_vl",
+    "hf/idefics2",
+    "hf/kimi_k25",
+    "hf/lfm2_vl",
+    "hf/mistral3",
+    "hf/pi0",
+    "hf/qwen3_vl_moe",
+    "hf/video_llama_3",
+]
 APART = {"hf/hunyuan_vl", "hf/kimi_k25", "hf/lfm2_vl"}  # of several images each is rearranged by itself
 NOTES = {
     "hf/hunyuan_vl": "in batches, where each image is rearranged by itself",
@@ -138,8 +152,9 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        *((n, 1) for n in SUPPORTED),
+        *((n, 1) for n in SUPPORTED if n not in LARGE),
         *((n, 3) for n in HARD),
+        *(pytest.param(n, 1, marks=pytest.mark.matrix) for n in LARGE),
         *(pytest.param(n, 3, marks=pytest.mark.matrix) for n in SUPPORTED if n not in HARD),
     ],
     ids=lambda v: f"batch{v}" if isinstance(v, int) else v,

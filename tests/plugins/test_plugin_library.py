@@ -189,6 +189,7 @@ def test_symbols_of_the_host_build(host):
     check_symbols(host)
 
 
+@pytest.mark.matrix  # six architectures; test_jetsons compiles the same sources for two
 @pytest.mark.slow
 def test_symbols(cuda):
     check_symbols(cuda)
@@ -203,6 +204,7 @@ def test_jetsons():
     assert targets(library) == (["110", "87"], [])
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_architectures(cuda):
     assert targets(cuda) == (["100", "120", "80", "86", "89", "90"], ["120"])
