@@ -342,7 +342,8 @@ def test_the_outcome_prints_and_goes_to_json(program):
     lines = str(check).splitlines()
     assert lines[0].split() == ["oracle", "block", "error", "result"]
     assert lines[1].startswith("permutation")
-    assert lines[4].startswith(f"tolerance: {check.tolerance:.1e}")
+    assert lines[4].startswith(f"tolerance: {check.tolerance:.1e}")  # more than 1e-4 on some processors
+    assert 1e-4 <= check.tolerance < 1e-3
     assert lines[-1] == "the pass understands this model"
     data = json.loads(check.json())
     assert data["ok"] is True

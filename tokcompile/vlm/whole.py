@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tokcompile.api import OptimizedModel, ReducedOutput
-from tokcompile.compiler import analyse, compile_plan, settings_for
+from tokcompile.compiler import analyse, compile_plan, named, settings_for
 from tokcompile.errors import ExportError
 from tokcompile.llm.export import FolderReport
 from tokcompile.passes.faithful import worst
@@ -55,7 +55,7 @@ def export_whole(
     decoder = f"{parts.seen.language}."
     tower = [r for r in opt.plan.reductions if not r.path.startswith(decoder)]
     # what the tower leaves is numbered anew only where that was asked for
-    anew = any((r.options if r.method else opt.plan.options).get("renumber") for r in tower)
+    anew = any(r.options.get("renumber") for r in named(opt.plan) if not r.path.startswith(decoder))
     if tower:
         parts = parts.after(again(opt, parts.vision, tower), renumber=anew)
     inside = [r for r in opt.plan.reductions if r.path.startswith(decoder)]
