@@ -22,7 +22,7 @@ from tokcompile import ExportError, InputError, Reduction, Tokens
 from tokcompile.cli import main
 from tokcompile.exports import tensorrt_rtx
 from tokcompile.llm.folder import Session
-from tokcompile.vlm import Generator, Part, Patches, Preprocess, export, export_vision, load, split
+from tokcompile.vlm import Generator, Patches, Preprocess, export, export_vision, load, split
 from tokcompile.vlm.whole import check_same, placed
 
 WORDS = ["<pad>", "what", "is", "this", "?", "a", "cat", "user", ":", "answer"]
@@ -218,7 +218,7 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "folder" / "generate.json").read_text())["images"]["template"] == "{image} {prompt}"
     parts, prefill = reduced("llava", 6, 10)
     with pytest.raises(ExportError, match=r"give other logits than the whole one, off by .*\n  what to do: .*vlm.split"):
-        check_same(tower, parts, prefill)
+        check_same(tower, parts, prefill, parts.see(*parts.vision.args, **parts.vision.kwargs))
     with pytest.raises(InputError, match=r"room=\[1, 1\], and the example has"):
         both.export_onnx(tmp_path / "other", room=(1, 1))
     anew = tokcompile.optimize(tower, method="sparsevlm", budget=Tokens(9), where=[layer(tower, 2)], outputs="reduced")
@@ -237,10 +237,9 @@ def test_a_model_that_was_optimized_as_a_whole(tmp_path, monkeypatch):
 def test_spans_are_found_again_where_a_tower_left_fewer_tokens():
     """Two images of 4 and 6 tokens with text of 2, 1 and 3 around them, and room for 5, 2 and 4; 2 and 3 are left."""
     prompt = SimpleNamespace(images=[4, 6], full=[(5, 9), (11, 17)], length=16)
-    see = lambda pixels: {"kept": torch.tensor([[3, 1, 4, 6, 9]])}  # noqa: E731
-    parts = SimpleNamespace(prompt=prompt, vision=Part(None, (None,), {}), see=see)
+    seen = {"kept": torch.tensor([[3, 1, 4, 6, 9]])}
     given = [Reduction(0, 2, 1, prefix=a, suffix=b) for a, b in ((2, 10), (7, 3), (10, 3))]
-    made = placed(given, parts, [(2, 6), (7, 13)], 16)
+    made = placed(given, SimpleNamespace(prompt=prompt), seen, [(2, 6), (7, 13)], 16)
     assert [(r.prefix, r.suffix) for r in made] == [(5, 9), (9, 4), (11, 4)]
 
 

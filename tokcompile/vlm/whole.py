@@ -6,7 +6,7 @@ The model is taken apart, and each reduction of its plan is made again in the pa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,8 @@ def export_whole(
     if tower:
         parts = parts.after(again(opt, parts.vision, tower), renumber=anew)
     inside = [r for r in opt.plan.reductions if r.path.startswith(decoder)]
-    inside = placed(inside, parts, images, inputs["input_ids"].shape[1])
+    seen = parts.see(*parts.vision.args, **parts.vision.kwargs)
+    inside = placed(inside, parts, seen, images, inputs["input_ids"].shape[1])
     inside = [replace(r, path=r.path.removeprefix(f"{parts.causal}.")) for r in inside]
     prefill = again(opt, parts.language, inside, parts.spans)
     if tower and opt.renumbered and not prefill.renumbered and not anew:
@@ -68,15 +69,16 @@ def export_whole(
             "positions that the reduced tower left already have gaps, and are read as they are\n"
             "  what to do: optimize the language model with renumber=False, which keeps positions as they are"
         )
-    check_same(opt, parts, prefill)
+    check_same(opt, parts, prefill, seen)
     return export(parts, prefill, folder, max_new_tokens=max_new_tokens, **options)
 
 
-def placed(reductions: Sequence[Reduction], parts: Parts, images: Sequence[Span], length: int) -> list[Reduction]:
+def placed(
+    reductions: Sequence[Reduction], parts: Parts, seen: Mapping[str, Any], images: Sequence[Span], length: int
+) -> list[Reduction]:
     """The same in the prompt of the parts, with room for more text and with what a reduced tower left of the images.
 
-    images: their spans among the `length` tokens of the whole prompt."""
-    seen = parts.see(*parts.vision.args, **parts.vision.kwargs)
+    seen: what the vision part gives. images: their spans among the `length` tokens of the whole prompt."""
     kept = seen["kept"][0] if "kept" in seen else torch.arange(sum(parts.prompt.images))  # each sample has as many of a run
     out = []
     for r in reductions:
@@ -112,13 +114,14 @@ def again(
     return OptimizedModel(compile_plan(analysis, settings, None, None, plan), opt.spec, opt.recipes)
 
 
-def check_same(opt: OptimizedModel, parts: Parts, prefill: OptimizedModel) -> None:
-    """Raises: ExportError where the parts do not give the last logits of the model that was optimized as a whole."""
+def check_same(opt: OptimizedModel, parts: Parts, prefill: OptimizedModel, seen: Mapping[str, Any]) -> None:
+    """Raises: ExportError where the parts do not give the last logits of the model that was optimized as a whole.
+
+    seen: what the vision part gives."""
     args, kwargs = opt.example_call
     ids, mask = parts.embeddings.kwargs["input_ids"], parts.prompt.mask if parts.padded else None
     with torch.no_grad():
         whole = opt(*args, **kwargs)
-        seen = parts.see(*parts.vision.args, **parts.vision.kwargs)
         made = prefill(**parts.language_inputs(ids, seen, mask))
     whole, made = (one.output if isinstance(one, ReducedOutput) else one for one in (whole, made))
     off = worst([made["logits"][:, -1]], [whole["logits"][:, -1]])
