@@ -148,6 +148,17 @@ def program():
     return export
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `every(n)`, the cases 0, n, 2n, ... always run, and the others with -m matrix."""
+    cases: dict[str, int] = {}
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        cases[test] = case = cases.get(test, -1) + 1
+        if (mark := item.get_closest_marker("every")) and case % mark.args[0]:
+            item.add_marker("matrix")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from tests.schedule import ByFamily

@@ -52,6 +52,7 @@ def test_every_method_can_keep_all(method, budget, family, program):
     assert_equal(run(optimized, *family("timm/vit").args), family("timm/vit")())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["timm/vit", "hf/dinov2_with_registers"])
 def test_every_method_reduces(method, name, family, program):
@@ -64,6 +65,7 @@ def test_every_method_reduces(method, name, family, program):
     assert all(g.isfinite().all() and not torch.equal(g, w) for g, w in zip(got, want))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["fp16", "bf16", "fp64"])
 @pytest.mark.parametrize("method", ["tome", "evit", "dart"])
 def test_the_dtype_is_kept(dtype, method):
@@ -132,6 +134,7 @@ def test_constant_arguments_are_part_of_the_call(family):
 # -- outputs="reduced" -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_outputs_say_which_tokens_are_left(method, batch, family, program):
@@ -206,6 +209,7 @@ def test_spans_say_what_is_visual(spans, expected, family, program):
     torch.testing.assert_close(got[:, :first], want[:, :first], rtol=0, atol=1e-5)  # causal: text before is untouched
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["hf/llama", "hf/gpt2", "hf/llava", "hf/llava_onevision", "hf/internvl", "hf/paligemma"])
 def test_text_is_never_reduced_without_spans(name, family):
     """Either the visual tokens are found or the user is asked for them."""

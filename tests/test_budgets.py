@@ -87,6 +87,7 @@ def test_keep_rates_use_the_published_rounding(method, kept, program):
     assert [k for _, _, k in counts(optimized)] == kept
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("ratio", [0.6, 0.7, 0.85])
 @pytest.mark.parametrize(("name", "method"), [("timm/vit", "tome"), ("timm/vit", "random"), ("hf/dinov2", "divprune"),
                                               ("torch/einsum_vit", "pitome")])  # fmt: skip
@@ -123,6 +124,7 @@ def counted(model, *args, **kwargs) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "method"), [
     ("timm/vit", "tome"), ("timm/vit", "divprune"), ("timm/vit", "pyramiddrop"), ("timm/vit", "sparsevlm"),

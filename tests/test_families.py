@@ -85,36 +85,76 @@ HARD = [
     "timm/naflexvit_masked",
     "timm/samvit",
     "timm/xcit",
-    "hf/eomt",
-    "hf/hunyuan_vl",
-    "hf/kimi_k25",
     "hf/llama_padded",
     "hf/llava_next",
-    "hf/lfm2_vl",
-    "hf/lw_detr_backbone",
-    "hf/pi0",
     "hf/pixtral_vision",
-    "hf/qwen2_5_vl_two_images",
-    "hf/qwen2_5_vl_vision",
-    "hf/qwen3_vl",
-    "hf/rf_detr_backbone",
     "hf/siglip2_vision",
     "hf/timesformer",
     "hf/vit_mae",
 ]
-# whole vision-language models that take longest, and that other tests run too: at batch 1 with -m matrix
-LARGE = [
+# Models of which others here have the same parts, and those that take longest and that other tests run too: with -m matrix.
+RARE = [
+    "timm/caformer",
+    "timm/crossvit",
+    "timm/davit",
+    "timm/deepseek_vit",
+    "timm/gcvit",
+    "timm/gemma4_vit",
+    "timm/levit",
+    "timm/maxvit",
+    "timm/nest",
+    "timm/pvt_v2",
+    "timm/qwen3_vit",
+    "timm/qwen3_vit_merge",
+    "timm/swinv2",
+    "timm/swinv2_cr",
+    "timm/tnt",
+    "timm/twins_svt",
+    "timm/vit_parallel_diff",
+    "timm/vit_pe_core",
+    "timm/vit_rope_mixed",
+    "timm/vit_rope_reg",
+    "timm/volo",
     "hf/aya_vision",
+    "hf/beit_segmentation",
+    "hf/clipseg",
+    "hf/data2vec_vision",
+    "hf/eomt",
+    "hf/gemma2",
     "hf/gemma4",
     "hf/glm4v",
+    "hf/gpt_oss",
+    "hf/groupvit_vision",
     "hf/hunyuan_vl",
     "hf/idefics2",
+    "hf/idefics3",
+    "hf/internvl",
     "hf/kimi_k25",
+    "hf/layoutlmv3",
     "hf/lfm2_vl",
+    "hf/llama4_vision",
+    "hf/llama_cache",
+    "hf/llava",
+    "hf/llava_onevision",
+    "hf/lw_detr_backbone",
     "hf/mistral3",
+    "hf/mixtral",
+    "hf/mlcd_vision",
+    "hf/mllama",
+    "hf/paligemma",
     "hf/pi0",
+    "hf/pvt",
+    "hf/qwen2_5_vl_two_images",
+    "hf/qwen2_vl",
+    "hf/qwen3_moe",
+    "hf/qwen3_vl",
     "hf/qwen3_vl_moe",
+    "hf/qwen3_vl_vision",
+    "hf/rf_detr_backbone",
+    "hf/smolvlm",
     "hf/video_llama_3",
+    "hf/vjepa2",
+    "torchvision/swin",
 ]
 APART = {"hf/hunyuan_vl", "hf/kimi_k25", "hf/lfm2_vl"}  # of several images each is rearranged by itself
 NOTES = {
@@ -152,9 +192,9 @@ def record(record_property, name: str, batch: int, verdict: str, text: str = "")
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        *((n, 1) for n in SUPPORTED if n not in LARGE),
+        *((n, 1) for n in SUPPORTED if n not in RARE),
         *((n, 3) for n in HARD),
-        *(pytest.param(n, 1, marks=pytest.mark.matrix) for n in LARGE),
+        *(pytest.param(n, 1, marks=pytest.mark.matrix) for n in RARE),
         *(pytest.param(n, 3, marks=pytest.mark.matrix) for n in SUPPORTED if n not in HARD),
     ],
     ids=lambda v: f"batch{v}" if isinstance(v, int) else v,
@@ -180,6 +220,7 @@ def test_the_oracles_agree(name, batch, record_property, monkeypatch):
     assert bool(price(check)) == recovers
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_image_tokens_are_reduced_in_the_language_model(name):
     spans = PROMPTS[name]
@@ -190,6 +231,7 @@ def test_image_tokens_are_reduced_in_the_language_model(name):
     assert not [r for r in fast.report.recoveries if r["inside"]]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", sorted({*HARD, *ROUNDING}))
 def test_the_canonical_graph_equals_the_model(name):
     program, guards = traced(name)

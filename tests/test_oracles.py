@@ -73,6 +73,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("mistake", "name"), BROKEN, ids=[f"{m.__name__}-{n}" for m, n in BROKEN])
 def test_a_broken_pass_is_caught(mistake, name, program, monkeypatch):
     spans = [(5, 30)] if name == "hf/llama" else None

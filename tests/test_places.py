@@ -140,6 +140,7 @@ class Captioned(nn.Module):
         return x
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["tome", "evit", "pitome"])
 def test_methods_read_how_tokens_look_at_each_other(method):
     model, inputs = Captioned().eval(), (torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, WIDTH))
@@ -164,6 +165,7 @@ class Cameras(nn.Module):
         return torch.cat([self.tower(image) for image in images], -1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("method", "budget", "where"), [("tome", 0.5, None), ("topk", Flops(0.8), None),
                                                          ("fastv", 0.5, ["blocks.layers.1"])])  # fmt: skip
 def test_each_call_of_a_tower_is_reduced(method, budget, where):

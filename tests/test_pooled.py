@@ -72,6 +72,7 @@ def kept_groups(name, kept):
     return [p // 4 * 3 + p % 4 for p in kept["s0_p_index"][0].tolist() if p % 4 < 3]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma4"])  # with padding it is the same and more
 def test_what_is_left_is_what_the_original_gives_with_the_others_hidden(name):
     model, inputs = made(name)

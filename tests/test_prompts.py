@@ -58,6 +58,7 @@ def assert_equals_the_model(built, flat, graph, kwargs):
     assert error(got, run(built.model, *built.args, **kwargs)) <= TOLERANCE
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_graph_holds_for_other_images_and_texts(name):
     flat, graph = canonical(name)
@@ -105,6 +106,7 @@ def test_another_layout_of_the_image_is_refused(name, change):
         flat_caller(flat)(*built.args, **built.kwargs | change)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["hf/gemma3", "hf/idefics3", "hf/llava_next", "hf/qwen3_vl"])
 def test_several_samples(name):
     flat, graph = canonical(name, 3)
@@ -113,6 +115,7 @@ def test_several_samples(name):
         assert_equals_the_model(built, flat, graph, kwargs)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["hf/gemma3", "hf/qwen2_5_vl", "hf/smolvlm"])
 def test_attention_written_out(name):
     model, args, kwargs = FAMILIES[name].build(1)

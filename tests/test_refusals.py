@@ -70,6 +70,7 @@ def test_a_rule_with_a_wrong_label_is_caught_at_its_node(monkeypatch):
         optimize(tiny(swirl), where=0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("between", "op"), [
     (lambda x: x.cumsum(1), "aten.cumsum"),
     (lambda x: x.flip(1), "aten.flip"),
@@ -179,6 +180,7 @@ def across_time(x):
     return nn.functional.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None])[:, 0].transpose(0, 1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("between", [
     lambda x: x + across_time(x),
     lambda x: x + ((x.transpose(0, 1) @ x.permute(1, 2, 0)).softmax(-1) @ x.transpose(0, 1)).transpose(0, 1),

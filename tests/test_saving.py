@@ -66,6 +66,7 @@ def test_load_needs_the_registered_recipe(family, program, tmp_path):
         tokcompile.recipe._REGISTRY.pop("loudest")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("name", "method"), [("timm/vit", "tome"), ("timm/vit", "divprune"), ("timm/vit", "dart"),
                                               ("timm/vit", "evit"), ("hf/vit", "pitome"), ("timm/beit", "topk"),
                                               ("torchvision/vit", "random")])  # fmt: skip

@@ -130,6 +130,7 @@ def test_method_without_plugin(quick, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("form", "other"), [("plugin", "plain"), ("plain", "plugin")])
 def test_one_form_only(form, other, quick, tmp_path):
     small("tome").bundle(tmp_path / "out", target="jetson-orin", form=form, archive=False, name="a b")

@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("family", "method", "batch", "where"), CASES)
 def test_families(family, method, batch, where, tmp_path):
     model, args, kwargs = build(family, batch)
@@ -80,6 +81,7 @@ def test_torch_exports_it_too(tmp_path):
         assert same(run(tmp_path / "m.onnx", {session(tmp_path / "m.onnx").get_inputs()[0].name: x}), [opt(x)])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["tome", "dart"])
 def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
     """Nothing is reshaped before and after a call; several samples, and other runtimes, see the batch."""

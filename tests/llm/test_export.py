@@ -198,6 +198,7 @@ def half(generator, dtype):
     return model, inputs, tokcompile.optimize(Prefill(model), kwargs=inputs, **reduced)
 
 
+@pytest.mark.matrix
 def test_half_precision(generator, tmp_path):
     """In fp16 the files give the tokens of fp16 and of fp32 in PyTorch, and logits within 2 % of the largest."""
     model, inputs, prefill = half(generator, torch.float16)
@@ -213,6 +214,7 @@ def test_half_precision(generator, tmp_path):
         assert error([one.float() for one in got.logits], [one.float() for one in want.logits]) < 2e-2
 
 
+@pytest.mark.matrix
 def test_bfloat16_is_refused_unless_nothing_is_to_run(generator, tmp_path, monkeypatch):
     model, _, prefill = half(generator, torch.bfloat16)
     with pytest.raises(ExportError, match=r"model.half\(\) or model.float\(\) before it is optimized; or verify_tokens=0"):

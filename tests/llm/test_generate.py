@@ -31,6 +31,7 @@ def gone_at_random(generator, inputs):
     return {layer: dropped(kept[name][0], *SPAN) for layer, name in ((1, "s0_index"), (2, "s1_index"), (3, "s2_index"))}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["dart", "fastv", "random"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_equals_the_layers_run_by_hand(name, method, generator, monkeypatch):
@@ -52,6 +53,7 @@ def test_equals_the_layers_run_by_hand(name, method, generator, monkeypatch):
     assert error(drawn.logits, hidden) < 1e-4
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", [*DECODERS, "hf/gemma2", "hf/gpt2"])
 def test_without_a_reduction_it_is_the_models_own_generation(name, generator):
     model, inputs, made = generator(name, "random", 1.0) if name != "hf/gpt2" else short_gpt2()

@@ -94,6 +94,7 @@ def by_hand(model, embeds, layer, rows):
     return torch.stack([one.argmax(-1) for one in logits], 1), logits
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.matrix] * (n == "qwen3_5")) for n in MIXED])
 def test_equals_the_models_own_layers_and_caches(name):
     model, embeds = model_of(name, batch=2)
@@ -232,6 +233,7 @@ def test_the_files_generate_the_same(tmp_path):
     assert load(tmp_path / "folder", threads=1)(inputs_embeds=embeds, eos=()).tokens.tolist() == want.tokens.tolist()
 
 
+@pytest.mark.matrix
 def test_a_whole_vision_language_model(tmp_path):
     """LFM2-VL: reduced in the tower, whose method leaves tokens in another order, and taken apart for generation."""
     from tests.conftest import build as family

@@ -58,6 +58,7 @@ def anew(model, inputs, tokens, gone, calls=1):
     return made
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_whole_text_with_keys_that_nobody_sees(name):
     model, embeds = model_of(name)
@@ -109,6 +110,7 @@ def test_without_a_reduction_it_is_the_models_own_generation():
     assert Generator(prefill, model, max_new_tokens=COUNT)(**inputs, eos=()).tokens.tolist() == want.tolist()
 
 
+@pytest.mark.matrix
 def test_the_files_generate_the_same(tmp_path):
     model, embeds = model_of("Bloom")
     prefill = prefill_of(model, {"inputs_embeds": embeds}, where=[2])

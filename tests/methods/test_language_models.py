@@ -173,6 +173,7 @@ ANEW = {"pyramiddrop": (0, 1, 2), "sparsevlm": (0, 1), "aim": (0,)}  # after whi
 ROTARY = ("pyramiddrop", "sparsevlm", "ppe")  # what reads, or changes, how positions enter: on more models
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("case", "name"), [*((c, "hf/llama") for c in CASES), *((c, m) for m in ("hf/qwen3", "hf/phi") for c in ROTARY)]
 )
@@ -192,6 +193,7 @@ def test_equals_the_layers_run_by_hand(case, name, family, program, monkeypatch)
         assert error(logits[b], want) < 1e-5
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", ["pyramiddrop", "sparsevlm", "aim", "ppe cascade"])
 def test_the_onnx_file_equals_the_model(case, program, tmp_path):
     _, options, steps = CASES[case]
@@ -201,6 +203,7 @@ def test_the_onnx_file_equals_the_model(case, program, tmp_path):
     assert sum(report.nodes.values()) == sum(k > 0 for _, k in steps)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", ["pyramiddrop", "sparsevlm", "aim", "ppe"])
 def test_generation_goes_on_from_what_is_left(case, family, monkeypatch):
     """Greedy tokens of the decode graph against the prompt with the tokens so far, run anew without caches."""

@@ -108,6 +108,7 @@ def shares(monkeypatch):
     return found
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "pairs"), [("timm/eva02", True), ("hf/dinov3", False), ("timm/vit_rope", True), ("hf/pixtral_vision", False)]
 )

@@ -31,6 +31,7 @@ class Prompted(nn.Module):
         return self.decoder(x.masked_scatter((ids == IMAGE)[..., None].expand_as(x), features))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("masked", "after"), [(True, 2), (False, 3)], ids=["as long as the tower", "longer"])
 def test_a_tower_of_features_is_visual(masked, after):
     ids = torch.tensor([[1, 2, *[IMAGE] * COUNT, *[3] * after]])

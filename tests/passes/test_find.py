@@ -57,6 +57,7 @@ def stages(found):
     return out
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_of_models(name):
     found = structure(name)

@@ -103,6 +103,7 @@ def batches(made):
     return [(m.site.segments, m.site.n) for m in modules]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("outputs", "batch"), [("keep", 2), ("reduced", 1)])
 @pytest.mark.parametrize("method", ["divprune", "evit", "grid", "pitome", "random", "tome", "topk"])
 def test_windows_alike_are_reduced_as_one_batch(method, outputs, batch):

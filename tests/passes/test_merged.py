@@ -223,6 +223,7 @@ class Counting(nn.Module):
         return torch.cat([x, (x[..., :1] > -1e9).to(x.dtype)], -1).sum(1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("methods", [("tome", "tome"), ("tome", "random"), ("random", "tome"), ("tome", "evit")])
 def test_sums_behind_two_methods_are_sums_over_all(methods):
     first = tokcompile.optimize(Counting().eval(), (torch.randn(2, 24, 16),), method=methods[0], where=[0])

@@ -35,6 +35,7 @@ class Tiles(nn.Module):
         return self.head(torch.cat([base, tiles]))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("rows", "columns", "more"), [
     (1, 1, {}), (2, 2, {}), (1, 3, {}), (2, 1, {"twice": True}), (2, 1, {"cut": 1}), (2, 2, {"cut": 2}), (1, 2, {"cut": 1}),
 ])  # fmt: skip

@@ -22,6 +22,7 @@ class Order(nn.Module):
         return x.index_select(1, self.order) if self.select else x[:, self.order.flatten()]  # a view of several rows, or itself
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("select", [False, True], ids=["index", "index_select"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("order", [WHOLE, HALVES, torch.arange(LENGTH)], ids=["whole", "halves", "none"])
@@ -48,6 +49,7 @@ def test_tokens_picked_twice_or_one_by_one_are_refused(order):
         tokcompile.optimize(model, args, method="random", where=[0])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("select", [False, True], ids=["index", "index_select"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("order", [torch.arange(6), torch.tensor([7, 2, -1, 4, 0])], ids=["first", "some"])

@@ -191,6 +191,7 @@ def made(name, batch):
     return model, torch.randn(batch, 3, 2 * h, 2 * w), want, mean
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_order_is_that_of_the_groups(name):
     model, image, want, mean = made(name, 2)
@@ -201,6 +202,7 @@ def test_the_order_is_that_of_the_groups(name):
     assert (exit.form.unit, exit.form.mean) == (len(want[0]), mean)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CASES)
 def test_in_group_order_the_model_is_the_same(name):
     """And what is left of the movement is views."""
@@ -216,6 +218,7 @@ def test_in_group_order_the_model_is_the_same(name):
     assert not [n for n in between if packet(n) in moves]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("name", "batch"), [*((n, 2) for n in CASES), ("shuffle behind a class token", 1), ("pool", 1)])
 def test_what_is_kept_are_whole_groups(name, batch):
     """Both oracles, and the blocks behind the movement hold as many tokens as there are groups left."""

@@ -28,6 +28,7 @@ def test_equals_the_shorter_prompt(name):
     assert optimized.renumbered
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["hf/llama", "hf/llama_eager"])
 @pytest.mark.parametrize(("method", "options"), [("divprune", {}), ("sparsevlm", {"where": [2]})])
 def test_padding_and_masks_that_are_written_out(method, options, name):
@@ -45,6 +46,7 @@ def test_padding_and_masks_that_are_written_out(method, options, name):
     assert error(got["logits"], want["logits"]) < 1e-5
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["hf/llama_eager", "hf/llama_padded", "hf/gemma3_text", "hf/qwen2", "hf/mistral"])
 def test_the_published_default_finds_rotary_tables(name):
     model, args, kwargs = build(name)

@@ -62,6 +62,7 @@ def made(kind, order, *shape):
         return shared(shake(kind(order).eval())), torch.randn(*shape, LENGTH, WIDTH)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("order", "method", "batch"),
     [
@@ -112,6 +113,7 @@ class Windowed(Model):
         return x.mean(1).view(b, w, -1)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", ["tome", "dart", "pitome", "divprune", "grid"])
 @pytest.mark.parametrize("order", ["samples first", "heads first"])
 def test_windows_side_by_side_in_a_batch(method, order):

@@ -39,6 +39,7 @@ def host(monkeypatch):
     torch_ops.library.cache_clear()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(tmp_path, host):
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "results.json")]) == 0

@@ -426,7 +426,8 @@ def run(program, **variables):
     return done.returncode, text
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizer):
     flags = ("-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     code, text = run(compiled(f"all-{sanitizer}", ["host.cpp", "run_all.cpp"], *flags))
@@ -447,6 +448,7 @@ def test_a_missing_barrier_is_found():
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 110, 120)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_nvcc_takes_the_kernels(tmp_path):
     """For one architecture, without warnings and without spilled registers; `ARCHITECTURES` are built for a release."""

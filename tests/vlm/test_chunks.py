@@ -1,5 +1,6 @@
 """Layers that attend within chunks of positions (Llama 4), after tokens were dropped, across two edges between chunks."""
 
+import pytest
 import torch
 
 import tokcompile
@@ -22,6 +23,7 @@ def test_without_a_reduction_it_is_the_models_own_generation(generator):
     assert torch.equal(made.tokens, want[:, LENGTH:])
 
 
+@pytest.mark.matrix
 def test_chunks_are_counted_in_original_positions(generator, tmp_path):
     model, inputs, made = generator("llama4", (("method", "random"), ("budget", tokcompile.Tokens(5)), ("where", (1,))))
     pixels, ids, parts = inputs["pixel_values"], inputs["input_ids"], made.parts

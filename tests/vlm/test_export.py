@@ -189,6 +189,7 @@ def check_vision_alone(parts, folder):
             export_vision(one, folder / "other.onnx", **options)
 
 
+@pytest.mark.matrix
 def test_half_precision(tmp_path):
     """In fp16: the tokens of fp16 in PyTorch, and logits within 2 % of the largest."""
     model, inputs = vlm("llava")
@@ -253,6 +254,7 @@ def test_two_images_reduced_in_the_tower_and_behind_it(monkeypatch):
     assert [(r.prefix, r.n, r.k, r.suffix) for r in made.plan.reductions] == [(7, 20, 4, 30), (31, 20, 4, 6)]
 
 
+@pytest.mark.matrix
 def test_nothing_is_left_behind_where_it_fails(tmp_path):
     parts, prefill = reduced("llava", 6, 10)
     for kind, match, options in (
@@ -278,6 +280,7 @@ def test_broken_folders(written, tmp_path):
         load(tmp_path / "folder")
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(tensorrt_rtx.version() is None, reason=f"TensorRT-RTX is not here: {tensorrt_rtx.INSTALL}")
 def test_engines_of_all_three(tmp_path):
     """Vision part, prefill and decode step build for TensorRT-RTX, each with its planned counts."""

@@ -90,16 +90,13 @@ def compare(name, generator, language=(), vision=(), batch=1):
     return made, hand, gone
 
 
-def rarely(*case):
-    return pytest.param(*case, marks=pytest.mark.matrix)
-
-
 CASES = [(name, LAYER) for name in FAMILIES]
 CASES += [(name, ENTRANCE) for name in ("qwen3_vl", "gemma3")]
-CASES += [rarely(name, ENTRANCE) for name in ("llava", "qwen2_vl", "smolvlm")]
-CASES += [("paligemma", LAST), rarely("qwen3_vl", LAST), ("gemma3", GONE), rarely("smolvlm", GONE)]
+CASES += [(name, ENTRANCE) for name in ("llava", "qwen2_vl", "smolvlm")]
+CASES += [("paligemma", LAST), ("qwen3_vl", LAST), ("gemma3", GONE), ("smolvlm", GONE)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "language"), CASES, ids=lambda v: v if isinstance(v, str) else dict(v)["method"])
 def test_reduced_in_the_language_part(name, language, generator):
     made, _, gone = compare(name, generator, language)
@@ -110,10 +107,11 @@ def test_reduced_in_the_language_part(name, language, generator):
 
 
 BEHIND = [(name, LAYER) for name in REDUCED_IN_VISION] + [(name, ()) for name in ("llava", "qwen3_vl")]
-BEHIND += [rarely("qwen2_vl", ()), rarely("paligemma", ()), rarely("qwen3_vl", ENTRANCE)]
+BEHIND += [("qwen2_vl", ()), ("paligemma", ()), ("qwen3_vl", ENTRANCE)]
 BEHIND += [(name, LAYER) for name in REARRANGED]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "language"), BEHIND, ids=lambda v: v if isinstance(v, str) else dict(v).get("method", "whole")
 )
@@ -127,7 +125,8 @@ def test_reduced_in_the_vision_part(name, language, generator):
     assert made.text.wiring.length == BEFORE + left + made.parts.prompt.room[-1]
 
 
-@pytest.mark.parametrize("name", [rarely("llava"), "qwen2_vl", "gemma3", "llava_next"])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "llava_next"])
 def test_each_sample_keeps_its_own(name, generator):
     few = tuple((k, Tokens(4) if k == "budget" else v) for k, v in LAYER)
     made, _, _ = compare(name, generator, few, SHORTER, batch=2)
@@ -136,6 +135,7 @@ def test_each_sample_keeps_its_own(name, generator):
     assert first != second
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_reduction_it_is_the_models_own_generation(name, generator):
     model, inputs, made = generator(name)
@@ -166,13 +166,14 @@ def test_fewer_tokens_than_pivots(generator):
     assert made.text.wiring.stages[1].length == BEFORE + 3 + TEXT
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [
         ("llava_onevision", "dart"),
         ("llava_onevision", "hiprune"),
-        rarely("llava_onevision", "dart_embeds"),
-        rarely("gemma3", "dart"),
+        ("llava_onevision", "dart_embeds"),
+        ("gemma3", "dart"),
     ],
 )
 def test_padding_is_never_chosen_by_nor_seen(name, method):

@@ -11,6 +11,7 @@ from tokcompile.vlm import split
 FRAME = 17
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["random", "topk", "tome"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_class_tokens_among_the_features(method, batch):

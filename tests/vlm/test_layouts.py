@@ -35,7 +35,8 @@ def processed(name, path, prompt):
     return processor(images=[Image.open(path)], text=[text], return_tensors="pt")
 
 
-@pytest.mark.parametrize("name", ["llava_next", pytest.param("idefics3_tiles", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["llava_next", "idefics3_tiles"])
 def test_pixel_values_of_a_processor_are_checked_for_their_layout(name, tmp_path, capsys):
     paths = [picture(tmp_path / f"{i}.png", i, size) for i, size in enumerate(SIZES[name])]
     out = str(tmp_path / "out")

@@ -228,6 +228,7 @@ def test_a_sparse_attention_that_chooses_all_keys():
         Generator(parts, prefill, max_new_tokens=40)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("make", "name"), [
     (phi, "image_pixel_values"), (granite, "pixel_values"), (fuyu, "image_patches"),
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip

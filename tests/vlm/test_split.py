@@ -17,6 +17,7 @@ def composed(parts, inputs):
     return parts(inputs["pixel_values"], inputs["input_ids"], mask)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_the_parts_together_are_the_model(name, batch):
