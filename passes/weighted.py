@@ -82,8 +82,7 @@ def summed(node: Node, source: Node) -> Iterable[int]:
     """The axes of an operand that an op sums over."""
     name, a = packet(node), bind(node) if node.op == "call_function" else {}
     if name in SUMS | NORMS:
-        dim, rank = a.get("dim"), len(shape(source))
-        return range(rank) if dim in (None, []) else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+        return along(node, source)
     if name == "aten.einsum":
         return [d for term in terms_of(node, source) for d, c in enumerate(term) if c not in a["equation"].partition("->")[2]]
     if name in MATMUL and source in operands(node):
@@ -91,6 +90,12 @@ def summed(node: Node, source: Node) -> Iterable[int]:
         last = len(shape(source)) - 1
         return [last] * (source is left) + [max(last - 1, 0)] * (source is right)
     return []
+
+
+def along(node: Node, source: Node) -> Iterable[int]:
+    """The axes of its operand along which an op such as a sum or a largest of all runs."""
+    dim, rank = bind(node).get("dim"), len(shape(source))
+    return range(rank) if dim in (None, []) else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
 
 def beside(node: Node, source: Node, axis: int) -> int | None:

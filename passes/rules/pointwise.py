@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tokcompile.passes.graph import aten, get_attr, packet, shape
+from tokcompile.passes.graph import aten, bind, get_attr, packet, shape
 from tokcompile.passes.origin import LAYOUT
 from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
 from tokcompile.passes.rotary import by_channel
 from tokcompile.passes.rules.contract import BY_POSITION
 from tokcompile.passes.rules.core import Call, Label, NeedsFull, has_batch, has_tokens, old, one_sample, plain, rule, tokens_of
 from tokcompile.passes.rules.sizes import reaches
-from tokcompile.passes.weighted import NORMS, ORDER, behind, summed
+from tokcompile.passes.weighted import NORMS, ORDER, SUMS, along, behind
 
 UNARY = [
     "abs", "neg", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square", "sin",
@@ -32,6 +32,10 @@ BINARY = [
     "bitwise_or", "bitwise_xor", "atan2", "addcmul", "addcdiv", "lerp", "rsub", "fmax", "fmin", "prelu", "copysign", "hypot",
     "ldexp", "nextafter", "xlogy", "copy",
 ]  # fmt: skip
+OVER_ALL = SUMS | NORMS | {
+    "aten.logsumexp", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.prod", "aten.all", "aten.any",
+}  # fmt: skip
+ENTRY_BY_ENTRY = {f"aten.{name}" for name in BINARY}
 ONE_BY_ONE = ORDER | LAYOUT | {f"aten.{name}" for name in UNARY}  # do the same with each entry, wherever it lies
 
 
@@ -47,20 +51,26 @@ def pointwise(call: Call) -> Any:
 
 
 def adds_up_by_position(call: Call, names: list[str], label: Label) -> bool:
-    """Whether a sum over tokens follows, to which each of them comes with its own entry of a table, such as a mask: that of one
-    that stands for others is not theirs."""
+    """Whether a sum over tokens follows, or a mean, or the largest of all, to which each of them comes with its own entry of a
+    table, such as a mask: that of one that stands for others is not theirs."""
     tables = [call.old_args[name] for name in names if not call.labelled(name)]
     axes = [d for d, axis in enumerate(label) if has_tokens(axis) and any(reaches(table, label, d) for table in tables)]
-    return any(not call.rewriter.weighing.among_those_left(*found) for d in axes for found in sums_behind(call.node, d))
+    through = ONE_BY_ONE | ENTRY_BY_ENTRY if call.rewriter.behind_blocks(call.node) else ONE_BY_ONE  # no residual stream
+    sums = (found for d in axes for found in sums_behind(call.node, d, through))
+    return any(not call.rewriter.weighing.among_those_left(*found) for found in sums)
 
 
-def sums_behind(node: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
-    """(sum, its operand, axis there) of the sums along an axis of a value, with nothing between that looks at other tokens."""
-    for user in node.users:
-        if packet(user) in NORMS and axis in summed(user, node):
-            yield user, node, axis
-        elif packet(user) in ONE_BY_ONE and (there := behind(user, node, axis)) is not None:
-            yield from sums_behind(user, there)
+def sums_behind(node: Node, axis: int, through: Set[str]) -> Iterator[tuple[Node, Node, int]]:
+    """(sum or the like, its operand, axis there) along an axis of a value, with nothing between that looks at other tokens."""
+    todo, seen = [(node, axis)], {(node, axis)}
+    while todo:
+        value, axis = todo.pop()
+        for user in value.users:
+            if packet(user) in OVER_ALL and "other" not in bind(user) and axis in along(user, value):
+                yield user, value, axis
+            elif packet(user) in through and (there := behind(user, value, axis)) is not None and (user, there) not in seen:
+                seen.add((user, there))
+                todo.append((user, there))
 
 
 def operand(call: Call, name: str, label: Label) -> Node:

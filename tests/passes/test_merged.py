@@ -240,7 +240,11 @@ TABLE = torch.arange(1.0, 8.0, dtype=torch.float64)[:, None]
     lambda x: x.masked_fill(TABLE < 4, 0).sum(1) / (TABLE >= 4).sum(),
     lambda x: (TABLE.mT * x.mT).mT.float().abs().nansum(1),
     lambda x: torch.linalg.vector_norm((x + TABLE)[..., None], dim=1),
-], ids=["table", "mask", "elsewhere", "norm"])  # fmt: skip
+    lambda x: (x * TABLE).mean(1),
+    lambda x: x.masked_fill(TABLE < 4, -9).amax(1),
+    lambda x: (x - TABLE).max(1).values,
+    lambda x: torch.maximum(x * TABLE, x).logsumexp(1),
+], ids=["table", "mask", "elsewhere", "norm", "mean", "largest", "largest and where", "exponentials"])  # fmt: skip
 def test_sums_with_a_table_take_each_tokens_own_entry(fn):
     """Where all tokens are alike, it makes no difference which of them stands for which."""
     x = extra("B L 16", 2, 7, 1)[:, :1].repeat(1, 7, 1)
