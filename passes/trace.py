@@ -137,10 +137,11 @@ def check_shapes(program: ExportedProgram, inputs: Sequence[Any]) -> None:
 
 
 def unlift(program: ExportedProgram) -> GraphModule:
-    """The program as a graph module with weights as attributes and without its run-time input guards."""
-    if "check_guards" in inspect.signature(program.module).parameters:
-        return program.module(check_guards=False)
-    return program.module()
+    """The program as a graph with weights as attributes and without its run-time input guards. It is read and copied, never
+    run, so that torch need not write and compile its code, which takes most of the time."""
+    options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    with replaced(GraphModule, recompile=lambda module: None):
+        return program.module(**options)
 
 
 def check_module(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
