@@ -17,6 +17,8 @@ from tokcompile.recipe import Site
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HALF = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # tolerances, as shares of the largest value
+TYPES = (torch.float32, *HALF)
 CANARY = 0xA5
 FIELDS = (
     "dtype", "batch", "length", "dim", "start", "n", "k", "unit", "tap_length", "tap_start", "heads", "head_dim",

@@ -32,7 +32,7 @@ def session(tmp_path):
 def host(monkeypatch):
     monkeypatch.setenv("TOKCOMPILE_HOST_KERNELS", str(host_library()))
     kernels = ctypes.CDLL(str(host_library()))
-    kernels.tc_host_threads(1)  # test_kernels.py looks for races; here more of them only wait for each other
+    kernels.tc_host_threads(1)  # test_kernel_builds.py looks for races; here more of them only wait for each other
     torch_ops.library.cache_clear()
     yield
     kernels.tc_host_threads(4)

@@ -1,24 +1,16 @@
-"""The CUDA kernels, compiled for the host with a block's threads as threads, against the reductions in plain PyTorch."""
+"""The kernels of methods, compiled for the host with a block's threads as threads, against the reductions in plain PyTorch."""
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plugins.kernels import SOURCES, Case, Guarded, Shape, call, compiled, library, pointer, text_of
+from tests.plugins.kernels import HALF, TYPES, Case, Shape, call, library, pointer, text_of
 from tests.reference.dart import dart as loops
 from tokcompile.methods import dart, divprune, evit, fastv, pitome, tome, topk
-from tokcompile.primitives import apply, top_k
-from tokcompile.recipe import Keep, Merge
-
-HALF = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-TYPES = (torch.float32, *HALF)
 
 
 def pitome_options(variant, margin=0.75, alpha=1.0):
@@ -253,95 +245,6 @@ def test_large(method, size):
         assert case.unstable(1)
 
 
-# -- selection -------------------------------------------------------------------------------------------------------------
-
-
-def select(scores, k, is_sorted):
-    b, n = scores.shape
-    index = Guarded((b, k), torch.int64)
-    space = Guarded((library().tc_select_workspace(b, n, k),), torch.uint8)
-    code = library().tc_select(b, n, k, is_sorted, pointer(scores), pointer(index.tensor), pointer(space.tensor), None)
-    index.check()
-    space.check()
-    assert code == 0
-    return index.tensor
-
-
-SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, math.inf, -math.inf, math.nan])
-SCORES = st.lists(SPECIAL | st.floats(width=32), min_size=1, max_size=80)
-
-
-@settings(max_examples=150, deadline=None)
-@given(SCORES, st.data())
-def test_select_is_top_k(values, data):
-    """For any floats: -0 equals 0, NaN of either sign ranks highest, equal scores go to the lower index."""
-    scores = torch.tensor([values])
-    if data.draw(st.booleans()):
-        scores = torch.where(scores.isnan(), -scores, scores)
-    k = data.draw(st.integers(1, len(values)))
-    best = top_k(scores, k)
-    assert torch.equal(select(scores, k, 0), best)
-    assert torch.equal(select(scores, k, 1), best.sort(-1).values)
-
-
-@pytest.mark.parametrize(("n", "k"), [(4097, 4096), (16384, 5000), (65536, 100), (1, 1), (5000, 5000)])
-@pytest.mark.parametrize("levels", [3, 1 << 24])
-def test_select_many(n, k, levels):
-    """Above TensorRT's own limit of 3,840, with few different scores and with many."""
-    scores = torch.randint(-levels, levels, (2, n)).float()
-    best = top_k(scores, k)
-    if n * k < 10**8:
-        assert torch.equal(select(scores, k, 0), best)
-    assert torch.equal(select(scores, k, 1), best.sort(-1).values)
-
-
-# -- the parts -------------------------------------------------------------------------------------------------------------
-
-
-def tensors(batch, n, k, widths, dtypes):
-    x = [torch.randn(batch, n, w).to(d) for w, d in zip(widths, dtypes)]
-    out = [Guarded((batch, k, w), d) for w, d in zip(widths, dtypes)]
-    kinds = (ctypes.c_int32 * len(x))(*(TYPES.index(d) for d in dtypes))
-    sizes = (ctypes.c_int32 * len(x))(*widths)
-    both = [(ctypes.c_void_p * len(x))(*(t.data_ptr() for t in ts)) for ts in (x, [o.tensor for o in out])]
-    return x, out, (len(x), batch, n, k, kinds, sizes), both
-
-
-def test_gather_moves_several_tensors():
-    x, out, lead, (given_, wanted) = tensors(3, 29, 12, (1, 6, 64, 7), (*TYPES, torch.float16))
-    index = torch.stack([torch.randperm(29)[:12] for _ in range(3)])
-    assert library().tc_gather(*lead, given_, pointer(index), wanted, None) == 0
-    for t, o in zip(x, out):
-        o.check()
-        assert torch.equal(o.tensor, t.gather(1, index[..., None].expand(-1, -1, t.shape[2])))
-
-
-@pytest.mark.parametrize("sized", [True, False])
-def test_merge_is_the_weighted_mean(sized):
-    n, k = 37, 9
-    x, out, lead, (given_, wanted) = tensors(3, n, k, (5, 48, 8), TYPES)
-    order = torch.stack([torch.randperm(n) for _ in range(3)])
-    index, sources = (t.contiguous() for t in order.split([k, n - k], 1))
-    slots = torch.randint(0, k, sources.shape)
-    size = torch.randint(1, 6, (3, n)).float() if sized else None
-    new_size = torch.full((3, k), -1.0)
-    arguments = [pointer(t) for t in (size, index, sources, slots)]
-    assert library().tc_merge(*lead, given_, *arguments, wanted, pointer(new_size), None) == 0
-    for t, o in zip(x, out):
-        o.check()
-        want, want_size = apply(Merge(index, sources, slots), t.double(), size)
-        assert torch.equal(new_size, want_size.float())
-        scale = want.abs().max().item() * {torch.float32: 1e-5, **HALF}[t.dtype]
-        torch.testing.assert_close(o.tensor.double(), want, rtol=0, atol=scale)
-
-
-def test_gather_keeps_wild_indices_inside():
-    x, out, lead, (given_, wanted) = tensors(1, 5, 3, (4,), TYPES[:1])
-    index = torch.tensor([[-7, 2, 2**40]])
-    assert library().tc_gather(*lead, given_, pointer(index), wanted, None) == 0
-    assert torch.equal(out[0].tensor, apply(Keep(torch.tensor([[0, 2, 4]])), x[0], None)[0])
-
-
 # -- any input -------------------------------------------------------------------------------------------------------------
 
 
@@ -413,51 +316,3 @@ def test_missing_pointers(method):
         taps = [None if i == missing else t for i, t in enumerate(case.taps)]
         assert call(case.kernel, case.shape, case.x, None, taps, case.kernel_options)[0] == 1
     assert call("dart", case.shape, case.x, None, [None, None], {"pivots": 0})[0] == 1
-
-
-# -- races, memory and compilers -------------------------------------------------------------------------------------------
-
-
-def run(program, **variables):
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300, env={**os.environ, **variables})
-    text = done.stdout + done.stderr
-    if "unexpected memory mapping" in text:
-        pytest.skip("this kernel's address space randomisation (vm.mmap_rnd_bits) is more than ThreadSanitizer takes")
-    return done.returncode, text
-
-
-@pytest.mark.every(2)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(sanitizer):
-    flags = ("-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    code, text = run(compiled(f"all-{sanitizer}", ["host.cpp", "run_all.cpp"], *flags))
-    assert (code, text.strip()) == (0, "fine")
-
-
-def test_a_missing_barrier_is_found():
-    """The same kernel with and without barriers, so that the silence of the test above means something."""
-    flags = ("-O0", "-g1", "-fsanitize=thread")
-    whole = compiled("race", ["race.cpp"], *flags)
-    broken = compiled("race-broken", ["race.cpp"], *flags, "-DTC_BREAK_BARRIER")
-    assert run(whole)[0] == 0
-    code, text = run(broken, TSAN_OPTIONS="halt_on_error=1")
-    assert code != 0
-    assert "data race" in text
-
-
-ARCHITECTURES = (80, 86, 87, 89, 90, 100, 110, 120)
-
-
-@pytest.mark.matrix
-@pytest.mark.slow
-def test_nvcc_takes_the_kernels(tmp_path):
-    """For one architecture, without warnings and without spilled registers; `ARCHITECTURES` are built for a release."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    flags = ["-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-Werror", "all-warnings"]
-    source = SOURCES / "kernels" / "launch.cu"
-    done = subprocess.run([nvcc, *flags, str(source), "-o", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores" not in line]
-    assert not spills
