@@ -20,6 +20,7 @@ from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import onnxscript_apis
 from torch.utils import _pytree as pytree
 
+from tests import command_line
 from tests.models import FAMILIES, shake
 from tests.shared import Stack, analysed, compared, remembered, shared
 from tokcompile import api
@@ -134,6 +135,12 @@ def logged(monkeypatch):
     records = []
     monkeypatch.setattr(logging.Logger, "callHandlers", lambda self, r: r.levelno < logging.WARNING or records.append(r.msg))
     return records
+
+
+@pytest.fixture
+def cli(capsys):
+    """cli(*arguments): the exit code, stdout and stderr of one command."""
+    return functools.partial(command_line.run, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -1,75 +1,22 @@
-"""The command line: what it prints, the files it writes, its exit codes, and its answers to wrong usage."""
+"""The command line: what it prints, the files it writes, its exit codes, and what signals and unexpected errors make of it."""
 
-import functools
 import io
 import json
 import signal
 import subprocess
 import sys
 import types
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tokcompile
-from tests.models.family import seeded
-from tests.shared import shared
+from tests.command_line import ROOT, TINY, tiny
 from tokcompile import Flops, KeepRate, Remove, Schedule, Share, Tokens
 from tokcompile.cli import commands, main, show, values
 from tokcompile.files import atomic
 from tokcompile.recipe import methods as known_methods
-
-ROOT = Path(__file__).parent.parent
-TINY = "tests.test_cli:tiny"
-
-
-class Block(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x):
-        b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(y.transpose(1, 2).reshape(b, n, d))
-        return x + self.mlp(self.norm2(x))
-
-
-class Vit(nn.Module):
-    """A class token and 7 x 7 patches."""
-
-    def __init__(self, width=16, heads=2, depth=4):
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, 4)
-        self.cls = nn.Parameter(torch.randn(1, 1, width))
-        self.pos = nn.Parameter(torch.randn(1, 50, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, image):
-        x = self.patch(image).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.pos
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x[:, 0])
-
-
-@functools.cache
-def small(batch):
-    with seeded():
-        return shared(Vit()), (torch.randn(batch, 3, 28, 28),)
-
-
-def tiny(batch=1):
-    model, args = small(batch)
-    return model.train(), args  # as models are before anybody calls eval()
 
 
 def convolution():
@@ -81,10 +28,6 @@ def noisy():
     return tiny()
 
 
-def broken():
-    raise RuntimeError("no such luck")
-
-
 def interrupted():
     raise KeyboardInterrupt
 
@@ -92,32 +35,6 @@ def interrupted():
 def terminated():
     with atomic("half.onnx"):
         signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
-
-
-def run(capsys, *argv):
-    """(exit code, stdout, stderr) of one command."""
-    try:
-        code = main([str(a) for a in argv])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-@pytest.fixture
-def cli(capsys):
-    return partial(run, capsys)
-
-
-def refused(result, *parts):
-    """Exit code 2, one message with all the parts, nothing on stdout and no traceback."""
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in err
-    return True
 
 
 def test_optimize_prints_plan_and_report(cli):
@@ -163,28 +80,6 @@ def test_onnx_file_is_written_and_reported(cli, tmp_path):
     assert path.stat().st_size > 1000
 
 
-def test_unknown_onnx_target_is_refused(cli, tmp_path):
-    result = cli("optimize", TINY, "--where", "1", "--onnx", tmp_path / "x.onnx", "--target", "toaster")
-    assert refused(result, "toaster")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("option", ["--save", "--save-plan", "--onnx"])
-def test_files_that_cannot_be_written_are_refused_first(cli, tmp_path, option):
-    assert refused(cli("optimize", "tests.test_cli:broken", option, tmp_path / "missing" / "file"), "there is no folder")
-    assert refused(cli("optimize", "tests.test_cli:broken", option, tmp_path), "is a folder")
-
-
-def test_a_folder_that_cannot_be_made_is_refused_first(cli, tmp_path):
-    (tmp_path / "file").touch()
-    given = ("bundle", "tests.test_cli:broken", "--target", "x86", "--out")
-    assert refused(cli(*given, tmp_path / "file" / "a" / "b"), "file is no folder")
-    assert refused(cli(*given, tmp_path / "file"), "is there already")
-    with pytest.raises(RuntimeError, match="no such luck"):  # nothing is wrong with the folder: it gets as far as the model
-        cli(*given, tmp_path / "a" / "b")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
 @pytest.mark.parametrize(
     ("text", "budget"),
     [
@@ -201,74 +96,6 @@ def test_a_folder_that_cannot_be_made_is_refused_first(cli, tmp_path):
 )
 def test_every_form_of_budget_is_read(text, budget):
     assert values.budget(text) == budget
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("half", "is none of\n  0.5"),
-        ("98", "for 98 tokens write tokens:98"),
-        ("1.5", "must be a share in (0, 1]"),
-        ("0", "must be a share in (0, 1]"),
-        ("nan", "must be a share in (0, 1]"),
-        ("token:98", "is none of"),
-        ("tokens:many", "tokens does not take 'many'"),
-        ("tokens:0", "only in a language model"),
-        ("tokens:50", "more than the 49 tokens"),
-        ("flops:2", "must be a share in (0, 1]"),
-        ("flops:0.01", "cannot be met"),
-        ("keep-rate:", "keep-rate does not take ''"),
-        ("remove:-1", "non-negative"),
-        ("remove:3:4", "outside [-1, 1]"),
-        ("schedule:3", "schedule does not take '3'"),
-        ("schedule:3=a", "schedule does not take '3=a'"),
-        ("schedule:9=3", "block 9"),
-    ],
-)
-def test_bad_budgets_are_refused(cli, text, message):
-    assert refused(cli("optimize", TINY, "--budget", text), message)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "tomme"], "unknown method 'tomme'; did you mean tome"),
-        (["--where", "9"], "block 9 is not among the 4 blocks"),
-        (["--where", "blocks.9"], "no block has the path 'blocks.9'"),
-        (["--where", "1,,2"], "is not a list of blocks"),
-        (["--span", "5-30"], "is not START:STOP"),
-        (["--span", "5:300"], "does not lie within the 50 tokens"),
-        (["-o", "proportional"], "is not KEY=VALUE"),
-        (["-o", "proportionale=true"], "did you mean proportional?"),
-        (["-o", "proportional=3"], "tome's proportional takes True or False (True by default), not 3"),
-        (["--method", "dart", "-o", "pivots=many"], "dart's pivots takes an int (4 by default), not 'many'"),
-        (["--plan", "missing.json"], "cannot read the plan 'missing.json'"),
-        (["--plan", "pyproject.toml"], "not a tokcompile plan"),
-        (["--batch", "0"], "positive number"),
-        (["--weights", "x.pt"], "--weights goes with timm:NAME"),
-        (["--input", "1x3x32x32"], "does not run on the example inputs"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(cli, monkeypatch, arguments, message):
-    monkeypatch.chdir(ROOT)
-    assert refused(cli("optimize", TINY, *arguments), message)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "COMMAND"),
-        (["optimise", TINY], "invalid choice"),
-        (["optimize"], "MODEL"),
-        (["optimize", TINY, "--outputs", "short"], "invalid choice: 'short'"),
-        (["optimize", TINY, "--plan", "p.json", "--method", "tome"], "--plan says all that --method"),
-        (["optimize", TINY, "--target", "tensorrt"], "--target goes with --onnx"),
-        (["optimize", TINY, "--inline"], "--inline goes with --onnx"),
-        (["bench", TINY, "--pairs", "many"], "invalid int value"),
-    ],
-)
-def test_wrong_usage_exits_with_2(cli, arguments, message):
-    assert refused(cli(*arguments), message, "usage: tokcompile")
 
 
 @pytest.mark.parametrize("command", ["optimize", "inspect", "check", "bench", "demo"])
@@ -317,10 +144,6 @@ def test_check_that_fails_exits_with_1(cli):
     assert json.loads(out)["ok"] is False
 
 
-def test_check_refuses_paths_as_blocks(cli):
-    assert refused(cli("check", TINY, "--blocks", "blocks.1"), "--blocks takes numbers")
-
-
 def test_methods_lists_all(cli):
     code, out, _ = cli("methods")
     assert code == 0
@@ -352,21 +175,6 @@ def test_bench_json_and_a_budget_that_does_not_fit(cli):
     assert data["errors"][0] in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--runtime", "abacus"], "runtime 'abacus' is none of eager, inductor, onnxruntime"),
-        (["--method", "tomme"], "did you mean tome"),
-        (["--pairs", "0"], "at least one pair"),
-        (["--threads", "0"], "threads is a positive number"),
-        (["-o", "pivots=3"], "none of random, tome has an option 'pivots'"),
-        (["--budget", "half"], "is none of"),
-    ],
-)
-def test_bench_refuses_what_makes_no_sense(cli, arguments, message):
-    assert refused(cli("bench", TINY, *arguments), message)
-
-
 def test_demo_is_handed_its_arguments(cli, monkeypatch):
     seen = []
     fake = types.ModuleType("tokcompile.demo.run")
@@ -378,14 +186,9 @@ def test_demo_is_handed_its_arguments(cli, monkeypatch):
     assert (code, json.loads(out), err) == (0, {"models": []}, "a table\n")
 
 
-def test_demo_without_its_packages_says_what_to_install(cli, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokcompile.demo.run", None)
-    assert refused(cli("demo"), "pip install 'tokcompile[demo]'")
-
-
 def test_unexpected_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="no such luck"):
-        main(["inspect", "tests.test_cli:broken"])
+        main(["inspect", "tests.command_line:broken"])
 
 
 @pytest.mark.parametrize(("code", "how"), [(130, "interrupted"), (143, "terminated")])
@@ -402,13 +205,6 @@ def test_what_a_model_prints_stays_out_of_the_json():
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["blocks"]) == 4
     assert "this model talks" in done.stderr
-
-
-def test_errors_of_the_process_are_one_message():
-    command = [sys.executable, "-m", "tokcompile.cli", "optimize", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("tokcompile optimize: error: 'nowhere' does not name a model")
 
 
 class Terminal(io.StringIO):

@@ -2,12 +2,11 @@
 
 import json
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-from tests.test_cli import TINY, Vit, refused, run, tiny
+from tests.command_line import TINY, Vit, refused, tiny
 from tokcompile.models import example_input, load_model
 
 
@@ -38,11 +37,6 @@ def greedy(width, depth, batch):
 
 number = 7
 instance = Vit()
-
-
-@pytest.fixture
-def cli(capsys):
-    return partial(run, capsys)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tokcompile
+from tests.command_line import TINY
 from tests.exports.bundles import SCRIPTS, TARGETS, copy_of, export_again, files_of, made, run, small, vit
 from tests.exports.models import tiny
 from tokcompile.cli import main
@@ -249,7 +250,7 @@ def test_interrupted_writing_leaves_what_was_there(what, error, quick, tmp_path,
 
 
 def test_command_line(tmp_path, capsys):
-    arguments = ["tests.test_cli:tiny", "--where", "1", "--form", "plugin", "--target", "jetson-orin"]
+    arguments = [TINY, "--where", "1", "--form", "plugin", "--target", "jetson-orin"]
     out = tmp_path / "out"
     assert main(["bundle", *arguments, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import tokcompile
+from tests.command_line import ROOT, TINY, Vit
 from tests.conftest import TOLD
 from tests.exports.models import attributes, reductions
-from tests.test_cli import ROOT, TINY, Vit
 from tests.tiny import WIDTH, Tiny, optimize
 from tokcompile.cli import main
 from tokcompile.errors import EngineError, ExportError
