@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-
-from .family import Family, noise, tokens
-from .hf_base import DECODER, QWEN, VIT, Inputs, qwen, row
+from .family import Family
+from .hf_base import DECODER, QWEN, VIT, row
+from .hf_prompts import (
+    anyres_prompt,
+    gemma3_prompt,
+    idefics2_prompt,
+    lfm2_prompt,
+    mistral3_prompt,
+    mllama_prompt,
+    onevision_prompt,
+    pi0_prompt,
+    prompt,
+    qwen_prompt,
+    qwen_two_images,
+    smolvlm_prompt,
+)
 
 _LLAMA = ("LlamaConfig", DECODER)
 _PALIGEMMA = dict(
@@ -21,140 +33,6 @@ _QWEN3_VISION = QWEN | dict(
 _QWEN_IDS = dict(image_token_id=60, video_token_id=59, vision_start_token_id=61, vision_end_token_id=62)
 
 
-def _prompt(image_tokens: int, size: int = 56, type_ids: bool = False) -> Inputs:
-    """An image and a prompt: 5 text tokens, the image's placeholders (id 60), 7 text tokens."""
-
-    def make(batch: int) -> dict:
-        ids = _prompt_ids(batch, image_tokens)
-        more = dict(token_type_ids=torch.zeros_like(ids)) if type_ids else {}
-        return dict(
-            input_ids=ids,
-            pixel_values=noise(batch, 3, size, size),
-            attention_mask=torch.ones_like(ids),
-            use_cache=False,
-            **more,
-        )
-
-    return make
-
-
-def _prompt_ids(batch: int, image_tokens: int) -> torch.Tensor:
-    """5 text tokens, placeholders (id 60), 7 text tokens."""
-    text = tokens(batch, 12, 60)
-    return torch.cat([text[:, :5], torch.full((batch, image_tokens), 60), text[:, 5:]], dim=1)
-
-
-def _mllama_prompt(batch: int) -> dict:
-    """An image in three of four tiles, which all text but the first five tokens attends to."""
-    ids = _prompt_ids(batch, 1)
-    tiles = torch.tensor([1, 1, 1, 0]).expand(batch, 1, 4)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=noise(batch, 1, 4, 3, 56, 56),
-        aspect_ratio_ids=torch.full((batch, 1), 4),
-        aspect_ratio_mask=tiles,
-        cross_attention_mask=tiles[:, None] * (torch.arange(ids.shape[1]) > 4).long()[:, None, None],
-        use_cache=False,
-    )
-
-
-def _pi0_prompt(batch: int) -> dict:
-    """Two cameras a sample, the state of the robot and noise for five actions."""
-    ids = _prompt_ids(batch, 2 * 49)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=noise(batch, 2, 3, 56, 56),
-        pixel_attention_mask=torch.ones(batch, 2, dtype=torch.bool),
-        state=noise(batch, 6),
-        noise=noise(batch, 5, 6),
-        timestep=torch.full((batch,), 0.5),
-        use_cache=False,
-    )
-
-
-def _qwen_prompt(batch: int) -> dict:
-    """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
-    ids = _prompt_ids(batch, 12)
-    vision = qwen(batch)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == 60).int(),
-        pixel_values=vision["hidden_states"],
-        image_grid_thw=vision["grid_thw"],
-        use_cache=False,
-    )
-
-
-def _qwen_two_images(batch: int) -> dict:
-    """Two images a sample, of 8 x 6 and 4 x 6 patches: 12 and 6 placeholders, with text around both."""
-    ids = torch.cat([_prompt_ids(batch, 12), _prompt_ids(batch, 6)], dim=1)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == 60).int(),
-        pixel_values=noise(batch, 48 + 24, 3 * 2 * 8 * 8).flatten(0, 1),
-        image_grid_thw=torch.tensor([[1, 8, 6], [1, 4, 6]] * batch),
-        use_cache=False,
-    )
-
-
-def _smolvlm_prompt(batch: int) -> dict:
-    """A prompt with 16 placeholders and one image (the second axis counts images) a sample."""
-    return _prompt(16, 64)(batch) | dict(pixel_values=noise(batch, 1, 3, 64, 64))
-
-
-def _lfm2_prompt(batch: int) -> dict:
-    """A prompt with 12 placeholders a sample, for images of 8 x 6 patches merged by 2 x 2."""
-    return _prompt(12)(batch) | dict(
-        pixel_values=noise(batch, 48, 3 * 8 * 8),
-        spatial_shapes=torch.tensor([[8, 6]] * batch),
-        pixel_attention_mask=torch.ones(batch, 48, dtype=torch.long),
-    )
-
-
-def _gemma3_prompt(batch: int) -> dict:
-    """A prompt with 16 placeholders a sample, marked as image tokens."""
-    inputs = _prompt(16, 64)(batch)
-    return inputs | dict(token_type_ids=(inputs["input_ids"] == 60).long())
-
-
-def _onevision_prompt(batch: int) -> dict:
-    """A prompt for one image given as a base view and one tile of 7 x 7 patches, with a newline token a row."""
-    ids = _prompt_ids(batch, 49 + 49 + 7)
-    return dict(
-        input_ids=ids,
-        pixel_values=noise(batch, 2, 3, 56, 56),
-        image_sizes=torch.tensor([[56, 56]] * batch),
-        attention_mask=torch.ones_like(ids),
-        use_cache=False,
-    )
-
-
-def _anyres_prompt(batch: int) -> dict:
-    """A prompt for one wide image: a base view of 7 x 7 patches and two tiles side by side, with a newline token a row."""
-    ids = _prompt_ids(batch, 49 + 7 * (14 + 1))
-    return dict(
-        input_ids=ids,
-        pixel_values=noise(batch, 3, 3, 56, 56),
-        image_sizes=torch.tensor([[56, 112]] * batch),
-        attention_mask=torch.ones_like(ids),
-        use_cache=False,
-    )
-
-
-def _mistral3_prompt(batch: int) -> dict:
-    """A prompt with 16 placeholders a sample and the size of each image."""
-    return _prompt(16, 64)(batch) | dict(image_sizes=torch.tensor([[64, 64]] * batch))
-
-
-def _idefics2_prompt(batch: int) -> dict:
-    """A prompt with 8 placeholders, one for each latent of the resampler, and one image a sample."""
-    return _prompt(8)(batch) | dict(pixel_values=noise(batch, 1, 3, 56, 56))
-
-
 LANGUAGE: tuple[Family, ...] = (
     # vision and language in one model
     row(
@@ -162,7 +40,7 @@ LANGUAGE: tuple[Family, ...] = (
         "LlavaForConditionalGeneration",
         "LlavaConfig",
         dict(vision_config=("CLIPVisionConfig", VIT), text_config=_LLAMA, image_token_index=60, image_seq_length=49),
-        _prompt(49),
+        prompt(49),
         depth=8,
         note="49 image tokens between 5 and 7 text tokens",
     ),
@@ -176,7 +54,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_token_id=60,
             image_seq_length=16,
         ),
-        _prompt(16, 64),
+        prompt(16, 64),
         depth=8,
         note="pixel shuffle merges 2 x 2 patches: 16 image tokens",
     ),
@@ -190,7 +68,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_token_index=60,
             downsample_factor=2,
         ),
-        _prompt(16, 64),
+        prompt(16, 64),
         depth=8,
         note="pixel shuffle on the grid, gated projector: 16 image tokens",
     ),
@@ -199,7 +77,7 @@ LANGUAGE: tuple[Family, ...] = (
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",
         _PALIGEMMA,
-        _prompt(49, type_ids=True),
+        prompt(49, type_ids=True),
         depth=8,
         note="the prompt attends both ways",
     ),
@@ -215,7 +93,7 @@ LANGUAGE: tuple[Family, ...] = (
             boi_token_index=61,
             eoi_token_index=62,
         ),
-        _gemma3_prompt,
+        gemma3_prompt,
         depth=8,
         note="patches are pooled 2 x 2; image tokens attend both ways",
     ),
@@ -228,7 +106,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("Qwen2VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
             **_QWEN_IDS,
         ),
-        _qwen_prompt,
+        qwen_prompt,
         depth=8,
         note="2 x 2 merger, 3-axis rope",
     ),
@@ -251,7 +129,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("Qwen2_5_VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
             **_QWEN_IDS,
         ),
-        _qwen_prompt,
+        qwen_prompt,
         depth=8,
         note="window attention, 2 x 2 merger, 3-axis rope",
     ),
@@ -274,7 +152,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("Qwen2_5_VLTextConfig", DECODER | dict(rope_parameters=_MROPE)),
             **_QWEN_IDS,
         ),
-        _qwen_two_images,
+        qwen_two_images,
         depth=8,
         note="images of 12 and 6 tokens",
     ),
@@ -287,7 +165,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("Qwen3VLTextConfig", DECODER | dict(head_dim=12, rope_parameters=_MROPE)),
             **_QWEN_IDS,
         ),
-        _qwen_prompt,
+        qwen_prompt,
         depth=8,
         note="DeepStack features, 2 x 2 merger, 3-axis rope",
     ),
@@ -304,7 +182,7 @@ LANGUAGE: tuple[Family, ...] = (
             ),
             **_QWEN_IDS,
         ),
-        _qwen_prompt,
+        qwen_prompt,
         depth=8,
         note="two of four experts a token, DeepStack features",
     ),
@@ -318,7 +196,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_token_id=60,
             scale_factor=2,
         ),
-        _smolvlm_prompt,
+        smolvlm_prompt,
         depth=8,
         note="pixel shuffle: 16 image tokens",
     ),
@@ -336,7 +214,7 @@ LANGUAGE: tuple[Family, ...] = (
             downsample_factor=2,
             projector_hidden_size=64,
         ),
-        _lfm2_prompt,
+        lfm2_prompt,
         depth=5,
         note="short convolutions between the layers that attend",
     ),
@@ -350,7 +228,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_token_id=60,
             scale_factor=2,
         ),
-        _smolvlm_prompt,
+        smolvlm_prompt,
         depth=8,
         note="pixel shuffle: 16 image tokens",
     ),
@@ -365,7 +243,7 @@ LANGUAGE: tuple[Family, ...] = (
             video_token_index=59,
             image_grid_pinpoints=[[56, 56]],
         ),
-        _onevision_prompt,
+        onevision_prompt,
         depth=8,
         note="base view, tile and newline tokens",
     ),
@@ -380,7 +258,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_seq_length=49,
             image_grid_pinpoints=[[56, 56], [56, 112]],
         ),
-        _anyres_prompt,
+        anyres_prompt,
         depth=8,
         note="base view, two tiles and newline tokens",
     ),
@@ -393,7 +271,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("MistralConfig", DECODER | dict(head_dim=12)),
             image_token_index=60,
         ),
-        _mistral3_prompt,
+        mistral3_prompt,
         depth=8,
         note="Pixtral's tower, 2 x 2 merger",
     ),
@@ -417,7 +295,7 @@ LANGUAGE: tuple[Family, ...] = (
             text_config=("MistralConfig", DECODER | dict(head_dim=12)),
             image_token_id=60,
         ),
-        _idefics2_prompt,
+        idefics2_prompt,
         depth=8,
         note="a resampler makes 8 tokens of an image",
     ),
@@ -444,7 +322,7 @@ LANGUAGE: tuple[Family, ...] = (
             image_start_token_id=61,
             image_end_token_id=62,
         ),
-        _qwen_prompt,
+        qwen_prompt,
         depth=8,
         note="position table is resampled in the graph, 2 x 2 merger",
     ),
@@ -475,7 +353,7 @@ LANGUAGE: tuple[Family, ...] = (
             ),
             image_token_index=60,
         ),
-        _mllama_prompt,
+        mllama_prompt,
         depth=5,
         note="Llama 3.2 Vision: four tiles with padding tokens, which are cut off before the decoder's cross-attention",
     ),
@@ -490,7 +368,7 @@ LANGUAGE: tuple[Family, ...] = (
             max_state_dim=6,
             max_action_dim=6,
         ),
-        _pi0_prompt,
+        pi0_prompt,
         depth=8,
         note="actions of a robot, by a second decoder that looks at the first one's keys",
     ),
