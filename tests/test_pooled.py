@@ -103,6 +103,7 @@ def test_both_oracles(name):
     assert not [r for r in check.results if "recover" in r.note]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", [PADDED, "hunyuan_vl"])
 def test_in_parts_and_in_a_file(name, tmp_path):
     model, inputs = made(name)

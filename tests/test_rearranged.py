@@ -109,6 +109,7 @@ def test_flops_are_solved_for_over_groups(flops, program):
     assert all(r.unit == 4 for r in flops.plan.reductions)
 
 
+@pytest.mark.matrix
 def test_plans_and_files(flops, program, tmp_path):
     kwargs = build("hf/internvl").kwargs
     again = tokcompile.optimize(program("hf/internvl"), plan=Plan.from_json(flops.plan.json()))

@@ -101,6 +101,7 @@ def test_a_batch_of_one_is_left_out_of_calls_for_onnxruntime(method, tmp_path):
     assert ranks == {(1, "onnxruntime"): {2}, (2, "onnxruntime"): {3}, (1, "tensorrt"): {3}}
 
 
+@pytest.mark.matrix
 def test_two_reductions_may_read_the_same_value(tmp_path):
     """Two images in one sequence: in each block their reductions read the same keys and sizes."""
     model, args, kwargs = build("hf/qwen2_vl_vision", 2)

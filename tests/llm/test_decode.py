@@ -221,6 +221,7 @@ def test_rotary_angles_that_depend_on_the_length(length, budget):
             Generator(prefill, model, max_new_tokens=13)
 
 
+@pytest.mark.matrix
 def test_values_that_are_fixed_from_the_examples_tokens_are_refused():
     """Otherwise every token would go to the experts of the example's."""
     model = small("Mixtral", num_local_experts=4, experts_implementation="eager")

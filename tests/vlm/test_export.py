@@ -151,6 +151,7 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert "give a folder that tokcompile.llm.export or tokcompile.vlm.export wrote" in capsys.readouterr().err
 
 
+@pytest.mark.matrix
 def test_deepstack_patches_and_positions_of_three_axes(tmp_path, picture):
     """Qwen3-VL: patches in, DeepStack features gathered, positions that go on after the image's grid."""
     parts, prefill = reduced("qwen3_vl", 6, 9)

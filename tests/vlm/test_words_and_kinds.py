@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 
 import tokcompile
@@ -78,6 +79,7 @@ def made(make):
     return shake(model.eval()), inputs
 
 
+@pytest.mark.matrix
 def test_words_with_another_embedding_beside_an_image(tmp_path):
     model, inputs = made(ovis)
     parts, pixels = split(model, inputs), inputs["pixel_values"]
