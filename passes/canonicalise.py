@@ -58,6 +58,7 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
     refuse_state(gm)
     fold_constants(gm)
     functionalise(gm)
+    let_views_copy(gm)
     propagate_shapes(gm, inputs)
     if write_out_fills(gm):
         fold_constants(gm)
@@ -82,6 +83,13 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
         propagate_shapes(gm, inputs)
     gm.recompile()
     return gm
+
+
+def let_views_copy(gm: GraphModule) -> None:
+    """A view holds for values that lie in memory as they did while tracing. A folded constant may lie otherwise, and so may what
+    an attention kernel gives: another is taken on another device, or for another batch."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def one_name_each(gm: GraphModule) -> None:

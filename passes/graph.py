@@ -76,17 +76,9 @@ class _Fake(torch.fx.Interpreter):
             self.attrs[id(value)] = fake_attr(self.mode, value)
         return self.attrs[id(value)]
 
-    def run_view(self, n: Node) -> Any:
-        """A constant that was folded may lie otherwise in memory than before, so that what was a view of it has to copy."""
-        try:
-            return super().run_node(n)
-        except (RuntimeError, ValueError):
-            n.target = aten.reshape.default
-            return super().run_node(n)
-
     def run_node(self, n: Node) -> Any:
         try:
-            result = self.run_view(n) if n.target is aten.view.default else super().run_node(n)
+            result = super().run_node(n)
         except TokcompileError:
             raise
         except Exception as error:

@@ -69,10 +69,7 @@ def written(rw: Rewriter, again: Shorter, tensors: Mapping[str, Node], call: Mix
             env[node] = rw.builder.constant(get_attr(again.gm, node.target), "mixer")
         elif node.op == "call_function":
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            # what was a view may lie otherwise in memory here
-            env[node] = rw.builder.emit(
-                aten.reshape.default if node.target is aten.view.default else node.target, *args, **kwargs
-            )
+            env[node] = rw.builder.emit(node.target, *args, **kwargs)
     return [env[n] for n in again.gm.graph.output_node().args[0]]
 
 
