@@ -142,10 +142,11 @@ class Gatherer:
             cut = slice(rows.start, rows.stop, rows.step)
             self._sample[space, rows] = Space(
                 f"{space.name}_{rows.start}",
-                space.root_n,
+                space.n,
                 space.k,
-                index=take(self.within(space.root_n, space)),
-                assign=once(lambda: take(self.slots(space))),
+                self.sample(space.parent, rows) if space.parent else None,  # whose tokens the model may read too
+                index=take(space.index),
+                assign=once(lambda: take(space.assign())),
                 size=take(space.size) if space.size is not None else None,
                 proportional=space.proportional,
                 ordered=space.ordered,
@@ -153,8 +154,8 @@ class Gatherer:
                 sources=(space,),
                 derive=lambda chosen: chosen(space)[cut],
                 hidden=None if space.hidden is None else space.hidden[cut],
-                positions=None if (many := self.several(space)) is None else take(many),
-                bands=bands_of(space),
+                positions=None if space.positions is None else take(space.positions),
+                bands=space.bands,
                 groups=self.sample(space.groups, rows) if space.groups else None,
             )
         return self._sample[space, rows]

@@ -127,3 +127,19 @@ def test_both_oracles_with_windows_in_a_batch(order):
     check = tokcompile.check(model, (x,))
     assert check.ok
     assert not any("recover='anywhere'" in r.note for r in check.results)
+
+
+class Depths(Model):
+    """Features of all depths are added up (DeepStack), those of all samples in a line that begins with a token of text."""
+
+    def forward(self, x):
+        line = torch.zeros(1 + x.shape[0] * LENGTH, WIDTH)
+        for attention, up in zip(self.attention, self.up):
+            x = x + attention(x)
+            line = line + torch.cat([up.bias[None], *up(x).unbind()])
+        return line[1:].view(x.shape).mean(1)
+
+
+@pytest.mark.parametrize("method", ["divprune", "tome"])
+def test_samples_in_a_line_that_were_reduced_more_than_once(method):
+    each_by_itself(*made(Depths, "samples first", 3), method=method, where=[0, 1])
