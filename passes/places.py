@@ -21,6 +21,7 @@ from tokcompile.recipe import Recipe
 
 OTHER_BLOCKS = "reduce in other blocks: where=[...]; `tokcompile inspect` lists them"
 NO_OTHER_BLOCKS = "all blocks of this model are like that: export it as it is"
+OTHER_METHOD = "choose a method that does not read attention"
 NOT_SAID = "nothing in this graph says which positions are visual tokens (a language model on embeddings or ids)"
 NAME_THEM = "name them: spans=[(start, stop)]"
 
@@ -102,18 +103,19 @@ def after_attention(
     blocks = structure.blocks
     early = [b for b in chosen if not before(b, blocks)]
     if early and named:
+        later = next((b.index for b in blocks[early[0].index :] if not b.why_not and before(b, blocks)), None)
         raise UnsupportedGraph(
             f"{recipe.name!r} reads the attention of the block before, and none over the same tokens comes before block "
             f"{early[0].index}",
             early[0].mid,
-            "place it later: where=[1] or higher",
+            f"place it later: where=[{later}] or higher" if later is not None else OTHER_METHOD,
         )
     late = [b for b in chosen if b not in early] or [b for b in visual_blocks(structure, spans) if before(b, blocks)][:1]
     if not late:
         raise UnsupportedGraph(
             f"{recipe.name!r} reads the attention of the block before, and no two blocks hold the same tokens",
             blocks[0].mid,
-            "choose a method that does not read attention",
+            OTHER_METHOD,
         )
     return late
 

@@ -240,9 +240,18 @@ def test_autocast_inside_is_refused():
 
 
 def test_a_method_that_reads_attention_before_the_first_block():
-    with pytest.raises(TokcompileError, match=r"reads the attention"):
+    with pytest.raises(TokcompileError, match=r"reads the attention[\s\S]*place it later: where=\[1\] or higher"):
         optimize(tiny(), method="dart", where=0)
     assert [r.block for r in optimize(tiny(), method="dart").plan.reductions] == [1]
+
+
+def test_a_method_that_reads_attention_in_the_only_block_of_a_stage():
+    class Halved(Tiny):
+        def forward(self, x):
+            return self.blocks[2](self.blocks[1](self.blocks[0](x))[:, ::2])
+
+    with pytest.raises(TokcompileError, match=r"comes before block 2[\s\S]*choose a method that does not read attention"):
+        optimize((Halved().eval(), tiny()[1]), method="dart", where=2)
 
 
 def test_blocks_of_two_stages_do_not_go_together():
