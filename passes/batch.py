@@ -72,11 +72,12 @@ def rows_of(label: Label) -> tuple[int, Seq | None]:
 
 
 def unbatched(g: Gatherer, have: Label, want: Label) -> tuple[Label, Label]:
-    """Two labels of which one sees samples one after the other and the other sees a batch, both without a batch."""
+    """Two labels of which one sees samples one after the other, or tiles, and the other sees a batch, both without a batch."""
     have = ((),) * (len(want) - len(have)) + tuple(have)
     line = lambda axis: samples_in_line(g, flat(g, axis))  # noqa: E731
+    lengths = {(1, 2), (2, 1), (2, 2)}
     both = [
-        (line(own), line(other)) if own != other and {len(own), len(other)} == {1, 2} else (own, other)
+        (line(own), line(other)) if own != other and (len(own), len(other)) in lengths and own[0] != other[0] else (own, other)
         for own, other in zip(have, want, strict=True)
     ]
     return tuple(own for own, _ in both), tuple(other for _, other in both)

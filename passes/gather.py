@@ -137,6 +137,8 @@ class Gatherer:
 
     def sample(self, space: Space, rows: range) -> Space:
         """What one sample of the batch chose, or some at equal distances, as a space of its own."""
+        space, all_rows = self.sampled(space)  # a tile of a prompt is a tile of the batch
+        rows = all_rows[rows.start : rows.stop : rows.step]
         if (space, rows) not in self._sample:
             take = lambda value: self.b.emit(aten.slice.Tensor, value, 0, rows.start, rows.stop, rows.step)  # noqa: E731
             cut = slice(rows.start, rows.stop, rows.step)
