@@ -86,8 +86,8 @@ def canonicalise(gm: GraphModule, inputs: list[Any]) -> GraphModule:
 
 
 def let_views_copy(gm: GraphModule) -> None:
-    """A view holds for values that lie in memory as they did while tracing. A folded constant may lie otherwise, and so may what
-    an attention kernel gives: another is taken on another device, or for another batch."""
+    """A view holds for values that lie in memory as they did while tracing. A folded constant may lie otherwise, and so may
+    what an attention kernel gives: another device has another one."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
 
