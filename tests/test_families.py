@@ -86,7 +86,6 @@ HARD = [
     "timm/samvit",
     "timm/xcit",
     "hf/llama_padded",
-    "hf/llava_next",
     "hf/pixtral_vision",
     "hf/siglip2_vision",
     "hf/timesformer",

@@ -53,6 +53,7 @@ def test_a_method_counts_the_blocks_of_its_own_stack(both, program):
     assert {(s.block, s.depth) for s in seen} == {(2, 4)}
 
 
+@pytest.mark.matrix
 def test_files_hold_both(both, program, family, tmp_path):
     _, two = both
     again = tokcompile.optimize(program(LLAVA), plan=Plan.from_json(two.plan.json()))

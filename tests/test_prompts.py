@@ -67,6 +67,7 @@ def test_the_graph_holds_for_other_images_and_texts(name):
         assert_equals_the_model(built, flat, graph, kwargs)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_image_tokens_are_found(name):
     _, graph = canonical(name)

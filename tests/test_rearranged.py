@@ -54,7 +54,7 @@ def row_of(kwargs, row, count=3):
     return {k: part(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in kwargs.items()}
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ["hf/qwen2_vl", "hf/qwen2_5_vl", "hf/qwen2_5_vl_two_images", "hf/qwen3_vl"])
 def test_prompts_whose_images_are_one_sequence(name, program):
     """Windows, merge units, features of inner blocks that are added in the language model: each prompt as if it were alone."""
@@ -82,7 +82,7 @@ def test_samples_that_cannot_keep_as_many_each(program):
             tokcompile.optimize(program(name, 3), method="random", budget=budget, outputs="reduced")
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("name", "pixels", "more"), [
     ("internvl", (2,), {}), ("gemma3", (2,), {}), ("idefics3", (1, 2), {}),
     ("mistral3", (2,), {"image_sizes": torch.tensor([[64, 64], [64, 64]])}),

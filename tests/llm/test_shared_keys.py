@@ -22,6 +22,7 @@ MODELS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_keys_that_nobody_sees(name):
     """The last two layers attend to keys of layers 0 and 1: dropped at layer 1, tokens are still there for the third."""

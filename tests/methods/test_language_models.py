@@ -193,7 +193,7 @@ def test_equals_the_layers_run_by_hand(case, name, family, program, monkeypatch)
         assert error(logits[b], want) < 1e-5
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case", ["pyramiddrop", "sparsevlm", "aim", "ppe cascade"])
 def test_the_onnx_file_equals_the_model(case, program, tmp_path):
     _, options, steps = CASES[case]

@@ -235,6 +235,7 @@ def test_leaves_of_outputs_are_kept(family, program):
     assert [g.shape for g in got] == [w.shape for w in want]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("gap", [0, 3])
 def test_two_images_in_one_prompt(gap, family):
     text, image = tokens(1, 15, 60), torch.full((1, 49), 60)

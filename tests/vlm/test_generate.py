@@ -96,7 +96,7 @@ CASES += [(name, ENTRANCE) for name in ("llava", "qwen2_vl", "smolvlm")]
 CASES += [("paligemma", LAST), ("qwen3_vl", LAST), ("gemma3", GONE), ("smolvlm", GONE)]
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("name", "language"), CASES, ids=lambda v: v if isinstance(v, str) else dict(v)["method"])
 def test_reduced_in_the_language_part(name, language, generator):
     made, _, gone = compare(name, generator, language)
@@ -125,7 +125,7 @@ def test_reduced_in_the_vision_part(name, language, generator):
     assert made.text.wiring.length == BEFORE + left + made.parts.prompt.room[-1]
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "llava_next"])
 def test_each_sample_keeps_its_own(name, generator):
     few = tuple((k, Tokens(4) if k == "budget" else v) for k, v in LAYER)
