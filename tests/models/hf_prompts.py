@@ -108,28 +108,26 @@ def gemma3_prompt(batch: int) -> dict:
     return inputs | dict(token_type_ids=(inputs["input_ids"] == 60).long())
 
 
-def onevision_prompt(batch: int) -> dict:
-    """A prompt for one image given as a base view and one tile of 7 x 7 patches, with a newline token a row."""
-    ids = prompt_ids(batch, 49 + 49 + 7)
+def tiled_prompt(batch: int, count: int, views: int, width: int) -> dict:
+    """A prompt with `count` placeholders a sample for an image 56 pixels high, given as a base view and tiles."""
+    ids = prompt_ids(batch, count)
     return dict(
         input_ids=ids,
-        pixel_values=noise(batch, 2, 3, 56, 56),
-        image_sizes=torch.tensor([[56, 56]] * batch),
+        pixel_values=noise(batch, views, 3, 56, 56),
+        image_sizes=torch.tensor([[56, width]] * batch),
         attention_mask=torch.ones_like(ids),
         use_cache=False,
     )
+
+
+def onevision_prompt(batch: int) -> dict:
+    """A prompt for one image given as a base view and one tile of 7 x 7 patches, with a newline token a row."""
+    return tiled_prompt(batch, 49 + 49 + 7, views=2, width=56)
 
 
 def anyres_prompt(batch: int) -> dict:
     """A prompt for one wide image: a base view of 7 x 7 patches and two tiles side by side, with a newline token a row."""
-    ids = prompt_ids(batch, 49 + 7 * (14 + 1))
-    return dict(
-        input_ids=ids,
-        pixel_values=noise(batch, 3, 3, 56, 56),
-        image_sizes=torch.tensor([[56, 112]] * batch),
-        attention_mask=torch.ones_like(ids),
-        use_cache=False,
-    )
+    return tiled_prompt(batch, 49 + 7 * (14 + 1), views=3, width=112)
 
 
 def mistral3_prompt(batch: int) -> dict:
