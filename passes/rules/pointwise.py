@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.passes.graph import aten, bind, get_attr, packet, shape
+from tokcompile.passes.graph import aten, get_attr, packet, shape
 from tokcompile.passes.origin import LAYOUT
 from tokcompile.passes.renumber import as_numbered, last_rows, rows_axis
 from tokcompile.passes.rotary import by_channel
@@ -66,7 +66,7 @@ def sums_behind(node: Node, axis: int, through: Set[str]) -> Iterator[tuple[Node
     while todo:
         value, axis = todo.pop()
         for user in value.users:
-            if packet(user) in OVER_ALL and "other" not in bind(user) and axis in along(user, value):
+            if packet(user) in OVER_ALL and axis in along(user, value):
                 yield user, value, axis
             elif packet(user) in through and (there := behind(user, value, axis)) is not None and (user, there) not in seen:
                 seen.add((user, there))
