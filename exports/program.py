@@ -1,0 +1,81 @@
+"""The flat graph as a program that torch.onnx takes: it is a graph of ATen ops already, so only its modules are traced."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from tokcompile.exports.inline import inline
+from tokcompile.passes.graph import fake_attr, get_attr
+
+
+def exported(gm: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
+    """A program over the inputs that does what the graph does, whose nodes all know the shapes of their results."""
+    return Lifted(gm).program(inputs)
+
+
+class Lifted:
+    """A copy of the graph with its tensors as inputs, as torch.export has them, and ops in place of the modules it calls."""
+
+    def __init__(self, gm: GraphModule):
+        self.gm, self.graph = gm, Graph()
+        self.mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+        self.tensors: dict[str, Tensor] = {}
+        self.lifted: dict[int, Node] = {}  # by the tensor: one that has two names is one input
+        self.specs: list[InputSpec] = []
+
+    def program(self, inputs: Sequence[Tensor]) -> ExportedProgram:
+        given = iter(inputs)
+        done: dict[Node, Any] = {}
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                done[node] = self.input(node.name, next(given), InputKind.USER_INPUT)
+            elif node.op == "get_attr":
+                done[node] = self.tensor(get_attr(self.gm, node.target), node.target)
+            elif node.op == "output":
+                return self.finished(map_arg(node.args[0], done.__getitem__))
+            else:
+                done[node] = self.copied(node, done)
+        raise AssertionError("a graph without an output")
+
+    def copied(self, node: Node, done: dict[Node, Any]) -> Any:
+        """What stands for the results of a call."""
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            args, kwargs = map_arg((node.args, node.kwargs), done.__getitem__)
+            return inline(self.graph, module, args, kwargs, constant=self.tensor, pre_dispatch=True)
+        if node.target is operator.getitem and not isinstance(done[node.args[0]], Node):
+            return done[node.args[0]][node.args[1]]
+        return self.graph.node_copy(node, done.__getitem__)
+
+    def tensor(self, value: Tensor, name: str = "") -> Node:
+        """The input that stands for a tensor of the model."""
+        if id(value) not in self.lifted:
+            name = name or f"tokcompile_constant_{len(self.lifted)}"
+            self.tensors[name] = value
+            kind = InputKind.PARAMETER if isinstance(value, nn.Parameter) else InputKind.BUFFER
+            self.lifted[id(value)] = self.input(f"p_{name.replace('.', '_')}", value, kind, name)
+        return self.lifted[id(value)]
+
+    def input(self, name: str, value: Tensor, kind: InputKind, target: str | None = None) -> Node:
+        """Another input, behind those there are."""
+        last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), self.graph._root)
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = fake_attr(self.mode, value)
+        persistent = True if kind is InputKind.BUFFER else None
+        self.specs.append(InputSpec(kind, TensorArgument(node.name), target, persistent))
+        return node
+
+    def finished(self, outputs: Sequence[Node]) -> ExportedProgram:
+        self.graph.output(tuple(outputs))
+        results = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]
+        return ExportedProgram(
+            nn.Module(), self.graph, ExportGraphSignature(self.specs, results), self.tensors, {}, [ModuleCallEntry("")]
+        )
