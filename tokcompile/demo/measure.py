@@ -79,7 +79,7 @@ def quality(output: Output, original: Output, image: Any) -> Quality:
 
 def latency(original: Session, other: Session, image: Any, pairs: int) -> Ratio:
     """CPU time of the other model over that of the original, run alternately."""
-    return paired(original.runner(image), other.runner(image), pairs)
+    return paired(original.runner(image), other.runner(image), pairs, warmup=1)
 
 
 def shrunk(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
