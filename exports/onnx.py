@@ -204,8 +204,11 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     names = [n.name for n in module.graph.find_nodes(op="placeholder")]
     try:
         with torch.no_grad(), linear_rules():
-            traced = exported(module, inputs)
-            program = torch.onnx.export(decomposed(traced), dynamo=True, opset_version=opset, input_names=names, verbose=False)
+            program = torch.onnx.export(
+                decomposed(exported(module, inputs)), dynamo=True, opset_version=opset, input_names=names, verbose=False
+            )
+    except ExportError:
+        raise
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
         said = " ".join(lines[:3])

@@ -12,12 +12,16 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
+from tokcompile.errors import ExportError, describe
 from tokcompile.exports.inline import inline
 from tokcompile.passes.graph import fake_attr, get_attr
 
 
 def exported(gm: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """A program over the inputs that does what the graph does, whose nodes all know the shapes of their results."""
+    """A program over the inputs that does what the graph does, whose nodes all know the shapes of their results.
+
+    Raises: ExportError where it calls other graphs (torch.cond).
+    """
     return Lifted(gm).program(inputs)
 
 
@@ -38,7 +42,11 @@ class Lifted:
             if node.op == "placeholder":
                 done[node] = self.input(node.name, next(given), InputKind.USER_INPUT)
             elif node.op == "get_attr":
-                done[node] = self.tensor(get_attr(self.gm, node.target), node.target)
+                value = get_attr(self.gm, node.target)
+                if not isinstance(value, Tensor):
+                    place = describe(next(iter(node.users)))
+                    raise ExportError(f"the model chooses what it runs while it runs, and a file is one graph\n{place}")
+                done[node] = self.tensor(value, node.target)
             elif node.op == "output":
                 return self.finished(map_arg(node.args[0], done.__getitem__))
             else:

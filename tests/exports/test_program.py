@@ -8,6 +8,7 @@ from torch import nn
 
 import tokcompile
 from tests.conftest import assert_equal, build
+from tokcompile.errors import ExportError
 from tokcompile.exports.flat import flatten
 from tokcompile.exports.onnx import linear_rules, to_onnx
 from tokcompile.exports.program import exported
@@ -75,3 +76,20 @@ def test_modules_are_traced_and_each_tensor_is_one_input():
     assert_equal(program.module()(x), model(x))
     assert len(program.graph_signature.parameters) == 3
     assert len(program.graph_signature.buffers) == 2
+
+
+class Chooses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x):
+        x = self.encoder(x).mean(1)
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def test_a_model_that_chooses_what_it_runs_is_refused(tmp_path):
+    opt = tokcompile.optimize(Chooses().eval(), (torch.rand(1, 12, 16),), method="random", budget=0.5)
+    with pytest.raises(ExportError, match=r"chooses what it runs[\s\S]*node: cond = cond"):
+        opt.export_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
