@@ -10,20 +10,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from tokcompile.exports.inline import inline, replace_results
+from tokcompile.exports.inline import fake_mode, inline, replace_results
 
 Table = Mapping[Any, Callable[..., Any]]
 
 
-def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """The program, whose `run_decompositions`, which torch.onnx.export calls, is this one."""
+def decomposed(program: ExportedProgram, constant: Callable[[Tensor], Node]) -> ExportedProgram:
+    """The program, whose `run_decompositions`, which torch.onnx.export calls, is this one.
+
+    constant: makes a tensor an input of the program.
+    """
 
     def run_decompositions(table: Table) -> ExportedProgram:
-        decompose(program.graph_module, table)
+        decompose(program.graph_module, table, constant)
         for spec, value in zip(program.graph_signature.output_specs, program.graph.output_node().args[0], strict=True):
             spec.arg.name = value.name
         return program
@@ -32,13 +36,16 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def decompose(gm: GraphModule, table: Table) -> None:
+def decompose(gm: GraphModule, table: Table, constant: Callable[[Tensor], Node]) -> None:
     """Replaces the calls of ops that have a decomposition in the table by what it computes for values of their shape."""
+    mode = fake_mode(gm.graph)
     for node in gm.graph.nodes:
         op = node.target
         if node.op == "call_function" and isinstance(op, OpOverload) and (op in table or composed(op)):
             with gm.graph.inserting_before(node):
-                results = inline(gm.graph, table.get(op, op), node.args, node.kwargs, decomposition_table=dict(table))
+                results = inline(
+                    gm.graph, mode, table.get(op, op), node.args, node.kwargs, constant, decomposition_table=dict(table)
+                )
             replace_results(node, results)
     gm.graph.eliminate_dead_code()
     gm.recompile()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -16,13 +16,19 @@ from torch.utils import _pytree as pytree
 from tokcompile.passes.graph import get_attr
 
 
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The mode of the values that the nodes of a graph know."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+
+
 def inline(
     graph: Graph,
+    mode: FakeTensorMode,
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    *,
-    constant: Callable[[Tensor], Node] | None = None,
+    constant: Callable[[Tensor], Node],
     **how: Any,
 ) -> Any:
     """Traces a call with values like those of its nodes, writes its ops at the end of the graph, or where that inserts now, and
@@ -35,10 +41,8 @@ def inline(
         args, kwargs = pytree.tree_unflatten([next(given) if isinstance(a, Node) else a for a in flat], spec)
         return function(*args, **kwargs)
 
-    values = [node.meta["val"] for node in nodes]
-    mode = next(v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor))
     with mode, torch.no_grad():
-        body = make_fx(call, **how)(*values)
+        body = make_fx(call, **how)(*(node.meta["val"] for node in nodes))
     for node in body.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):  # of torch.tensor(...)
         node.replace_all_uses_with(node.args[0])
         body.graph.erase_node(node)
@@ -46,9 +50,9 @@ def inline(
     known: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), nodes, strict=True))
     for node in body.graph.find_nodes(op="get_attr"):
         value = get_attr(body, node.target)
-        value = value.constant if isinstance(value, FakeTensor) else value
-        assert constant is not None and value is not None, f"{function} makes a tensor: {node.format_node()}"  # noqa: PT018
-        known[node] = constant(value)
+        held = value.constant if isinstance(value, FakeTensor) else value
+        assert held is not None, f"{function} holds a tensor without values: {node.format_node()}"
+        known[node] = constant(held)
     return graph.graph_copy(body.graph, known)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch.fx import GraphModule
 
 from tokcompile.errors import ExportError
-from tokcompile.exports.decompose import decomposed
 from tokcompile.exports.program import exported
 from tokcompile.exports.targets import BOTH, PLAIN, PLUGIN, Target, check_opset, file_form, get_target
 from tokcompile.files import atomic
@@ -205,7 +204,7 @@ def to_onnx(module: GraphModule, inputs: Sequence[Any], opset: int) -> Any:
     try:
         with torch.no_grad(), linear_rules():
             program = torch.onnx.export(
-                decomposed(exported(module, inputs)), dynamo=True, opset_version=opset, input_names=names, verbose=False
+                exported(module, inputs), dynamo=True, opset_version=opset, input_names=names, verbose=False
             )
     except ExportError:
         raise

@@ -13,7 +13,8 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, describe
-from tokcompile.exports.inline import inline
+from tokcompile.exports.decompose import decomposed
+from tokcompile.exports.inline import fake_mode, inline
 from tokcompile.passes.graph import fake_attr, get_attr
 
 
@@ -30,7 +31,7 @@ class Lifted:
 
     def __init__(self, gm: GraphModule):
         self.gm, self.graph = gm, Graph()
-        self.mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+        self.mode = fake_mode(gm.graph)
         self.tensors: dict[str, Tensor] = {}
         self.lifted: dict[int, Node] = {}  # by the tensor: one that has two names is one input
         self.specs: list[InputSpec] = []
@@ -58,7 +59,7 @@ class Lifted:
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
             args, kwargs = map_arg((node.args, node.kwargs), done.__getitem__)
-            return inline(self.graph, module, args, kwargs, constant=self.tensor, pre_dispatch=True)
+            return inline(self.graph, self.mode, module, args, kwargs, self.tensor, pre_dispatch=True)
         if node.target is operator.getitem and not isinstance(done[node.args[0]], Node):
             return done[node.args[0]][node.args[1]]
         return self.graph.node_copy(node, done.__getitem__)
@@ -89,4 +90,5 @@ class Lifted:
         given = [spec.arg for spec in self.specs if spec.kind is InputKind.USER_INPUT]
         trees = pytree.tree_structure((tuple(given), {})), pytree.tree_structure(tuple(results))
         call = ModuleCallEntry("", ModuleCallSignature(list(given), list(results), *trees))
-        return ExportedProgram(nn.Module(), self.graph, signature, self.tensors, {}, [call])
+        program = ExportedProgram(nn.Module(), self.graph, signature, self.tensors, {}, [call])
+        return decomposed(program, self.tensor)

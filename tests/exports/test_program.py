@@ -76,6 +76,9 @@ def test_modules_are_traced_and_each_tensor_is_one_input():
     assert_equal(program.module()(x), model(x))
     assert len(program.graph_signature.parameters) == 3
     assert len(program.graph_signature.buffers) == 2
+    program.run_decompositions({aten.sum.default: lambda x: (x * torch.tensor([2.0, 3.0, 4.0, 5.0])).amax()})
+    assert len(program.graph_signature.buffers) == 3
+    assert_equal(program.module()(x), [model.inner(x), x + (model.inner.a.weight * torch.arange(2, 6)).amax()])
 
 
 class Chooses(nn.Module):
