@@ -35,6 +35,7 @@ class Lifted:
         self.tensors: dict[str, Tensor] = {}
         self.lifted: dict[int, Node] = {}  # by the tensor: one that has two names is one input
         self.specs: list[InputSpec] = []
+        self.last = self.graph._root  # of the inputs, or the beginning
 
     def program(self, inputs: Sequence[Tensor]) -> ExportedProgram:
         given = iter(inputs)
@@ -75,9 +76,8 @@ class Lifted:
 
     def input(self, name: str, value: Tensor, kind: InputKind, target: str | None = None) -> Node:
         """Another input, behind those there are."""
-        last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), self.graph._root)
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
+        with self.graph.inserting_after(self.last):
+            node = self.last = self.graph.placeholder(name)
         node.meta["val"] = fake_attr(self.mode, value)
         persistent = True if kind is InputKind.BUFFER else None
         self.specs.append(InputSpec(kind, TensorArgument(node.name), target, persistent))
