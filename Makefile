@@ -36,7 +36,7 @@ demo: $(STAMP) ## run the demo on real weights and photographs; writes demo-out/
 	$(VENV)/bin/tokcompile demo --out demo-out $(ARGS)
 
 test: $(STAMP) ## run the tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)  # neighbours share a worker, and what it has traced
 
 lint: $(STAMP) ## ruff, mypy and the test checks
 	$(PY) -m ruff check .
