@@ -6,7 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node, map_arg
@@ -21,8 +23,13 @@ from tokcompile.passes.graph import fake_attr, get_attr
 def exported(gm: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
     """A program over the inputs that does what the graph does, whose nodes all know the shapes of their results.
 
+    A graph that writes into its tensors is traced, which is how torch takes that out.
+
     Raises: ExportError where it calls other graphs (torch.cond).
     """
+    ops = [n.target for n in gm.graph.nodes if isinstance(n.target, OpOverload)]
+    if any(op._schema.is_mutable for op in ops):
+        return torch.export.export(gm, tuple(inputs), strict=False)
     return Lifted(gm).program(inputs)
 
 
