@@ -25,7 +25,7 @@ CASES = [
 ]
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("family", "method", "batch", "where"), CASES)
 def test_families(family, method, batch, where, tmp_path):
     model, args, kwargs = build(family, batch)
