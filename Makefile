@@ -22,7 +22,7 @@ help: ## list the targets
 venv: $(STAMP) ## create .venv with everything the tests and the demo need
 
 $(STAMP): pyproject.toml constraints.txt tools/torchvision_cpu.py
-	@echo "creating $(VENV): pip is quiet for about a minute, longer where packages have to be downloaded"
+	@echo "creating $(VENV): it is quiet for a minute or two, longer where packages have to be downloaded"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt --upgrade pip setuptools
 	PYTHONWARNINGS=ignore $(PY) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,rtx]'

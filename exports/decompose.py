@@ -15,7 +15,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from tokcompile.exports.inline import fake_mode, inline, replace_results
+from tokcompile.exports.inline import inline
+from tokcompile.passes.graph import fake_mode, replace_results
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -38,14 +39,12 @@ def decomposed(program: ExportedProgram, constant: Callable[[Tensor], Node]) -> 
 
 def decompose(gm: GraphModule, table: Table, constant: Callable[[Tensor], Node]) -> None:
     """Replaces the calls of ops that have a decomposition in the table by what it computes for values of their shape."""
-    mode = fake_mode(gm.graph)
+    mode, table = fake_mode(gm.graph), dict(table)
     for node in gm.graph.nodes:
         op = node.target
         if node.op == "call_function" and isinstance(op, OpOverload) and (op in table or composed(op)):
             with gm.graph.inserting_before(node):
-                results = inline(
-                    gm.graph, mode, table.get(op, op), node.args, node.kwargs, constant, decomposition_table=dict(table)
-                )
+                results = inline(gm.graph, mode, table.get(op, op), node.args, node.kwargs, constant, decomposition_table=table)
             replace_results(node, results)
     gm.graph.eliminate_dead_code()
     gm.recompile()

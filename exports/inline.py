@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from tokcompile.passes.graph import get_attr
-
-
-def fake_mode(graph: Graph) -> FakeTensorMode:
-    """The mode of the values that the nodes of a graph know."""
-    values = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
-    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 def inline(
@@ -54,15 +47,3 @@ def inline(
         assert held is not None, f"{function} holds a tensor without values: {node.format_node()}"
         known[node] = constant(held)
     return graph.graph_copy(body.graph, known)
-
-
-def replace_results(node: Node, results: Any) -> None:
-    """Puts results in the place of a call that gave them."""
-    if isinstance(results, Node):
-        node.replace_all_uses_with(results)
-    else:
-        for user in list(node.users):
-            assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])
-            node.graph.erase_node(user)
-    node.graph.erase_node(node)

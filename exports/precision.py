@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from tokcompile.errors import ExportError
-from tokcompile.passes.graph import Builder, device_of, fake_attr, finished, get_attr, packet, without_dead_code
+from tokcompile.passes.graph import Builder, device_of, fake_attr, fake_mode, finished, get_attr, packet, without_dead_code
 from tokcompile.passes.reduction import ReductionModule
 
 if TYPE_CHECKING:
@@ -108,12 +107,10 @@ class Converter:
     """Writes the graph anew; every float32 value of it becomes a half precision or a float32 one."""
 
     def __init__(self, gm: GraphModule, half: torch.dtype):
-        mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
-        assert mode is not None, "an optimized graph has fake values"
         root = torch.nn.Module()
         for name, value in gm.__dict__.items():  # the same weights, in dictionaries of its own
             root.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
-        self.gm, self.half, self.builder = gm, half, Builder(root, mode, device_of(gm.graph))
+        self.gm, self.half, self.builder = gm, half, Builder(root, fake_mode(gm.graph), device_of(gm.graph))
         self.env: dict[Node, Node] = {}
         self.casts: dict[tuple[Node, torch.dtype], Node] = {}
         self.weights: dict[str, str] = {}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node, map_arg
@@ -16,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from tokcompile.errors import ExportError, describe
 from tokcompile.exports.decompose import decomposed
-from tokcompile.exports.inline import fake_mode, inline
-from tokcompile.passes.graph import fake_attr, get_attr
+from tokcompile.exports.inline import inline
+from tokcompile.passes.graph import fake_attr, fake_mode, get_attr
+from tokcompile.passes.memory import mutates
 
 
 def exported(gm: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
@@ -27,8 +27,7 @@ def exported(gm: GraphModule, inputs: Sequence[Tensor]) -> ExportedProgram:
 
     Raises: ExportError where it calls other graphs (torch.cond).
     """
-    ops = [n.target for n in gm.graph.nodes if isinstance(n.target, OpOverload)]
-    if any(op._schema.is_mutable for op in ops):
+    if any(map(mutates, gm.graph.nodes)):
         return torch.export.export(gm, tuple(inputs), strict=False)
     return Lifted(gm).program(inputs)
 

@@ -13,7 +13,7 @@ from tokcompile.passes.choices import write_everywhere
 from tokcompile.passes.equations import write_out_equations
 from tokcompile.passes.fold import fold_constants
 from tokcompile.passes.functionalise import functionalise
-from tokcompile.passes.graph import bind, copy_graph, filled, get_attr, packet, propagate_shapes
+from tokcompile.passes.graph import bind, copy_graph, filled, get_attr, packet, propagate_shapes, replace_results
 from tokcompile.passes.interpolation import write_interpolations
 from tokcompile.passes.memory import CASTS, VIEWS, base_of, mutates, whole
 from tokcompile.passes.mosaic import write_mosaics
@@ -123,10 +123,7 @@ def inline_regions(gm: GraphModule) -> None:
             for n in inner.graph.find_nodes(op="get_attr"):
                 env[n] = gm.graph.get_attr(f"{node.args[at].target}.{n.target}")
             result = gm.graph.graph_copy(inner.graph, env)
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
+        replace_results(node, result)
 
 
 def write_out_fills(gm: GraphModule) -> bool:

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -54,6 +55,13 @@ def fake_attr(mode: FakeTensorMode, value: Any) -> Any:
     return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
 
 
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The mode of the values that the nodes know."""
+    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+    assert mode is not None, "propagate_shapes comes before"
+    return mode
+
+
 def propagate_shapes(gm: GraphModule, inputs: list[Any]) -> FakeTensorMode:
     """Gives every node a fake value in `meta['val']`; all of them share the mode that is returned."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True)
@@ -89,6 +97,18 @@ class _Fake(torch.fx.Interpreter):
             ) from error
         n.meta["val"] = result
         return result
+
+
+def replace_results(node: Node, results: Any) -> None:
+    """Puts results in the place of a call that gave them."""
+    if isinstance(results, Node):
+        node.replace_all_uses_with(results)
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 class Builder:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from tokcompile.errors import TokcompileError, UnsupportedGraph
@@ -18,7 +17,7 @@ from tokcompile.passes.calls import MARK, MixerCall
 from tokcompile.passes.crop import Hidden
 from tokcompile.passes.find import Structure
 from tokcompile.passes.gather import Gatherer
-from tokcompile.passes.graph import Builder, device_of, packet, user_dependent, without_dead_code
+from tokcompile.passes.graph import Builder, device_of, fake_mode, packet, user_dependent, without_dead_code
 from tokcompile.passes.insert import Seen, check_positions, insert
 from tokcompile.passes.last_token import LastTokenSeen
 from tokcompile.passes.memory import ancestors_of
@@ -70,9 +69,7 @@ class Rewriter:
     ):
         self.old, self.structure, self.outputs, self.recover = gm, structure, outputs, recover
         self.size_weighted_mean, self.inputs = size_weighted_mean, inputs
-        mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
-        assert mode is not None, "propagate_shapes comes before"
-        self.builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
+        self.builder = Builder(shallow_copy(gm), fake_mode(gm.graph), device_of(gm.graph))
         self.gather = Gatherer(self.builder)
         self.weighing = Weighing(self)
         self.env: dict[Node, Any] = {}

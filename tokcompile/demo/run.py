@@ -26,7 +26,7 @@ from tokcompile.errors import TokcompileError
 
 METHODS = ("tome", "topk", "dart", "random")
 BUDGETS = (0.7, 0.5)
-QUICK_METHODS, QUICK_BUDGETS, QUICK_PAIRS = ("tome", "topk", "random"), (0.5,), 3
+QUICK_METHODS, QUICK_BUDGETS, QUICK_PAIRS = ("tome", "topk", "random"), (0.5,), range(3, 4)
 PAIRS = range(5, 16)  # as many as fit, for each model
 SECONDS = 5.0
 WORKERS = 4  # at most: each holds the model and torch, about 1 GB
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     note(f"photograph: {photographs.title}; results go to {folder}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".random-") as spare, bench.torch_threads(1):
         built = build(jobs, folder, Path(spare), photographs.images[0])
-        findings = measure(built, folder, photographs, args.quick)
+        findings = measure(built, folder, photographs, QUICK_PAIRS if args.quick else PAIRS)
     show(findings)
     pictures = draw_all(findings, folder)
     report = save_report(findings, folder, pictures, time.perf_counter() - start)
@@ -131,15 +131,15 @@ def build(jobs: Sequence[Job], folder: Path, spare: Path, image: Any) -> list[Bu
     return [done[job] for job in jobs]
 
 
-def measure(built: Sequence[Built], folder: Path, photographs: Photographs, quick: bool) -> Findings:
+def measure(built: Sequence[Built], folder: Path, photographs: Photographs, pairs: range) -> Findings:
     """Runs the ONNX files beside the original's, one after the other."""
     images = photographs.images
     plain = next(b for b in built if b.job.method == ORIGINAL)
     original = Session(folder / plain.file)
     truth = [original.outputs(image) for image in images]
     with progress("timing in onnxruntime", len(built), live=False) as advance:
-        same = latency(original, original, images[0], QUICK_PAIRS if quick else PAIRS[0])
-        pairs = QUICK_PAIRS if quick else min(max(round(SECONDS / (2 * same.a)), PAIRS[0]), PAIRS[-1])
+        same = latency(original, original, images[0], pairs[0])
+        count = min(max(round(SECONDS / (2 * same.a)), pairs[0]), pairs[-1])
         advance(f"A/A {same}")
         found = Findings(photographs, plain, truth[0], same)
         for one in built:
@@ -148,8 +148,8 @@ def measure(built: Sequence[Built], folder: Path, photographs: Photographs, quic
             session = Session(folder / one.file)
             outputs = [session.outputs(image) for image in images]
             qualities = [quality(*each) for each in zip(outputs, truth, images, strict=True)]
-            ratio = latency(original, session, images[0], pairs)
-            twin = latency(original, Session(Path(one.twin)), images[0], pairs) if one.twin else None
+            ratio = latency(original, session, images[0], count)
+            twin = latency(original, Session(Path(one.twin)), images[0], count) if one.twin else None
             found.rows.append(Measured(one, outputs[0], qualities, ratio, one.flops / plain.flops, twin))
             advance(f"{one.job.name} {ratio}")
     budgets = list(dict.fromkeys(m.built.job.budget for m in found.rows))

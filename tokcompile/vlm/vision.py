@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 
 from tokcompile.api import OptimizedModel, ReducedOutput
@@ -17,7 +16,7 @@ from tokcompile.errors import InputError
 from tokcompile.exports.names import output_names
 from tokcompile.exports.onnx import ExportReport
 from tokcompile.files import atomic
-from tokcompile.passes.graph import Builder, aten, device_of, shape
+from tokcompile.passes.graph import Builder, aten, device_of, fake_mode, shape
 from tokcompile.passes.rewrite import shallow_copy
 from tokcompile.passes.tokens import Run
 from tokcompile.vlm.kept import chosen_of, flat
@@ -163,9 +162,7 @@ class Places:
 def appended(opt: OptimizedModel, more: Callable[[Builder, Mapping[str, Node]], Mapping[str, Node]]) -> OptimizedModel:
     """The same program with outputs that are computed from its own; those of a name that it has take its place."""
     gm, names = opt.graph_module, [*output_names(opt), *opt.extra_outputs]
-    mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
-    assert mode is not None
-    builder = Builder(shallow_copy(gm), mode, device_of(gm.graph))
+    builder = Builder(shallow_copy(gm), fake_mode(gm.graph), device_of(gm.graph))
     builder.graph = Graph()
     values: Sequence[Any] = builder.graph.graph_copy(gm.graph, {})
     outputs = dict(zip(names, values, strict=True))
